@@ -1,0 +1,1 @@
+"""The loops: prefill, decode, and the engine that drives them."""

@@ -1,0 +1,1 @@
+"""Which tokens matter: indexes that turn queries into token ids."""
