@@ -1,0 +1,61 @@
+"""What a user may set, from code or from a TOML file."""
+
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+from engine.errors import ConfigError
+from kvstore.config import StoreConfig
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of an engine.
+
+    Args:
+        prefill_chunk: prompt tokens computed at once.
+        block_tokens: tokens per stored block; a prompt's last, partial block is not stored.
+        cache_bytes: budget of the running requests' keys and values. Prompts of one call that do
+            not fit together run one group after the other.
+        tenant: secret of whoever owns the stored KV. Another tenant never gets it, not even by
+            asking the same question.
+        store: where KV rests between requests; see `kvstore.config`.
+    """
+
+    prefill_chunk: int = 512
+    block_tokens: int = 64
+    cache_bytes: int = 8 << 30
+    tenant: str = "default"
+    store: StoreConfig = StoreConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_chunk", "block_tokens", "cache_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> "EngineConfig":
+        """Read a TOML file: top-level settings, and a `[store]` table.
+
+        Raises:
+            ConfigError: not readable, not TOML, an unknown key, a value of the wrong type.
+        """
+        try:
+            settings = tomllib.loads(Path(path).read_text())
+            return msgspec.convert(settings, cls)
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not TOML: {error}") from error
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{path}: {error}; known settings: {_known(cls)}") from error
+
+
+def _known(struct: type[msgspec.Struct], prefix: str = "") -> str:
+    """Names of all settings, dotted."""
+    names = []
+    for field in msgspec.structs.fields(struct):
+        nested = isinstance(field.type, type) and issubclass(field.type, msgspec.Struct)
+        dotted = prefix + field.name
+        names.append(_known(field.type, f"{dotted}.") if nested else dotted)
+    return ", ".join(names)

@@ -1,0 +1,292 @@
+"""The engine: a model, a store, and the loops between them."""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from engine.cache import SequenceCache
+from engine.check import check
+from engine.config import EngineConfig
+from engine.decode import decode
+from engine.errors import PromptError
+from engine.hf import HFModel
+from engine.identity import identity
+from engine.loader import load_module, load_tokenizer, locate, pick_device, refuse_module
+from engine.prefill import hidden_states, prefill
+from engine.prefix import Prefix, PrefixLost
+from engine.recorder import Recorder
+from engine.request import Completion, Event, Request, Running
+from engine.sampling import Sampling
+from kvstore.block import BlockKey
+from kvstore.store import StoreStats, TieredStore
+
+log = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+
+
+class Engine:
+    """Generates with one model, reusing whatever prefix of a prompt its store has.
+
+    May be used from several threads. Close it (or use it as a context manager): that is when the
+    last blocks are certain to be on disk.
+
+    Args:
+        module: a loaded `transformers` causal language model, on one device.
+        tokenizer: its tokenizer; without one, prompts are token lists and answers have no text.
+        config: settings; the default keeps KV in host memory only.
+        folder: where the module was loaded from; without it the weights are hashed in memory.
+
+    Raises:
+        ModelError: unknown architecture, quantized, on several devices, or not reproduced.
+        StoreError: the store cannot be opened.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tokenizer: Any = None,
+        config: EngineConfig | None = None,
+        *,
+        folder: Path | None = None,
+    ) -> None:
+        refuse_module(module)
+        self.config = config or EngineConfig()
+        self.tokenizer = tokenizer
+        self.model = HFModel(module.eval())
+        check(self.model)
+        self.identity = identity(self.model, folder, digest_cache=_cache_folder() / "weights.json")
+        self.store = TieredStore.open(self.config.store)
+        self._eos = _eos_tokens(module)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path | nn.Module,
+        config: EngineConfig | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> "Engine":
+        """An engine for a model folder, a hub id, or a loaded module.
+
+        Args:
+            dtype: None takes the checkpoint's (on a CPU: float32 where it lacks the instructions).
+            device: "cpu" or "cuda[:N]"; None takes a GPU where there is one.
+        """
+        if isinstance(path_or_id, nn.Module):
+            return cls(path_or_id.to(device=device, dtype=dtype), None, config)
+        folder = locate(path_or_id)
+        module = load_module(folder, dtype=dtype, device=pick_device(device))
+        return cls(module, load_tokenizer(folder), config, folder=folder)
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> list[Completion]:
+        """Answers to prompts (texts or token lists), in their order, decoded as one batch.
+
+        Every prompt is answered as if it were alone: with a seed, each starts from that seed.
+
+        Raises:
+            PromptError: a prompt or a setting is out of range; nothing was generated.
+        """
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        runs = [self._running(p, max_new_tokens, sampling, stop) for p in prompts]
+        for group in self._groups(runs):
+            for _ in self._steps(group):
+                pass
+        return [run.completion() for run in runs]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[Event]:
+        """Token by token; the last event carries the completion. Closing it cancels the request."""
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        run = self._running(prompt, max_new_tokens, sampling, stop)
+        list(self._groups([run]))  # refuse now what does not fit
+        return (event for _, event in self._steps([run]))
+
+    def render(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation ({"role", "content"}), by the tokenizer's chat template."""
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise PromptError("the model has no chat template: pass a plain prompt to generate()")
+        return list(
+            self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens the tokenizer adds."""
+        if self.tokenizer is None:
+            raise PromptError("this engine has no tokenizer: pass token ids")
+        return list(self.tokenizer(text)["input_ids"])
+
+    @torch.inference_mode()
+    def logits(self, tokens: Sequence[int] | Tensor) -> Float[Tensor, "T vocab"]:
+        """Next-token logits after every one of `tokens`, computed without the store."""
+        request = Request(tuple(int(token) for token in tokens), 1)
+        request.check(self.model.shape.vocab, self.model.shape.max_positions)
+        cache = SequenceCache(self.model.shape, len(request.prompt))
+        ids = self._ids(request.prompt)
+        chunks = hidden_states(self.model, cache, ids, chunk=self.config.prefill_chunk)
+        return torch.cat([self.model.logits(x) for x in chunks])
+
+    def stats(self) -> StoreStats:
+        """What every tier of the store holds, and how often it helped."""
+        return self.store.stats()
+
+    def close(self) -> None:
+        """Write what is still to be written, and close the store.
+
+        Raises:
+            StoreError: some blocks could not be written, e.g. because the disk is full.
+        """
+        self.store.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # one request
+
+    def _running(
+        self, prompt: Prompt, max_new_tokens: int, sampling: Sampling, stop: str | Sequence[str]
+    ) -> Running:
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if stops and self.tokenizer is None:
+            raise PromptError("stop strings need a tokenizer")
+        if isinstance(prompt, int):
+            raise PromptError("prompts is a list of prompts: wrap one token list in another list")
+        tokens = self.tokenize(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+        request = Request(tuple(tokens), max_new_tokens, sampling, stops)
+        positions = self.model.shape.max_positions
+        request.check(self.model.shape.vocab, positions)
+        limit = min(max_new_tokens, positions - len(tokens) + 1)  # the last one is not fed back
+        return Running(request, eos=self._eos, limit=limit, tokenizer=self.tokenizer)
+
+    def _groups(self, runs: Iterable[Running]) -> Iterator[list[Running]]:
+        """Runs whose caches fit `cache_bytes` together, in order."""
+        group: list[Running] = []
+        for run in runs:
+            needed = run.capacity * self.model.shape.kv_bytes_per_token
+            if needed > self.config.cache_bytes:
+                raise PromptError(
+                    f"a request of up to {run.capacity} tokens needs {needed} bytes of KV, "
+                    f"cache_bytes is {self.config.cache_bytes}: raise it, or ask for less"
+                )
+            taken = sum(r.capacity for r in group) * self.model.shape.kv_bytes_per_token
+            if group and taken + needed > self.config.cache_bytes:
+                yield group
+                group = []
+            group.append(run)
+        if group:
+            yield group
+
+    def _steps(self, runs: Sequence[Running]) -> Iterator[tuple[Running, Event]]:
+        """Prefill each run, then decode all that are not finished, one token a step."""
+        try:
+            for run in runs:
+                yield run, run.step(self._prefill(run))
+            while live := [run for run in runs if run.finish_reason is None]:
+                caches = [run.cache for run in live if run.cache is not None]
+                logits = decode(self.model, caches, self._ids([run.tokens[-1] for run in live]))
+                for run, row in zip(live, logits, strict=True):
+                    self._save(run)
+                    yield run, run.step(row)
+        finally:
+            for run in runs:
+                run.cache = None
+
+    def _prefill(self, run: Running) -> Float[Tensor, " vocab"]:
+        """Logits after the prompt; its prefix comes from the store as far as that has it."""
+        size, prompt = self.config.block_tokens, run.request.prompt
+        usable = self._keys(prompt)[: (len(prompt) - 1) // size]  # one token is always computed
+        for _ in range(3):
+            hits = self.store.lookup(usable) if usable else 0
+            try:
+                return self._read(run, usable[:hits])
+            except PrefixLost as lost:  # counted by the store, which will not offer it again
+                log.warning("computing the prompt again: %s", lost)
+        return self._read(run, [])
+
+    def _read(self, run: Running, stored: Sequence[BlockKey]) -> Float[Tensor, " vocab"]:
+        """Prefill behind the `stored` blocks."""
+        size, prefix = self.config.block_tokens, None
+        start = len(stored) * size
+        recorder = Recorder(self.model.shape, size=size, start=start) if self.store.tiers else None
+        run.cache = SequenceCache(self.model.shape, run.capacity, recorder)
+        run.stats.cached_tokens = start
+        with self.store.pin(stored):
+            try:
+                if stored:
+                    prefix = Prefix(self.model, run.cache, self.store, stored)
+                return prefill(
+                    self.model,
+                    run.cache,
+                    self._ids(run.request.prompt[start:]),
+                    chunk=self.config.prefill_chunk,
+                    prefix=prefix,
+                    after_chunk=lambda: self._save(run),
+                )
+            finally:
+                if prefix is not None:
+                    prefix.cancel()
+
+    def _save(self, run: Running) -> None:
+        """Give the store the blocks that became complete."""
+        assert run.cache is not None
+        if run.cache.recorder is None:
+            return
+        if blocks := run.cache.recorder.take(run.cache.length):
+            keys = self._keys(run.all_tokens[: run.cache.length])
+            self.store.put([(keys[number], block) for number, block in blocks])
+
+    def _keys(self, tokens: Sequence[int]) -> list[BlockKey]:
+        return BlockKey.chain(
+            tokens,
+            identity=self.identity,
+            tenant=self.config.tenant.encode(),
+            size=self.config.block_tokens,
+        )
+
+    def _ids(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor(tokens, device=self.model.shape.device)
+
+
+def _eos_tokens(module: Any) -> frozenset[int]:
+    """The tokens that end a text, as `generate()` of transformers understands them."""
+    found = module.generation_config.eos_token_id if module.can_generate() else None
+    if found is None:
+        return frozenset()
+    return frozenset([found] if isinstance(found, int) else found)
+
+
+def _cache_folder() -> Path:
+    """Where files live that only save time: `$XDG_CACHE_HOME/headrace`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"

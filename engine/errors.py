@@ -1,0 +1,26 @@
+"""What can go wrong for a user of the engine.
+
+    EngineError
+    ├── ModelError     the model cannot be served: unknown, incomplete, quantized, not reproduced
+    ├── PromptError    the request cannot be: empty, too long, token ids out of range
+    └── ConfigError    a setting is unknown or out of range
+
+Each message says what was needed, what came, and what to change. The store has its own
+tree in `kvstore.errors`.
+"""
+
+
+class EngineError(Exception):
+    """Base of the engine's errors: the message is for the user, no traceback needed."""
+
+
+class ModelError(EngineError):
+    """The model cannot be loaded or is not reproduced by its pieces."""
+
+
+class PromptError(EngineError, ValueError):
+    """The request cannot be served."""
+
+
+class ConfigError(EngineError, ValueError):
+    """A setting is unknown, of the wrong type, or out of range."""

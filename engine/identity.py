@@ -1,0 +1,44 @@
+"""What a model's KV depends on, for the store."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from engine.hf import HFModel
+from engine.loader import weight_files
+from kvstore.identity import ModelIdentity, state_digest, weights_digest
+
+SEMANTICS = 1  # raise when the same weights come to mean other KV
+IGNORED = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
+
+
+def identity(model: HFModel, folder: Path | None, *, digest_cache: Path | None) -> ModelIdentity:
+    """Identity of a model loaded from `folder`, or of the module itself where there is none."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in IGNORED}
+    frequencies = [
+        (hashlib.sha256(rope.inv_freq.cpu().numpy().tobytes()).hexdigest(), rope.scaling)
+        for rope in (layer.rope for layer in model.layers)
+    ]
+    return ModelIdentity(
+        weights=_weights(model.module, folder, digest_cache),
+        adapters=(),
+        rope=_canonical({"layers": frequencies}),
+        dtype=str(model.shape.dtype).removeprefix("torch."),
+        num_layers=model.shape.num_layers,
+        num_kv_heads=model.shape.num_kv_heads,
+        head_dim=model.shape.head_dim,
+        attention=_canonical({"config": config, "semantics": SEMANTICS}),
+    )
+
+
+def _weights(module: nn.Module, folder: Path | None, digest_cache: Path | None) -> bytes:
+    if folder is None:
+        return state_digest(module.state_dict().items())
+    return weights_digest(weight_files(folder), cache=digest_cache)
+
+
+def _canonical(value: dict[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, default=str)

@@ -1,0 +1,156 @@
+"""From a path or a hub id to a loaded `transformers` model, or one clear line."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine.errors import ModelError
+from engine.hf import FAMILIES
+
+log = logging.getLogger(__name__)
+
+FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
+
+
+def locate(path_or_id: str | Path) -> Path:
+    """The folder of a model: a path, a model that comes with the project, or a hub id."""
+    here = Path(__file__).parent
+    for folder in (
+        Path(path_or_id),
+        here / "models" / path_or_id,
+        here.parent / "models" / path_or_id,
+    ):
+        if folder.is_dir():
+            return folder
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"model not found: {path_or_id} is neither a folder nor a model that the hub gives: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, all shards. ModelError if one is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
+    else:
+        files = sorted(folder.glob("*.safetensors")) or [folder / "model.safetensors"]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise ModelError(
+            f"weights missing: {folder} has no {', '.join(missing)} (pickled .bin weights are not "
+            "read: convert them to safetensors)"
+        )
+    return files
+
+
+def load_module(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+    """The model in `folder`, on `device`, in `dtype` (None: the checkpoint's, see `_dtype`)."""
+    config = _json(folder / "config.json")
+    _refuse_config(config)
+    weight_files(folder)
+    try:
+        module, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=_dtype(dtype, config, device),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"cannot load {folder}: {str(error).strip().splitlines()[0]}") from error
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ModelError(
+            f"weights missing: {folder} lacks {len(info['missing_keys'])} tensors ({some}...): "
+            "download the checkpoint again"
+        )
+    return module.to(device).eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`; None where there is none."""
+    if not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load the tokenizer of {folder}: {error}") from error
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """One device: what is asked for, else a GPU where there is one, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(
+            f"device {device!r}: one device is needed, cpu or cuda[:N]; several GPUs are not "
+            "supported"
+        ) from error
+    if picked.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {device!r}: cpu or cuda is needed")
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {device!r}: torch finds no GPU here; use device='cpu'")
+    return picked
+
+
+def refuse_module(module: nn.Module) -> None:
+    """ModelError for a loaded model that is quantized or spread over several devices."""
+    _refuse_config(module.config.to_dict())
+    devices = {str(weight.device) for weight in module.parameters()}
+    if len(devices) > 1:
+        raise ModelError(
+            f"the model lies on {', '.join(sorted(devices))}: several devices are not supported; "
+            "load it on one"
+        )
+
+
+def _refuse_config(config: dict[str, Any]) -> None:
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise ModelError(f"unknown architecture {kind!r}: known are {', '.join(sorted(FAMILIES))}")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown method")
+        raise ModelError(
+            f"quantized checkpoints ({method}) are not supported: use the unquantized weights"
+        )
+
+
+def _dtype(asked: torch.dtype | None, config: dict[str, Any], device: torch.device) -> torch.dtype:
+    """`asked`, else the checkpoint's; but what a CPU has no instructions for becomes fp32.
+
+    Matrix products in fp16, or in bf16 without AVX512-BF16 or AMX, run at 1 GFLOP/s where fp32
+    reaches 50 a core (two machines, torch 2.13), so such a checkpoint is widened, and it is said.
+    """
+    if asked is not None:
+        return asked
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    found = getattr(torch, str(name), torch.float32)
+    if device.type != "cpu" or found == torch.float32:
+        return found
+    if found == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return found
+    log.warning("%s weights are computed in float32 on this CPU; pass dtype to choose", name)
+    return torch.float32
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path.parent} is no model folder: it has no {path.name}") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,78 @@
+"""The model as a bag of pieces. It has no forward(): the loops in this package own the order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from engine.rope import Rope
+
+
+class QKV(NamedTuple):
+    """Projections of N tokens in one layer, all unrotated."""
+
+    q: Float[Tensor, "Hq N D"]
+    k: Float[Tensor, "Hk N D"]
+    v: Float[Tensor, "Hk N D"]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """How a layer attends.
+
+    Args:
+        scale: factor on q·k.
+        softcap: scores become softcap · tanh(score / softcap) (Gemma 2); None for none.
+        window: a token sees itself and the window - 1 before it; None sees everything.
+    """
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes every cache and block of a model depends on."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of K and V of one token in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+@runtime_checkable
+class Layer(Protocol):
+    """One decoder layer; every operation is per token, so N tokens may be of N requests."""
+
+    attention: AttentionSpec
+    rope: Rope
+
+    def qkv(self, x: Float[Tensor, "N E"]) -> QKV: ...
+    def finish(
+        self, x: Float[Tensor, "N E"], heads: Float[Tensor, "Hq N D"]
+    ) -> Float[Tensor, "N E"]: ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What the loops need of a model."""
+
+    shape: Shape
+
+    @property
+    def layers(self) -> Sequence[Layer]: ...
+    def embed(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N E"]: ...
+    def logits(self, x: Float[Tensor, "N E"]) -> Float[Tensor, "N vocab"]: ...

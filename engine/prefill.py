@@ -1,0 +1,67 @@
+"""Loop one: read a prompt, fill a cache."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from engine.attention import attend_chunk
+from engine.cache import SequenceCache
+from engine.model import Model
+from engine.prefix import Prefix
+from engine.rope import Tables
+
+
+@torch.inference_mode()
+def prefill(
+    model: Model,
+    cache: SequenceCache,
+    tokens: Int[Tensor, " T"],
+    *,
+    chunk: int = 512,
+    prefix: Prefix | None = None,
+    after_chunk: Callable[[], None] = lambda: None,
+) -> Float[Tensor, " vocab"]:
+    """Append `tokens`, at least one, to `cache`; returns the logits after the last of them."""
+    last = torch.empty(0)
+    for x in hidden_states(model, cache, tokens, chunk=chunk, prefix=prefix):
+        last = x[-1:]
+        after_chunk()
+    return model.logits(last)[0]
+
+
+@torch.inference_mode()
+def hidden_states(
+    model: Model,
+    cache: SequenceCache,
+    tokens: Int[Tensor, " T"],
+    *,
+    chunk: int,
+    prefix: Prefix | None = None,
+) -> Iterator[Float[Tensor, "N E"]]:
+    """The last layer's output for `tokens`, a chunk at a time, appending them to `cache`.
+
+    `prefix` puts the KV of the tokens before `cache.length` there, a layer at a time, just
+    before the first chunk needs it.
+    """
+    for part in tokens.split(chunk):
+        yield _chunk(model, cache, part, prefix)
+
+
+def _chunk(
+    model: Model, cache: SequenceCache, tokens: Int[Tensor, " N"], prefix: Prefix | None
+) -> Float[Tensor, "N E"]:
+    x = model.embed(tokens)
+    positions = torch.arange(cache.length, cache.length + len(tokens), device=x.device)
+    tables = Tables(positions)
+    for i, layer in enumerate(model.layers):
+        if prefix is not None:
+            prefix.wait(i)
+        q, k, v = layer.qkv(x)
+        table = tables[layer.rope]
+        seen = cache.append(i, k, layer.rope.rotate(k, table), v)
+        heads = attend_chunk(layer.rope.rotate(q, table), seen.k, seen.v, layer.attention)
+        x = layer.finish(x, heads)
+    cache.advance(len(tokens))
+    return x

@@ -1,0 +1,52 @@
+"""Cuts the unrotated KV of new tokens into blocks for the store."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from engine.model import Shape
+from kvstore.block import KVBlock
+
+
+class Recorder:
+    """Collects KV layer by layer, token by token, and hands over blocks as they fill.
+
+    Blocks are filled on the model's device and leave it whole: one copy a block, none a layer.
+
+    Args:
+        size: tokens per block.
+        start: first token recorded, a multiple of `size`: what lies before is stored already.
+    """
+
+    def __init__(self, shape: Shape, *, size: int, start: int) -> None:
+        if start % size:
+            raise ValueError(f"recording starts at a block border, a multiple of {size}: {start}")
+        self.size = size
+        self._shape = shape
+        self._open: dict[int, Tensor] = {}  # block number -> [L 2 Hk P D]
+        self._next = start // size
+
+    def write(
+        self, layer: int, start: int, k: Float[Tensor, "Hk N D"], v: Float[Tensor, "Hk N D"]
+    ) -> None:
+        """Record unrotated keys and values of tokens [start, start + N) of one layer."""
+        stop = start + k.shape[1]
+        for number in range(start // self.size, -(-stop // self.size)):
+            base = number * self.size
+            lo, hi = max(start, base), min(stop, base + self.size)
+            block = self._block(number)[layer]
+            block[0, :, lo - base : hi - base] = k[:, lo - start : hi - start]
+            block[1, :, lo - base : hi - base] = v[:, lo - start : hi - start]
+
+    def take(self, length: int) -> list[tuple[int, KVBlock]]:
+        """Blocks complete once `length` tokens are, with their numbers; each is given once."""
+        done = range(self._next, length // self.size)
+        self._next = max(self._next, done.stop)
+        return [(number, KVBlock(self._open.pop(number).cpu())) for number in done]
+
+    def _block(self, number: int) -> Float[Tensor, "L 2 Hk P D"]:
+        if number not in self._open:
+            s = self._shape
+            size = (s.num_layers, 2, s.num_kv_heads, self.size, s.head_dim)
+            self._open[number] = torch.empty(size, dtype=s.dtype, device=s.device)
+        return self._open[number]

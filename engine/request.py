@@ -1,0 +1,136 @@
+"""One request from prompt to last token."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from engine.cache import SequenceCache
+from engine.errors import PromptError
+from engine.sampling import Sampling, sample
+from engine.text import TextStream
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(slots=True)
+class RequestStats:
+    """What a request cost. Times are in seconds from its submission."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, taken from the store
+    ttft_s: float = 0.0  # until the first token
+    total_s: float = 0.0
+    new_tokens: int = 0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Tokens after the first, by the time they took; 0 where there was one only."""
+        spent = self.total_s - self.ttft_s
+        return (self.new_tokens - 1) / spent if self.new_tokens > 1 and spent > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to one prompt.
+
+    Args:
+        tokens: generated ids, the end-of-text token included where there was one.
+        text: without special tokens, ending before a stop string; None without a tokenizer.
+        finish_reason: "stop" (end of text, or a stop string) or "length" (`max_new_tokens`, or
+            the model's last position).
+    """
+
+    tokens: list[int]
+    text: str | None
+    finish_reason: FinishReason
+    stats: RequestStats
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One step of a stream: a token, the text it made certain, and on the last one the end."""
+
+    token: int
+    text: str
+    completion: Completion | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked: token ids, how to choose the next, and when to end."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+
+    def check(self, vocab: int, max_positions: int) -> None:
+        """PromptError unless a model of this vocabulary and length can take it."""
+        if not self.prompt:
+            raise PromptError("the prompt is empty: at least one token is needed")
+        if self.max_new_tokens < 1:
+            raise PromptError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if any(not 0 <= token < vocab for token in self.prompt):
+            bad = next(token for token in self.prompt if not 0 <= token < vocab)
+            raise PromptError(f"token id {bad} is out of range: the model knows 0 to {vocab - 1}")
+        if len(self.prompt) > max_positions:
+            raise PromptError(
+                f"the prompt has {len(self.prompt)} tokens, the model {max_positions} positions: "
+                "shorten the prompt or use a model with a longer context"
+            )
+        if any(not stop for stop in self.stop):
+            raise PromptError("a stop string is empty")
+
+
+class Running:
+    """State of a request between two steps."""
+
+    def __init__(
+        self, request: Request, *, eos: frozenset[int], limit: int, tokenizer: Any
+    ) -> None:
+        self.request = request
+        self.tokens: list[int] = []
+        self.cache: SequenceCache | None = None  # while it runs
+        self.stats = RequestStats(prompt_tokens=len(request.prompt))
+        self.finish_reason: FinishReason | None = None
+        self._eos, self._limit = eos, limit
+        self._text = None if tokenizer is None else TextStream(tokenizer, request.stop)
+        self._pieces: list[str] = []
+        self._generator = request.sampling.generator()
+        self._started = time.perf_counter()
+
+    @property
+    def capacity(self) -> int:
+        """Tokens whose KV the request may need: the last one's is never asked for."""
+        return len(self.request.prompt) + self._limit - 1
+
+    @property
+    def all_tokens(self) -> Sequence[int]:
+        """Prompt and answer so far."""
+        return [*self.request.prompt, *self.tokens]
+
+    def step(self, logits: Any) -> Event:
+        """Choose a token from `logits` [vocab] and take note of it."""
+        token = sample(logits, self.request.sampling, self._generator)
+        self.tokens.append(token)
+        self.stats.new_tokens = len(self.tokens)
+        self.stats.total_s = time.perf_counter() - self._started
+        if len(self.tokens) == 1:
+            self.stats.ttft_s = self.stats.total_s
+        text = "" if self._text is None else self._text.push(token)
+        self.finish_reason = self._ending(token)
+        if self.finish_reason and self._text is not None:
+            text += self._text.finish()
+        self._pieces.append(text)
+        return Event(token, text, self.completion() if self.finish_reason else None)
+
+    def completion(self) -> Completion:
+        """The answer as it stands; complete once `finish_reason` is set."""
+        text = None if self._text is None else "".join(self._pieces)
+        return Completion(self.tokens, text, self.finish_reason or "length", self.stats)
+
+    def _ending(self, token: int) -> FinishReason | None:
+        if token in self._eos or (self._text is not None and self._text.stopped):
+            return "stop"
+        return "length" if len(self.tokens) >= self._limit else None

@@ -1,0 +1,64 @@
+"""From logits to a token."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from engine.errors import PromptError
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature: 0 takes the most probable token; higher is more random.
+        top_k: only the k most probable tokens; 0 for all.
+        top_p: only the most probable tokens that together reach this probability.
+        seed: makes the draw repeatable; None draws anew every time.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise PromptError(f"temperature must be a number from 0 up, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise PromptError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise PromptError(f"top_k must be 0 (all) or more, got {self.top_k}")
+
+    def generator(self) -> torch.Generator:
+        """A fresh source of randomness for one request."""
+        generator = torch.Generator()
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+
+def sample(logits: Float[Tensor, " vocab"], sampling: Sampling, generator: torch.Generator) -> int:
+    """One token id. The draw is made on the CPU, so a seed gives the same token everywhere."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    scores = logits.float().cpu() / sampling.temperature
+    if 0 < sampling.top_k < len(scores):
+        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], -torch.inf)
+    return int(
+        torch.multinomial(_nucleus(scores.softmax(-1), sampling.top_p), 1, generator=generator)
+    )
+
+
+def _nucleus(probs: Float[Tensor, " vocab"], top_p: float) -> Float[Tensor, " vocab"]:
+    """`probs` without the tail beyond `top_p`; the most probable token always stays."""
+    if top_p == 1:
+        return probs
+    ordered, order = probs.sort(descending=True)
+    beyond = ordered.cumsum(0) - ordered >= top_p
+    return probs.index_fill(0, order[beyond], 0.0)

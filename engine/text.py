@@ -1,0 +1,63 @@
+"""Text as it becomes certain: tokens in, whole characters out, up to a stop string."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class TextStream:
+    """Decodes a growing token list into text that will not be taken back.
+
+    Held back: bytes of an unfinished character, and the start of what may become a stop string.
+
+    Args:
+        tokenizer: a `transformers` tokenizer.
+        stop: strings that end the text; what is returned ends before the first of them.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._tokenizer, self._stop = tokenizer, stop
+        self._tokens: list[int] = []
+        # [context, done) was decoded before and gives the next tokens their left neighbours
+        self._context = self._done = 0
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """Text that `token` makes certain; empty once stopped."""
+        self._tokens.append(token)
+        before = self._decode(self._context, self._done)
+        after = self._decode(self._context, len(self._tokens))
+        if after.endswith("\ufffd"):  # in the middle of a character
+            return ""
+        self._context, self._done = self._done, len(self._tokens)
+        return self._release(after[len(before) :])
+
+    def finish(self) -> str:
+        """Everything still held back: no more tokens come."""
+        if self.stopped:
+            return ""
+        before = self._decode(self._context, self._done)
+        rest = self._release(self._decode(self._context, len(self._tokens))[len(before) :])
+        held, self._held = self._held, ""
+        return rest + ("" if self.stopped else held)
+
+    def _decode(self, start: int, stop: int) -> str:
+        return str(self._tokenizer.decode(self._tokens[start:stop], skip_special_tokens=True))
+
+    def _release(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + text
+        ends = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if ends:
+            self.stopped, self._held = True, ""
+            return text[: min(ends)]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a start of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
