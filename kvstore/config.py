@@ -1,0 +1,31 @@
+"""What a user may set about the store."""
+
+import msgspec
+
+GIB = 1 << 30
+
+
+class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Budgets of the tiers, and where the disk tier lives.
+
+    Args:
+        host_bytes: memory for blocks; 0 for no host tier.
+        disk_path: folder of the disk tier; None for no disk tier. Not on a network file system.
+        disk_bytes: live bytes on disk. The file may be some batches larger (see DiskTier).
+    Raises:
+        ValueError: if a budget is negative or no tier is left.
+    """
+
+    host_bytes: int = GIB
+    disk_path: str | None = None
+    disk_bytes: int = 16 * GIB
+
+    def __post_init__(self) -> None:
+        if self.host_bytes < 0:
+            raise ValueError(f"host_bytes must be 0 (no host tier) or more, got {self.host_bytes}")
+        if self.disk_bytes <= 0:
+            raise ValueError(f"disk_bytes must be positive, got {self.disk_bytes}")
+        if self.disk_path is not None and not self.disk_path:
+            raise ValueError("disk_path must name a folder, got ''; leave it out for no disk tier")
+        if self.host_bytes == 0 and self.disk_path is None:
+            raise ValueError("the store has no tier: set disk_path, or host_bytes above 0")

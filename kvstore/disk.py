@@ -1,0 +1,196 @@
+"""Blocks in LMDB."""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import lmdb
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvstore import entry as entries
+from kvstore import record
+from kvstore.block import BlockKey, KVBlock, LayerKV
+from kvstore.entry import Entry
+from kvstore.environment import explained, mend_length, open_environment
+from kvstore.errors import CorruptRecord, StoreError
+from kvstore.layout import covering
+from kvstore.ledger import Ledger, entry_cost
+from kvstore.tier import Item, Resident
+
+_log = logging.getLogger(__name__)
+
+
+class DiskTier:
+    """Blocks in an LMDB folder, which several processes may share.
+
+    A block, all its records and its entry, is written in one transaction, so it is there whole or
+    not at all. The budget counts live pages; freed ones are used again two commits later, so
+    the file grows to the budget and about three batches more.
+
+    Reads copy out of LMDB's map, inside a short transaction (which keeps the pages from being
+    reused), and verify the copy. Measured on a 2-core VM with 2 MiB values, against `preadv` of
+    the same extents: hot 9.4-11 GB/s with one thread and 17 with two (preadv 7.6-8.5 and
+    11-14); cold 2.0 with one and 3.0 with two (1.9 and 2.7). py-lmdb touches all pages of a value
+    in order, without the GIL, so the kernel's readahead is as good as that of a file.
+    """
+
+    name = "disk"
+    setting = "disk_bytes"
+    durable = True
+
+    def __init__(self, path: Path, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.corrupt = 0
+        self._env = open_environment(path, capacity_bytes)
+        self.ledger = Ledger(self._env)
+        self._bad: dict[bytes, str] = {}  # quarantine: digest -> reason
+        self._stamps: dict[bytes, None] = {}  # uses not yet written, least recent first
+        self._writer = threading.Lock()
+
+    @property
+    def quarantined(self) -> int:
+        return len(self._bad)
+
+    @property
+    def used_bytes(self) -> int:
+        with self.reading() as txn:
+            return self.ledger.used(txn)
+
+    def cost(self, block: KVBlock) -> int:
+        return entry_cost(block.data)
+
+    def put(self, blocks: Sequence[Item], victims: Iterable[bytes] = ()) -> list[bytes]:
+        """As Tier.put. Raises MissingParent for a block that no lookup could reach."""
+        self.held([key for key, _ in blocks])  # quarantines damaged entries, so they are replaced
+        with self.changing() as txn:
+            fresh = {k.digest: (k, b) for k, b in blocks if self.ledger.get(txn, k.digest) is None}
+            need = sum(self.cost(block) for _, block in fresh.values())
+            gone = self.ledger.make_room(txn, need, victims, self)
+            for key, block in fresh.values():
+                self.ledger.add(txn, key, block)
+        return gone
+
+    def get(self, key: BlockKey) -> KVBlock | None:
+        data = self._load(key, lambda entry: range(entry.shape[0]))
+        return None if data is None else KVBlock(data)
+
+    def read(self, key: BlockKey, layers: range) -> Float[Tensor, "n 2 Hk P D"] | None:
+        return self._load(key, lambda _: layers)
+
+    def layer(self, key: BlockKey, i: int) -> LayerKV | None:
+        data = self.read(key, range(i, i + 1))
+        return None if data is None else LayerKV(data[0, 0], data[0, 1])
+
+    def delete(self, keys: Sequence[BlockKey | bytes]) -> None:
+        with self.changing() as txn:
+            self.ledger.remove_trees(txn, [k if isinstance(k, bytes) else k.digest for k in keys])
+
+    def held(self, keys: Sequence[BlockKey]) -> list[bool]:
+        with self.reading() as txn:
+            return [self._find(txn, key) is not None for key in keys]
+
+    def touched(self, digests: Sequence[bytes]) -> None:
+        """Remembered here, written with the next change or on closing."""
+        for digest in digests:
+            self._stamps.pop(digest, None)
+            self._stamps[digest] = None
+
+    def residents(self) -> Iterator[Resident]:
+        with self.reading() as txn:
+            found = list(self.ledger.entries(txn))
+        recent = {digest: i for i, digest in enumerate(list(self._stamps), 1)}
+        found.sort(key=lambda e: (recent.get(e.key.digest, 0), e.stamp, -e.key.depth))
+        return (Resident(e.key.digest, e.key.parent, e.nbytes) for e in found)
+
+    def clear(self) -> None:
+        with self.changing() as txn:
+            self.ledger.clear(txn)
+
+    def close(self) -> None:
+        if self._stamps or self._bad:
+            with self.changing():
+                pass
+        self._env.lmdb.close()
+
+    def __contains__(self, key: BlockKey) -> bool:
+        return self.held([key])[0]
+
+    def _load(self, key: BlockKey, which: Callable[[Entry], range]) -> Tensor | None:
+        """The layers that `which` picks, copied and verified; None with any doubt."""
+        with self.reading() as txn:
+            entry = self._find(txn, key)
+            if entry is None:
+                return None
+            layers = which(entry)
+            if not 0 <= layers.start < layers.stop <= entry.shape[0] or layers.step != 1:
+                raise ValueError(f"need a run of the {entry.shape[0]} layers, got {layers}")
+            try:
+                return self._copy(txn, entry, layers)
+            except CorruptRecord as error:
+                self.quarantine(key.digest, str(error))
+                return None
+
+    def _copy(self, txn: lmdb.Transaction, entry: Entry, layers: range) -> Tensor:
+        out = torch.empty(len(layers), *entry.shape[1:], dtype=entry.dtype)
+        for number, group in covering(entry.groups, layers):
+            lo, hi = max(group.start, layers.start), min(group.stop, layers.stop)
+            whole = hi - lo == len(group)
+            part = out[lo - layers.start : hi - layers.start]
+            into = part if whole else torch.empty(len(group), *entry.shape[1:], dtype=entry.dtype)
+            value = self.ledger.record(txn, entry.key.digest, number)
+            record.decode_into(into, value, entry.key, group, entry.shape[0])
+            if not whole:
+                part.copy_(into[lo - group.start : hi - group.start])
+        return out
+
+    def _find(self, txn: lmdb.Transaction, key: BlockKey) -> Entry | None:
+        if key.digest in self._bad:
+            return None
+        try:
+            entry = self.ledger.get(txn, key.digest)
+            if entry is not None:
+                entries.check_is_for(entry, key)
+            return entry
+        except CorruptRecord as error:
+            self.quarantine(key.digest, str(error))
+            return None
+
+    def quarantine(self, digest: bytes, reason: str) -> None:
+        """Serve the block no more; the next change of the tier deletes it."""
+        if digest not in self._bad:
+            self._bad[digest] = reason
+            self.corrupt += 1
+            _log.warning("block %s on disk is corrupt, now a miss: %s", digest.hex(), reason)
+
+    @contextmanager
+    def reading(self) -> Iterator[lmdb.Transaction]:
+        """A short read transaction: pages freed while it lasts cannot be used again."""
+        self._check_process()
+        with explained(self._env.path):
+            mend_length(self._env.lmdb, self._env.path)
+            with self._env.lmdb.begin(buffers=True) as txn:
+                yield txn
+
+    @contextmanager
+    def changing(self) -> Iterator[lmdb.Transaction]:
+        """A write transaction that first does what reads left to do, all of it or nothing."""
+        self._check_process()
+        with self._writer, explained(self._env.path):
+            bad, stamps = list(self._bad), list(self._stamps)
+            with self._env.lmdb.begin(write=True, buffers=True) as txn:
+                self.ledger.remove_trees(txn, bad)
+                self.ledger.stamp(txn, stamps)
+                yield txn
+            for digest in bad:
+                self._bad.pop(digest, None)
+            for digest in stamps:
+                self._stamps.pop(digest, None)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._env.pid:
+            raise StoreError("the disk tier was opened before a fork: open it in the child")

@@ -1,0 +1,141 @@
+"""Opening an LMDB folder: whose it is, which format, and errors that say what to do."""
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lmdb
+
+from kvstore.errors import DeviceFull, StoreError, StoreFormatError
+
+if TYPE_CHECKING:
+    from lmdb import _Database
+
+FORMAT = b"headrace store 1"
+MIN_MAP_BYTES = 1 << 40  # address space, not memory or disk
+_SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """An open LMDB environment and its three tables."""
+
+    path: Path
+    lmdb: lmdb.Environment
+    data: "_Database"  # digest and group number (u16, big-endian) -> record
+    entries: "_Database"  # digest -> Entry
+    info: "_Database"  # names -> numbers of the whole store
+    pid: int
+
+
+def open_environment(path: Path, budget_bytes: int) -> Environment:
+    """Open or create the store in the folder `path`.
+
+    Every commit is flushed, data pages first and then the meta page (sync and metasync): what has
+    been acknowledged survives a power cut. Without metasync a 64 MiB batch commits one flush
+    earlier, and the last batch may be lost although it was acknowledged.
+
+    Raises:
+        StoreFormatError: if there is something else, or another version.
+        StoreError: if the folder cannot be used: a file, no permission, open in this process.
+    """
+    with explained(path):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        env = lmdb.open(
+            str(path), map_size=max(4 * budget_bytes, MIN_MAP_BYTES), mode=0o600, max_dbs=3,
+            max_readers=1024, max_spare_txns=16,
+        )  # fmt: skip
+        try:
+            return _prepare(path, env)
+        except BaseException:
+            env.close()
+            raise
+
+
+def _prepare(path: Path, env: lmdb.Environment) -> Environment:
+    env.reader_check()  # frees the slots of readers that died
+    mend_length(env, path)
+    with env.begin() as txn:
+        empty = txn.stat()["entries"] == 0
+    if empty:
+        _create(env)
+    _check_format(path, env)
+    data, books, info = (env.open_db(t, create=False) for t in (b"data", b"entries", b"info"))
+    return Environment(path, env, data, books, info, os.getpid())
+
+
+def _create(env: lmdb.Environment) -> None:
+    """All tables in one transaction, so that a crash leaves a whole store or none."""
+    with env.begin(write=True) as txn:
+        for name in (b"data", b"entries"):
+            env.open_db(name, txn)
+        txn.put(b"format", FORMAT, db=env.open_db(b"info", txn), overwrite=False)
+
+
+def _check_format(path: Path, env: lmdb.Environment) -> None:
+    try:
+        info = env.open_db(b"info", create=False)
+        with env.begin() as txn:
+            found = txn.get(b"format", db=info)
+    except (lmdb.NotFoundError, lmdb.IncompatibleError):
+        found = None
+    if found != FORMAT:
+        raise StoreFormatError(
+            f"{path} holds {'no Headrace store' if found is None else repr(found)}, and this "
+            f"version reads {FORMAT!r}: choose another disk_path, or delete the folder (blocks "
+            "are a cache and will be computed again)"
+        )
+
+
+def mend_length(env: lmdb.Environment, path: Path) -> None:
+    """Make the data file as long as its meta page says.
+
+    Touching the map behind the end of a file that was cut short would kill the process (SIGBUS).
+    Behind zeros, records fail their checksums and are misses. LMDB itself leaves a file a little
+    short if the last pages were freed before they were ever written: hence no error.
+    """
+    file = path / "data.mdb"
+    if file.stat().st_size >= (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
+        return
+    with env.begin(write=True):  # excludes writers, who lengthen the file themselves
+        short = file.stat().st_size
+        end = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+        if short < end:
+            _log.info("%s is %d bytes short of its last page; filling up", file, end - short)
+            with file.open("r+b") as handle:
+                handle.truncate(end)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn the errors of LMDB and the system into the store's, with what to do about them."""
+    try:
+        yield
+    except lmdb.MapFullError as error:
+        raise DeviceFull(f"LMDB map of {path} is full ({error}); lower disk_bytes") from error
+    except lmdb.LockError as error:
+        raise StoreError(f"cannot lock {path} ({error}); use a local file system") from error
+    except (lmdb.Error, OSError) as error:
+        raise _explain(path, error) from error
+
+
+def _explain(path: Path, error: lmdb.Error | OSError) -> StoreError:
+    code = error.errno if isinstance(error, OSError) else error.code
+    if code in _SPACE_ERRORS:
+        return DeviceFull(
+            f"no space left for {path} ({error}); free some, or lower disk_bytes. What was stored "
+            "before is intact"
+        )
+    if code in (errno.EEXIST, errno.ENOTDIR):
+        return StoreError(f"disk_path must be a folder, but {path} is or lies in a file")
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return StoreError(f"no permission to read and write {path} ({error}); change disk_path")
+    if "already open" in str(error):
+        return StoreError(f"{path} is open in this process: share that TieredStore, or close it")
+    return StoreError(f"cannot use the store in {path}: {error}")

@@ -1,0 +1,33 @@
+"""How a block is cut into stored values: runs of layers of about 2 MiB."""
+
+from collections.abc import Sequence
+
+TARGET_BYTES = 2 << 20
+
+
+def group_size(num_layers: int, layer_bytes: int) -> int:
+    """Layers per stored value.
+
+    2 MiB is large enough for full disk speed (64 KiB values waste 6 % of an LMDB file, 1 MiB
+    values 0.4 %) and small enough that a checksum follows its copy within the CPU's caches.
+    """
+    return max(1, min(num_layers, round(TARGET_BYTES / layer_bytes)))
+
+
+def layer_groups(num_layers: int, layer_bytes: int) -> list[range]:
+    """The runs of layers that are stored, and best read, together.
+
+    Args:
+        layer_bytes: of K and V of one block in one layer.
+    """
+    return runs(num_layers, group_size(num_layers, layer_bytes))
+
+
+def runs(num_layers: int, size: int) -> list[range]:
+    return [range(lo, min(lo + size, num_layers)) for lo in range(0, num_layers, size)]
+
+
+def covering(groups: Sequence[range], layers: range) -> list[tuple[int, range]]:
+    """The groups that hold some of `layers`, each with its number."""
+    overlaps = [max(g.start, layers.start) < min(g.stop, layers.stop) for g in groups]
+    return [(i, g) for i, g in enumerate(groups) if overlaps[i]]

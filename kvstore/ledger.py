@@ -1,0 +1,196 @@
+"""The books of the disk tier: which blocks are there, who rests on whom, what they cost.
+
+Everything here happens inside a transaction of the caller, so books and records change together.
+"""
+
+import struct
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import lmdb
+from torch import Tensor
+
+from kvstore import entry as entries
+from kvstore import record
+from kvstore.block import BlockKey, KVBlock
+from kvstore.codec import DTYPE_CODES, RAW
+from kvstore.entry import Entry
+from kvstore.environment import Environment
+from kvstore.errors import CorruptRecord, MissingParent
+from kvstore.layout import group_size, layer_groups
+from kvstore.tier import Tier, full
+
+PAGE_BYTES = 4096
+PAGE_HEADER_BYTES = 16
+_USED = struct.Struct("<QQ")  # bytes, and their complement as a check
+
+
+def entry_cost(data: Tensor) -> int:
+    """What a block takes of the budget: whole pages, and its share of the tables."""
+    per_layer = data.nbytes // len(data)
+    groups = layer_groups(len(data), per_layer)
+    return 512 + sum(_pages(record.HEADER_BYTES + len(g) * per_layer) for g in groups)
+
+
+def _pages(value_bytes: int) -> int:
+    return -(-(value_bytes + PAGE_HEADER_BYTES) // PAGE_BYTES) * PAGE_BYTES
+
+
+def name(digest: bytes, group: int) -> bytes:
+    return digest + group.to_bytes(2, "big")
+
+
+class Ledger:
+    """Entries, records and the count of used bytes, in one LMDB environment."""
+
+    def __init__(self, env: Environment) -> None:
+        self.env = env
+
+    def used(self, txn: lmdb.Transaction) -> int:
+        stored = txn.get(b"used", db=self.env.info)
+        if stored is not None and len(stored) == _USED.size:
+            used, check = _USED.unpack(stored)
+            if used ^ check == (1 << 64) - 1:
+                return int(used)
+        return sum(entry.nbytes for entry in self.entries(txn))
+
+    def get(self, txn: lmdb.Transaction, digest: bytes) -> Entry | None:
+        """The entry of a block, None if absent. Raises CorruptRecord."""
+        stored = txn.get(digest, db=self.env.entries)
+        return None if stored is None else entries.unpack(digest, stored)
+
+    def sound(self, txn: lmdb.Transaction, digest: bytes) -> Entry | None:
+        """The entry of a block; None if absent or damaged (a read or an audit deals with that)."""
+        try:
+            return self.get(txn, digest)
+        except CorruptRecord:
+            return None
+
+    def record(self, txn: lmdb.Transaction, digest: bytes, group: int) -> memoryview:
+        """A record's bytes, valid within the transaction. Raises CorruptRecord if absent."""
+        value = txn.get(name(digest, group), db=self.env.data)
+        if value is None:
+            raise CorruptRecord(f"record of layer group {group} is absent")
+        return memoryview(value)
+
+    def entries(self, txn: lmdb.Transaction) -> Iterator[Entry]:
+        """All entries that are whole, by digest."""
+        for digest, stored in txn.cursor(self.env.entries):
+            try:
+                yield entries.unpack(bytes(digest), stored)
+            except CorruptRecord:
+                continue  # of no chain; an audit reports it, a read quarantines it
+
+    def add(self, txn: lmdb.Transaction, key: BlockKey, block: KVBlock) -> None:
+        """Write a block that is absent. Raises MissingParent."""
+        data = block.data
+        if data.dtype not in DTYPE_CODES or data.shape[3] != key.num_tokens:
+            raise ValueError(f"no block of {key.num_tokens} tokens: {data.dtype} {data.shape}")
+        if key.parent is not None:
+            self._count_child(txn, key.parent, 1, required=True)
+        groups = layer_groups(len(data), data.nbytes // len(data))
+        for number, layers in enumerate(groups):
+            part = data[layers.start : layers.stop]
+            value = record.encode(key, part, layers, len(data), RAW)
+            txn.put(name(key.digest, number), value, db=self.env.data)
+        size = group_size(len(data), data.nbytes // len(data))
+        cost = entry_cost(data)
+        new = Entry(key, data.dtype, data.shape, size, cost, time.time_ns(), 0)
+        self._set_used(txn, self.used(txn) + cost)
+        self._put(txn, new)
+
+    def make_room(
+        self, txn: lmdb.Transaction, need: int, victims: Iterable[bytes], tier: Tier
+    ) -> list[bytes]:
+        """Delete victims until `need` bytes are free; those that went. Raises TierFull.
+
+        A victim on which another process has put a block in the meantime is passed over.
+        """
+        gone = []
+        left = tier.capacity_bytes - self.used(txn) - need
+        for digest in victims:
+            if left >= 0:
+                break
+            entry = self.sound(txn, digest)
+            if entry is not None and not entry.children:
+                self._remove(txn, entry)
+                gone.append(digest)
+                left += entry.nbytes
+        if left < 0:
+            raise full(tier, need)
+        return gone
+
+    def remove_trees(self, txn: lmdb.Transaction, digests: Sequence[bytes]) -> None:
+        """Delete blocks with all that rests on them, however damaged their books are."""
+        if not digests:
+            return
+        known = {entry.key.digest: entry for entry in self.entries(txn)}
+        rests_on: dict[bytes | None, list[bytes]] = defaultdict(list)
+        for entry in known.values():
+            rests_on[entry.key.parent].append(entry.key.digest)
+        doomed = dict.fromkeys(digests)
+        queue = list(doomed)
+        for digest in queue:
+            queue += [child for child in rests_on[digest] if child not in doomed]
+            doomed |= dict.fromkeys(rests_on[digest])
+        for digest in doomed:
+            self.erase(txn, digest)
+        parents = {known[d].key.parent for d in doomed if d in known} - doomed.keys() - {None}
+        self.recount(txn, parents)
+
+    def recount(self, txn: lmdb.Transaction, parents: Iterable[bytes | None]) -> None:
+        """Set the used bytes, and the children of `parents`, to what the entries say."""
+        children: dict[bytes | None, int] = defaultdict(int)
+        used = 0
+        for entry in self.entries(txn):
+            children[entry.key.parent] += 1
+            used += entry.nbytes
+        for parent in parents:
+            if parent is not None and (above := self.sound(txn, parent)) is not None:
+                self._put(txn, replace(above, children=children[parent]))
+        self._set_used(txn, used)
+
+    def stamp(self, txn: lmdb.Transaction, digests: Sequence[bytes]) -> None:
+        """Note uses, least recent first."""
+        now = time.time_ns()
+        for i, digest in enumerate(digests):
+            if (entry := self.sound(txn, digest)) is not None:
+                self._put(txn, replace(entry, stamp=now + i))
+
+    def clear(self, txn: lmdb.Transaction) -> None:
+        for table in (self.env.data, self.env.entries):
+            txn.drop(table, delete=False)
+        self._set_used(txn, 0)
+
+    def _remove(self, txn: lmdb.Transaction, entry: Entry) -> None:
+        """Delete a block on which nothing rests, and keep the books."""
+        for number in range(len(entry.groups)):
+            txn.delete(name(entry.key.digest, number), db=self.env.data)
+        self._set_used(txn, self.used(txn) - entry.nbytes)
+        txn.delete(entry.key.digest, db=self.env.entries)
+        if entry.key.parent is not None:
+            self._count_child(txn, entry.key.parent, -1)
+
+    def erase(self, txn: lmdb.Transaction, digest: bytes) -> None:
+        """Delete whatever is stored under a digest; the caller recounts."""
+        txn.delete(digest, db=self.env.entries)
+        cursor = txn.cursor(self.env.data)
+        while cursor.set_range(digest) and bytes(cursor.key())[: len(digest)] == digest:
+            cursor.delete()
+
+    def _count_child(
+        self, txn: lmdb.Transaction, parent: bytes, change: int, *, required: bool = False
+    ) -> None:
+        entry = self.sound(txn, parent)
+        if entry is not None:
+            self._put(txn, replace(entry, children=entry.children + change))
+        elif required:
+            raise MissingParent(f"block {parent.hex()} must be on disk before those built on it")
+
+    def _put(self, txn: lmdb.Transaction, entry: Entry) -> None:
+        txn.put(entry.key.digest, entry.pack(), db=self.env.entries)
+
+    def _set_used(self, txn: lmdb.Transaction, used: int) -> None:
+        txn.put(b"used", _USED.pack(used, used ^ ((1 << 64) - 1)), db=self.env.info)

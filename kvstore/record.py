@@ -1,0 +1,135 @@
+"""One stored value: a header that says what it is, and the payload it vouches for.
+
+    [ magic .. reserved | header checksum ][ payload                              ]
+      176 bytes, little-endian               [n layers][2][Hk][P][D] if raw
+
+LMDB puts large values at 16 bytes behind a page's start, so 176 = 48 mod 64 bytes of header align
+the payload to 64 bytes. The checksum of the payload lies in the header, and that of the header at
+its end, so one flipped bit anywhere is seen.
+"""
+
+import struct
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from jaxtyping import Float
+from torch import Tensor
+
+from kvstore.block import BlockKey
+from kvstore.codec import CODECS, DTYPE_CODES, Codec
+from kvstore.errors import CorruptRecord
+
+MAGIC = b"HRKV"
+VERSION = 1
+_HEADER = struct.Struct("<4sHBBB3x32s32sIIIHHHxx16sQQ16s24x")
+_CHECK = struct.Struct("<Q")
+HEADER_BYTES = _HEADER.size + _CHECK.size
+assert HEADER_BYTES % 64 == 48
+
+
+class Header(NamedTuple):
+    """The fields of a record's header, in the order of its bytes."""
+
+    magic: bytes
+    version: int
+    kind: int
+    codec: int
+    dtype: int
+    identity: bytes  # 32
+    key: bytes  # 32
+    num_kv_heads: int
+    num_tokens: int
+    head_dim: int
+    first_layer: int
+    end_layer: int
+    num_layers: int  # of the whole block
+    token_digest: bytes  # 16
+    payload_bytes: int
+    raw_bytes: int
+    checksum: bytes  # 16, xxh3-128 of the payload
+
+
+def encode(
+    key: BlockKey, data: Float[Tensor, "n 2 Hk P D"], layers: range, num_layers: int, codec: Codec
+) -> memoryview:
+    """The record of `layers` of a block, of which `data` is the KV."""
+    payload = codec.encode(data)
+    header = expected(key, data, layers, num_layers, codec, payload.nbytes)
+    header = header._replace(checksum=xxhash.xxh3_128_digest(payload.data))
+    record = np.empty(HEADER_BYTES + payload.nbytes, np.uint8)
+    record[:HEADER_BYTES] = np.frombuffer(_pack(header), np.uint8)
+    record[HEADER_BYTES:] = payload
+    return record.data
+
+
+def decode_into(
+    out: Float[Tensor, "n 2 Hk P D"],
+    record: memoryview,
+    key: BlockKey,
+    layers: range,
+    num_layers: int,
+) -> None:
+    """Copy the KV of `layers` out of a record into `out`, and verify the copy.
+
+    Raises:
+        CorruptRecord: if the record is not exactly what was asked for; `out` is then undefined.
+    """
+    header = _unpack(record)
+    codec = CODECS.get(header.codec)
+    if codec is None:
+        raise CorruptRecord(f"unknown codec {header.codec}")
+    payload = np.frombuffer(record, np.uint8, offset=HEADER_BYTES)
+    wanted = expected(key, out, layers, num_layers, codec, payload.nbytes)
+    if header._replace(checksum=b"") != wanted:
+        raise CorruptRecord(_difference(header, wanted))
+    landed = codec.landing(out, payload.nbytes)
+    landed[:] = payload
+    if xxhash.xxh3_128_digest(landed.data) != header.checksum:
+        raise CorruptRecord("payload checksum does not match")
+    codec.decode(landed, out)
+
+
+def expected(
+    key: BlockKey, data: Tensor, layers: range, num_layers: int, codec: Codec, payload_bytes: int
+) -> Header:
+    """The header that a record of these layers must have, but for the checksum."""
+    _, _, heads, tokens, dim = data.shape
+    return Header(
+        MAGIC, VERSION, int(key.kind), codec.code, DTYPE_CODES[data.dtype], key.identity,
+        key.digest, heads, tokens, dim, layers.start, layers.stop, num_layers, key.token_digest,
+        payload_bytes, data.nbytes, b"",
+    )  # fmt: skip
+
+
+def verify(
+    record: memoryview, key: BlockKey, layers: range, shape: torch.Size, dtype: torch.dtype
+) -> None:
+    """Verify a record of a block of `shape` without keeping what it holds.
+
+    Raises:
+        CorruptRecord: as `decode_into` does.
+    """
+    out = torch.empty(len(layers), *shape[1:], dtype=dtype)
+    decode_into(out, record, key, layers, shape[0])
+
+
+def _pack(header: Header) -> bytes:
+    packed = _HEADER.pack(*header)
+    return packed + _CHECK.pack(xxhash.xxh3_64_intdigest(packed))
+
+
+def _unpack(record: memoryview) -> Header:
+    if len(record) < HEADER_BYTES:
+        raise CorruptRecord(f"{len(record)} bytes are too few for a header")
+    packed = bytes(record[: _HEADER.size])
+    (check,) = _CHECK.unpack_from(record, _HEADER.size)
+    if xxhash.xxh3_64_intdigest(packed) != check:
+        raise CorruptRecord("header checksum does not match")
+    return Header(*_HEADER.unpack(packed))
+
+
+def _difference(header: Header, wanted: Header) -> str:
+    pairs = zip(Header._fields[:-1], header, wanted, strict=False)
+    return "; ".join(f"{name} is {is_!r}, not {want!r}" for name, is_, want in pairs if is_ != want)

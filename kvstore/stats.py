@@ -1,0 +1,29 @@
+"""Numbers that tell how the store is doing."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class TierStats:
+    """One tier since it was opened. Blocks, unless a name says bytes."""
+
+    used_bytes: int = 0
+    capacity_bytes: int = 0
+    blocks: int = 0
+    hits: int = 0  # found here by a lookup
+    misses: int = 0  # looked for here in vain
+    reads: int = 0  # reads answered, of a run of layers or a whole block
+    bytes_read: int = 0
+    bytes_written: int = 0
+    evictions: int = 0
+    skipped: int = 0  # not stored: no room beside what is pinned, or no parent
+    corrupt: int = 0
+    quarantined: int = 0
+
+
+@dataclass(slots=True)
+class StoreStats:
+    """All tiers, and what waits to be written."""
+
+    tiers: dict[str, TierStats] = field(default_factory=dict)
+    queued_bytes: int = 0

@@ -1,0 +1,216 @@
+"""Tiers stacked fast to slow under one policy: the store that the engine uses."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kvstore.audit import AuditReport
+from kvstore.block import BlockKey, KVBlock, LayerKV
+from kvstore.config import StoreConfig
+from kvstore.disk import DiskTier
+from kvstore.level import Level
+from kvstore.stats import StoreStats
+from kvstore.tier import HostTier, Item, Tier
+from kvstore.writer import QUEUE_BYTES, Writer
+
+READ_THREADS = 4
+LOOKUP_STRIDE = 256  # keys looked up at a time, so that an early miss is cheap
+
+
+class TieredStore:
+    """Blocks of KV in tiers, fastest first. Thread-safe; one per folder and process.
+
+    A put goes to tiers in memory at once and to durable ones by a background thread. Nothing moves
+    on a read. Any doubt about stored bytes is a miss. Pins hold in this process only.
+    """
+
+    def __init__(self, tiers: Sequence[Tier], *, queue_bytes: int = QUEUE_BYTES) -> None:
+        self._lock = threading.RLock()  # policies, pins and numbers; never held during I/O
+        self._pins: Counter[bytes] = Counter()
+        self._levels = [Level(tier, self._lock, self._pins) for tier in tiers]
+        self._fast = [level for level in self._levels if not level.tier.durable]
+        self._slow = [level for level in self._levels if level.tier.durable]
+        self._writer = Writer(self._write, queue_bytes) if self._slow else None
+        self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="headrace-reader")
+        self._closed = False
+
+    @classmethod
+    def open(cls, config: StoreConfig) -> "TieredStore":
+        """The tiers that the configuration asks for. Raises StoreError."""
+        tiers: list[Tier] = []
+        if config.host_bytes:
+            tiers.append(HostTier(config.host_bytes))
+        if config.disk_path is not None:
+            tiers.append(DiskTier(Path(config.disk_path), config.disk_bytes))
+        return cls(tiers)
+
+    def lookup(self, keys: Sequence[BlockKey]) -> int:
+        """How many leading keys are in some tier. Counts as a use of them; moves no data."""
+        leading = 0
+        for start in range(0, len(keys), LOOKUP_STRIDE):
+            part = keys[start : start + LOOKUP_STRIDE]
+            found = self._lookup(part)
+            leading += found
+            if found < len(part):
+                break
+        return leading
+
+    def read(self, key: BlockKey, layers: range) -> Float[Tensor, "n 2 Hk P D"] | None:
+        """KV of a run of layers, from the fastest tier that has it. Do not write to it."""
+        for level in self._levels:
+            data = level.tier.read(key, layers)
+            if data is not None:
+                self._count_read(level, data.nbytes)
+                return data
+        return None
+
+    def layer(self, key: BlockKey, i: int) -> LayerKV | None:
+        data = self.read(key, range(i, i + 1))
+        return None if data is None else LayerKV(data[0, 0], data[0, 1])
+
+    def get(self, key: BlockKey) -> KVBlock | None:
+        """A whole block, from the fastest tier that has it. Do not write to it."""
+        for level in self._levels:
+            block = level.tier.get(key)
+            if block is not None:
+                self._count_read(level, block.nbytes)
+                return block
+        return None
+
+    def read_many(
+        self, keys: Sequence[BlockKey], layers: range
+    ) -> list[Float[Tensor, "n 2 Hk P D"] | None]:
+        """As `read` for each key, with several reads in flight."""
+        return list(self._readers.map(lambda key: self.read(key, layers), keys))
+
+    def put(self, blocks: Sequence[Item]) -> None:
+        """Store blocks, parents first. They belong to the store afterwards: do not write to them.
+
+        Present ones are left alone. Blocks that do not fit beside pinned ones are skipped and
+        counted. Waits while too much is queued for the disk.
+
+        Raises:
+            TierFull: for a block larger than a whole tier; then nothing was stored.
+        """
+        for level in self._levels:
+            level.check_fits(blocks)
+        owned = [(key, block.owned()) for key, block in blocks]
+        for level in self._fast:
+            level.insert(owned)
+        if self._writer is not None:
+            self._writer.put(owned)
+
+    def flush(self) -> None:
+        """Return when all that was put is durable or skipped. Raises the StoreError of a write."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    @contextmanager
+    def pin(self, keys: Sequence[BlockKey]) -> Iterator[None]:
+        """Keep keys from being evicted. What a lookup finds while they are pinned, stays."""
+        digests = [key.digest for key in keys]
+        with self._lock:
+            self._pins.update(digests)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pins.subtract(digests)
+                for digest in digests:
+                    if digest in self._pins and not self._pins[digest]:
+                        del self._pins[digest]
+
+    def promote(self, keys: Sequence[BlockKey]) -> int:
+        """Copy leading keys into the fastest tier as far as it has room; how many it then has."""
+        level = self._levels[0]
+        with self.pin(keys):
+            for count, key in enumerate(keys):
+                if level.held([key])[0]:
+                    continue
+                block = self.get(key)
+                if block is None or not level.insert([(key, block)]):
+                    return count
+        return len(keys)
+
+    def audit(self, repair: bool = False) -> AuditReport:
+        """Verify every record and the books of every tier; `repair` deletes what is bad."""
+        report = AuditReport()
+        for level in self._levels:
+            report += level.audit(repair)
+        return report
+
+    def stats(self) -> StoreStats:
+        queued = self._writer.queued_bytes if self._writer else 0
+        return StoreStats({level.tier.name: level.snapshot() for level in self._levels}, queued)
+
+    def clear(self) -> None:
+        """Delete all blocks, also those of other tenants and models."""
+        self.flush()
+        for level in self._levels:
+            level.clear()
+
+    def close(self) -> None:
+        """Write what is queued and close the tiers. Raises the StoreError of a write."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        finally:
+            self._readers.shutdown()
+            for level in self._levels:
+                level.tier.close()
+
+    def __enter__(self) -> "TieredStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _lookup(self, keys: Sequence[BlockKey]) -> int:
+        held = [level.held(keys) for level in self._levels]
+        leading = 0
+        while leading < len(keys) and any(found[leading] for found in held):
+            leading += 1
+        with self._lock:
+            for level, found in zip(self._levels, held, strict=True):
+                level.touch([key for key, is_ in zip(keys[:leading], found, strict=False) if is_])
+                level.stats.hits += sum(found[:leading])
+                level.stats.misses += found[: leading + 1].count(False)
+        return leading
+
+    def _count_read(self, level: Level, nbytes: int) -> None:
+        with self._lock:
+            level.stats.reads += 1
+            level.stats.bytes_read += nbytes
+
+    def _write(self, batch: Sequence[Item]) -> None:
+        for level in self._slow:
+            level.insert(self._with_ancestors(level.tier, batch))
+
+    def _with_ancestors(self, tier: Tier, batch: Sequence[Item]) -> list[Item]:
+        """The batch, behind blocks that it rests on and that only a faster tier has left."""
+        own = {key.digest for key, _ in batch}
+        missing: list[Item] = []
+        for key, _ in batch:
+            chain: list[Item] = []
+            parent = key.parent
+            while parent is not None and parent not in own and (item := self._find(parent)):
+                if item[0] in tier:
+                    break
+                chain.insert(0, item)
+                own.add(parent)
+                parent = item[0].parent
+            missing += chain
+        return [*missing, *batch]
+
+    def _find(self, digest: bytes) -> Item | None:
+        hosts = [level.tier for level in self._fast if isinstance(level.tier, HostTier)]
+        return next((item for host in hosts if (item := host.find(digest))), None)

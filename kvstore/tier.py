@@ -1,0 +1,158 @@
+"""One place where blocks rest."""
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kvstore.block import BlockKey, KVBlock, LayerKV
+from kvstore.errors import TierFull
+
+Item = tuple[BlockKey, KVBlock]
+
+
+class Resident(NamedTuple):
+    """A block in a tier, as a policy sees it."""
+
+    digest: bytes
+    parent: bytes | None
+    nbytes: int
+
+
+@runtime_checkable
+class Tier(Protocol):
+    """A mapping from keys to blocks with a byte budget, and no policy. Thread-safe.
+
+    put: all of the blocks or none. Present keys are left alone. Deletes `victims`, in that order,
+        only as far as the rest needs the room, and returns those that went. What is durable is so
+        when it returns. Raises TierFull, naming the setting, if they do not fit.
+    get, read, layer: None if absent, or if there is any doubt about the bytes. Read-only: the
+        tensor may be the tier's own.
+    delete: blocks with all that the tier knows to rest on them; unknown keys are fine.
+    held: which of the keys are present. Reads no data.
+    residents: least recently used first.
+    touched: uses of blocks, least recent first, for `residents` of a later opening.
+    """
+
+    name: str
+    setting: str  # of the budget
+    durable: bool  # put waits for a device
+    capacity_bytes: int
+    corrupt: int  # records found damaged
+
+    @property
+    def quarantined(self) -> int: ...  # blocks no longer served, and not yet deleted
+    @property
+    def used_bytes(self) -> int: ...
+    def cost(self, block: KVBlock) -> int: ...
+    def put(self, blocks: Sequence[Item], victims: Iterable[bytes] = ()) -> list[bytes]: ...
+    def get(self, key: BlockKey) -> KVBlock | None: ...
+    def read(self, key: BlockKey, layers: range) -> Float[Tensor, "n 2 Hk P D"] | None: ...
+    def layer(self, key: BlockKey, i: int) -> LayerKV | None: ...
+    def delete(self, keys: Sequence[BlockKey | bytes]) -> None: ...
+    def held(self, keys: Sequence[BlockKey]) -> list[bool]: ...
+    def touched(self, digests: Sequence[bytes]) -> None: ...
+    def residents(self) -> Iterator[Resident]: ...
+    def clear(self) -> None: ...
+    def close(self) -> None: ...
+    def __contains__(self, key: BlockKey) -> bool: ...
+
+
+class HostTier:
+    """Blocks in host memory. Reads are views of the stored tensors."""
+
+    name = "host"
+    setting = "host_bytes"
+    durable = False
+    corrupt = 0
+    quarantined = 0
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.used_bytes = 0
+        self._blocks: dict[bytes, Item] = {}
+        self._lock = threading.Lock()
+
+    def cost(self, block: KVBlock) -> int:
+        return block.nbytes
+
+    def put(self, blocks: Sequence[Item], victims: Iterable[bytes] = ()) -> list[bytes]:
+        with self._lock:
+            fresh = {k.digest: (k, b) for k, b in blocks if k.digest not in self._blocks}
+            need = sum(block.nbytes for _, block in fresh.values())
+            going = self._make_room(need, victims)
+            for digest in going:
+                self._drop(digest)
+            self._blocks |= {digest: (key, block.owned()) for digest, (key, block) in fresh.items()}
+            self.used_bytes += need
+            return going
+
+    def get(self, key: BlockKey) -> KVBlock | None:
+        item = self._blocks.get(key.digest)
+        return None if item is None else item[1]
+
+    def find(self, digest: bytes) -> Item | None:
+        return self._blocks.get(digest)
+
+    def read(self, key: BlockKey, layers: range) -> Float[Tensor, "n 2 Hk P D"] | None:
+        block = self.get(key)
+        return None if block is None else block.data[layers.start : layers.stop]
+
+    def layer(self, key: BlockKey, i: int) -> LayerKV | None:
+        block = self.get(key)
+        return None if block is None else block.layer(i)
+
+    def delete(self, keys: Sequence[BlockKey | bytes]) -> None:
+        with self._lock:
+            for key in keys:
+                self._drop(key if isinstance(key, bytes) else key.digest)
+
+    def held(self, keys: Sequence[BlockKey]) -> list[bool]:
+        return [key.digest in self._blocks for key in keys]
+
+    def touched(self, digests: Sequence[bytes]) -> None:
+        pass  # nothing here outlives the policy that asks
+
+    def residents(self) -> Iterator[Resident]:
+        with self._lock:
+            items = list(self._blocks.values())
+        return (Resident(key.digest, key.parent, block.nbytes) for key, block in items)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._blocks.clear()
+            self.used_bytes = 0
+
+    def close(self) -> None:
+        self.clear()
+
+    def __contains__(self, key: BlockKey) -> bool:
+        return key.digest in self._blocks
+
+    def _make_room(self, need: int, victims: Iterable[bytes]) -> list[bytes]:
+        """Those of the victims that must go; nothing is dropped yet."""
+        going: list[bytes] = []
+        excess = self.used_bytes + need - self.capacity_bytes
+        for digest in victims:
+            if excess <= 0:
+                break
+            if item := self._blocks.get(digest):
+                going.append(digest)
+                excess -= item[1].nbytes
+        if excess > 0:
+            raise full(self, need)
+        return going
+
+    def _drop(self, digest: bytes) -> None:
+        if item := self._blocks.pop(digest, None):
+            self.used_bytes -= item[1].nbytes
+
+
+def full(tier: Tier, need: int) -> TierFull:
+    """The error of a tier without room for `need` bytes."""
+    return TierFull(
+        f"{tier.name} tier full: {need} bytes needed, {tier.used_bytes} used of "
+        f"{tier.capacity_bytes}, and nothing more may be evicted; raise {tier.setting}"
+    )
