@@ -1,10 +1,14 @@
 """The loops: prefill, decode, and the engine that drives them."""
 
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.errors import ConfigError, EngineError, ModelError, PromptError
-from engine.request import Completion, Event, RequestStats
-from engine.sampling import Sampling
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+    from engine.engine import Engine
+    from engine.errors import ConfigError, EngineError, ModelError, PromptError
+    from engine.request import Completion, Event, RequestStats
+    from engine.sampling import Sampling
 
 __all__ = [
     "Completion",
@@ -18,3 +22,19 @@ __all__ = [
     "RequestStats",
     "Sampling",
 ]
+
+# Imported when first asked for: torch and transformers take seconds, `headrace --help` must not.
+_HOMES = {
+    "engine.config": ("EngineConfig",),
+    "engine.engine": ("Engine",),
+    "engine.errors": ("ConfigError", "EngineError", "ModelError", "PromptError"),
+    "engine.request": ("Completion", "Event", "RequestStats"),
+    "engine.sampling": ("Sampling",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(home), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,148 @@
+"""The command `headrace`: what can be asked for. The commands themselves are in `engine.commands`.
+
+Results go to stdout, everything else to stderr. The exit status is 0 if all is well, 1 for what a
+user can set right (said in one line), 2 for a wrong command line, 130 for Ctrl-C.
+"""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from engine.errors import EngineError
+from kvstore.errors import StoreError
+
+Commands = "argparse._SubParsersAction[Parser]"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        # only the command that is asked for is imported: --help must not wait for torch
+        status = int(importlib.import_module(f"engine.commands.{args.command}").run(args))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (EngineError, StoreError, OSError) as error:
+        print(f"headrace: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return status
+
+
+def build_parser() -> Parser:
+    """All commands and their options."""
+    parser = Parser(prog="headrace", description="Long-context inference with a tiered KV store.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_chat(commands)
+    _add_ask(commands)
+    _add_demo(commands)
+    _add_doctor(commands)
+    _add_store(commands)
+    return parser
+
+
+def _add_generate(commands: Commands) -> None:
+    parser = _command(commands, "generate", "continue a text")
+    parser.add_argument("prompt", nargs="?", help="the text; - reads it from standard input")
+    parser.add_argument("--prompt-file", metavar="FILE", help="read the text from a file")
+    _add_model_options(parser)
+    _add_sampling_options(parser)
+
+
+def _add_chat(commands: Commands) -> None:
+    parser = _command(commands, "chat", "talk; an empty line is ignored, /exit or Ctrl-D ends")
+    _add_model_options(parser)
+    _add_sampling_options(parser)
+
+
+def _add_ask(commands: Commands) -> None:
+    parser = _command(commands, "ask", "ask about files; the next question reuses their KV")
+    parser.add_argument("question")
+    parser.add_argument(
+        "--text", metavar="FILE", action="append", required=True,
+        help="a text to read before the question; may be repeated",
+    )  # fmt: skip
+    _add_model_options(parser)
+    _add_sampling_options(parser)
+
+
+def _add_demo(commands: Commands) -> None:
+    parser = _command(commands, "demo", "hide facts in a long text, ask, stop, and ask again")
+    parser.add_argument("--tokens", type=int, default=8192, help="length of a prompt (%(default)s)")
+    parser.add_argument("--facts", type=int, default=5, help="facts to hide (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which text and facts (%(default)s)")
+    _add_model_options(parser)
+
+
+def _add_doctor(commands: Commands) -> None:
+    parser = _command(commands, "doctor", "versions, devices, extras, and the store's health")
+    _add_store_options(parser)
+
+
+def _add_store(commands: Commands) -> None:
+    parser = commands.add_parser("store", help="look after the KV on disk")
+    actions = parser.add_subparsers(required=True, metavar="ACTION", dest="action")
+    stat = actions.add_parser("stat", help="how much it holds")
+    audit = actions.add_parser("audit", help="verify every record")
+    audit.add_argument("--repair", action="store_true", help="delete what is damaged")
+    clear = actions.add_parser("clear", help="delete all blocks, of every tenant and model")
+    clear.add_argument("--yes", action="store_true", help="do not ask")
+    for action in (stat, audit, clear):
+        action.set_defaults(command="store")
+        _add_store_options(action)
+
+
+def _command(commands: Commands, name: str, description: str) -> Parser:
+    parser: Parser = commands.add_parser(name, help=description, description=description)
+    parser.set_defaults(command=name)
+    return parser
+
+
+def _add_store_options(parser: Parser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="settings in TOML, see engine/config.py")
+    parser.add_argument(
+        "--store", metavar="DIR",
+        help="folder for KV on disk (the config's, else $XDG_CACHE_HOME/headrace/store)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="the result as one JSON line")
+
+
+def _add_model_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--model", default="needle-tiny",
+        help="folder or hub id (the %(default)s that comes along, which can only find needles)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="the checkpoint's if not given"
+    )
+    parser.add_argument("--device", help="cpu or cuda[:N]; a GPU if there is one")
+    _add_store_options(parser)
+    parser.add_argument("--no-store", action="store_true", help="keep no KV on disk")
+
+
+def _add_sampling_options(parser: Parser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="(%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus (%(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, help="0 for all (%(default)s)")
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("--stop", action="append", default=[], help="end before this; repeatable")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

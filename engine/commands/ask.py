@@ -1,0 +1,14 @@
+"""`headrace ask`: a question about files."""
+
+from argparse import Namespace
+
+from engine.commands.session import open_engine, read_text, sampling, show
+from engine.question import prompt
+
+
+def run(args: Namespace) -> int:
+    text = "\n\n".join(read_text(path) for path in args.text)
+    with open_engine(args) as engine:
+        tokens = prompt(engine, text, args.question)
+        show(engine.stream(tokens, **sampling(args)), as_json=args.json, strip=True)
+    return 0

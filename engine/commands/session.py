@@ -1,0 +1,124 @@
+"""What the commands share: settings from options, an engine, files, and two consoles."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from rich.console import Console
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError, PromptError
+from kvstore.config import StoreConfig
+
+if TYPE_CHECKING:  # importing these takes seconds, and not every command needs them
+    from engine.engine import Engine
+    from engine.request import Completion, Event
+
+
+def progress() -> Console:
+    """Where everything goes that is not the result."""
+    return Console(stderr=True, highlight=False, markup=False)
+
+
+def default_store() -> Path:
+    """Where the command line keeps KV: `$XDG_CACHE_HOME/headrace/store`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace" / "store"
+
+
+def engine_config(args: Namespace) -> EngineConfig:
+    """Settings of `--config`, changed by `--store` and `--no-store`."""
+    config = EngineConfig.from_toml(args.config) if args.config else EngineConfig()
+    changes: dict[str, Any] = {"disk_path": _disk_path(args, config)}
+    if changes["disk_path"] is None and not config.store.host_bytes:
+        changes["host_bytes"] = StoreConfig().host_bytes  # some tier must be left
+    try:
+        store = msgspec.structs.replace(config.store, **changes)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return msgspec.structs.replace(config, store=store)
+
+
+def _disk_path(args: Namespace, config: EngineConfig) -> str | None:
+    if getattr(args, "no_store", False):
+        return None
+    if args.store is not None:
+        return str(args.store)
+    return config.store.disk_path or str(default_store())
+
+
+def open_engine(args: Namespace, config: EngineConfig | None = None) -> "Engine":
+    """The engine that the options ask for. Close it: that may fail, on a full disk."""
+    config = config or engine_config(args)
+    with progress().status(f"loading {args.model}"):
+        quiet()
+        import torch
+
+        from engine.engine import Engine
+
+        dtype = None if args.dtype is None else getattr(torch, args.dtype)
+        return Engine.from_pretrained(args.model, config, dtype=dtype, device=args.device)
+
+
+def quiet() -> None:
+    """Keep the chatter of libraries off stderr; what headrace warns of is one line each."""
+    from transformers.utils import logging as chatter
+
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    logging.basicConfig(format="headrace: %(message)s", level=logging.WARNING)
+
+
+def read_text(path: str) -> str:
+    """A user's text file; "-" is standard input. PromptError if it cannot be read as UTF-8."""
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return data.decode()
+    except OSError as error:
+        raise PromptError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first"
+        ) from error
+
+
+def sampling(args: Namespace) -> dict[str, Any]:
+    """The options that `Engine.stream` takes."""
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+    return {name: getattr(args, name) for name in names}
+
+
+def show(events: "Iterator[Event]", *, as_json: bool, strip: bool = False) -> "Completion":
+    """Print a text while it comes, or as one JSON line; what it cost goes to stderr.
+
+    Args:
+        strip: leave out white space before the first word.
+    """
+    for event in events:
+        text = event.text.lstrip() if strip else event.text
+        strip = strip and not text
+        if not as_json:
+            print(text, end="", flush=True)
+    assert event.completion is not None, "a stream ends with a completion"
+    completion = event.completion
+    stats = completion.stats
+    if as_json:
+        numbers = asdict(stats) | {"decode_tokens_per_s": stats.decode_tokens_per_s}
+        print(json.dumps(asdict(completion) | {"stats": numbers}), flush=True)
+    else:
+        print(flush=True)
+    progress().print(
+        f"{stats.prompt_tokens:,} prompt tokens, {stats.cached_tokens:,} of them from the store; "
+        f"first token after {stats.ttft_s:.3f} s, then {stats.decode_tokens_per_s:.0f} tokens/s",
+        style="dim",
+        soft_wrap=True,
+    )
+    return completion

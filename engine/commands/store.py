@@ -1,0 +1,83 @@
+"""`headrace store`: look after the KV on disk."""
+
+import json
+import sys
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.filesize import decimal
+
+from engine.commands.session import engine_config, progress
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from kvstore.config import StoreConfig
+from kvstore.errors import StoreError
+from kvstore.store import TieredStore
+
+
+def run(args: Namespace) -> int:
+    path, store = open_disk(engine_config(args))
+    with store:
+        return {"stat": _stat, "audit": _audit, "clear": _clear}[args.action](args, path, store)
+
+
+def open_disk(config: EngineConfig) -> tuple[Path, TieredStore]:
+    """The disk tier alone. StoreError where there is none: looking must not create one."""
+    path = Path(str(config.store.disk_path))
+    if not path.exists():
+        raise StoreError(f"there is no store at {path}: nothing was stored yet, or give --store")
+    if path.is_dir() and not (path / "data.mdb").exists():
+        raise StoreError(f"{path} holds no store: give the folder of one with --store")
+    only_disk = StoreConfig(host_bytes=0, disk_path=str(path), disk_bytes=config.store.disk_bytes)
+    return path, TieredStore.open(only_disk)
+
+
+def _stat(args: Namespace, path: Path, store: TieredStore) -> int:
+    tier = store.stats().tiers["disk"]
+    file_bytes = (path / "data.mdb").stat().st_blocks * 512
+    if args.json:
+        numbers = {"path": str(path), "blocks": tier.blocks, "used_bytes": tier.used_bytes}
+        numbers |= {"capacity_bytes": tier.capacity_bytes, "file_bytes": file_bytes}
+        print(json.dumps(numbers))
+    else:
+        print(
+            f"{path}: {tier.blocks:,} blocks, {decimal(tier.used_bytes)} of "
+            f"{decimal(tier.capacity_bytes)} used, {decimal(file_bytes)} on disk"
+        )
+    return 0
+
+
+def _audit(args: Namespace, path: Path, store: TieredStore) -> int:
+    with progress().status(f"verifying {path}"):
+        report = store.audit(repair=args.repair)
+    if args.json:
+        print(json.dumps({"path": str(path), "clean": report.clean} | asdict(report)))
+    else:
+        print(f"{path}: {report.blocks:,} sound blocks of {decimal(report.nbytes)}")
+        print(*report.problems, sep="\n", end="\n" if report.problems else "")
+        if report.problems:
+            print(
+                "repaired" if report.repaired else "repair it with: headrace store audit --repair"
+            )
+    return 0 if report.clean or report.repaired else 1
+
+
+def _clear(args: Namespace, path: Path, store: TieredStore) -> int:
+    tier = store.stats().tiers["disk"]
+    if not args.yes:
+        _confirm(f"delete {tier.blocks:,} blocks ({decimal(tier.used_bytes)}) in {path}? [y/N] ")
+    store.clear()
+    if args.json:
+        print(json.dumps({"path": str(path), "blocks": tier.blocks, "bytes": tier.used_bytes}))
+    else:
+        print(f"{path}: {tier.blocks:,} blocks deleted")
+    return 0
+
+
+def _confirm(question: str) -> None:
+    if not sys.stdin.isatty():
+        raise ConfigError("store clear deletes all blocks: confirm with --yes")
+    print(question, end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise ConfigError("nothing was deleted")
