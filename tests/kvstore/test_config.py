@@ -1,0 +1,31 @@
+"""Settings are checked when they are made, and complaints name the setting."""
+
+import msgspec
+import pytest
+
+from kvstore.config import StoreConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"host_bytes": -1}, "host_bytes"),
+        ({"disk_bytes": 0}, "disk_bytes"),
+        ({"disk_path": ""}, "disk_path"),
+        ({"host_bytes": 0}, "disk_path"),
+    ],
+    ids=str,
+)
+def test_an_impossible_setting_is_refused_by_name(settings, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        StoreConfig(**settings)
+
+
+def test_an_unknown_setting_is_refused():
+    with pytest.raises(msgspec.ValidationError, match="host_gib"):
+        msgspec.convert({"host_gib": 1}, StoreConfig)
+
+
+def test_either_tier_may_be_left_out():
+    assert StoreConfig().disk_path is None
+    assert StoreConfig(host_bytes=0, disk_path="store").host_bytes == 0

@@ -1,0 +1,49 @@
+"""Nobody is served the KV of another model, tenant, dtype or adapter."""
+
+import pytest
+
+from kvstore.config import StoreConfig
+from kvstore.disk import DiskTier
+from kvstore.ledger import name
+from kvstore.store import TieredStore
+from tests.kvstore.make import chain, identity, items
+
+OTHERS = [
+    {"tenant": b"other"},
+    {"model": identity(weights=b"other")},
+    {"model": identity(dtype="float16")},
+    {"model": identity(adapters=(("lora", b"1"),))},
+    {"model": identity(rope="other")},
+]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+def test_blocks_of_somebody_else_are_never_found(tmp_path, other):
+    config = StoreConfig(host_bytes=1 << 20, disk_path=str(tmp_path / "store"))
+    with TieredStore.open(config) as store:
+        mine, theirs = chain(range(12)), chain(range(12), **other)
+        store.put(items(mine))
+        store.flush()
+        assert store.lookup(mine) == 3
+        assert store.lookup(theirs) == 0
+        assert all(store.get(key) is None for key in theirs)
+
+
+@pytest.mark.parametrize("tables", [("data",), ("entries",), ("data", "entries")], ids=str)
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+def test_a_record_copied_by_hand_under_another_key_is_a_miss(tmp_path, other, tables):
+    tier = DiskTier(tmp_path / "store", 1 << 20)
+    model = other.get("model", identity())
+    [mine], [theirs] = chain(range(4)), chain(range(4), **other)
+    tier.put(items([mine]) + items([theirs], model))
+    env = tier.ledger.env
+    with env.lmdb.begin(write=True) as txn:
+        if "data" in tables:
+            stolen = txn.get(name(mine.digest, 0), db=env.data)
+            txn.put(name(theirs.digest, 0), stolen, db=env.data)
+        if "entries" in tables:
+            txn.put(theirs.digest, txn.get(mine.digest, db=env.entries), db=env.entries)
+    assert tier.get(theirs) is None
+    assert tier.corrupt == 1
+    assert tier.get(mine) is not None
+    tier.close()

@@ -1,0 +1,179 @@
+"""Records: what goes in comes out, and one flipped bit anywhere is seen."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstore import record
+from kvstore.block import KVBlock
+from kvstore.codec import CODECS, DTYPE_CODES, RAW, Codec
+from kvstore.disk import DiskTier
+from kvstore.entry import Entry, unpack
+from kvstore.errors import CorruptRecord
+from kvstore.identity import DTYPES
+from kvstore.ledger import name
+from tests.kvstore.make import chain, content, identity, right, same
+
+MODEL = identity()
+KEY = chain(range(4))[0]
+DATA = content(KEY, MODEL)
+LAYERS = range(3)
+
+
+def encoded():
+    return bytearray(record.encode(KEY, DATA, LAYERS, 3, RAW))
+
+
+def decode(data, key=KEY, layers=LAYERS, num_layers=3, like=DATA):
+    out = torch.empty_like(like)
+    record.decode_into(out, memoryview(data), key, layers, num_layers)
+    return out
+
+
+SHAPES = st.tuples(
+    st.integers(1, 3), st.just(2), st.integers(1, 3), st.integers(1, 5), st.integers(1, 9)
+)
+
+
+@given(SHAPES, st.sampled_from(list(DTYPES.values())), st.integers(0, 2), st.integers(0, 2))
+def test_every_dtype_and_shape_comes_back(shape, dtype, before, after):
+    data = torch.randn(shape).to(dtype)
+    layers = range(before, before + shape[0])
+    made = record.encode(KEY, data, layers, layers.stop + after, RAW)
+    out = decode(made, layers=layers, num_layers=layers.stop + after, like=data)
+    assert same(out, data)
+
+
+def test_the_payload_is_aligned_behind_a_page_header():
+    assert (16 + record.HEADER_BYTES) % 64 == 0
+
+
+def test_codes_on_disk_are_those_of_version_1():
+    assert {str(dtype): code for dtype, code in DTYPE_CODES.items()} == {
+        "torch.bfloat16": 1, "torch.float16": 2, "torch.float32": 3,
+    }  # fmt: skip
+    assert {code: type(codec).__name__ for code, codec in CODECS.items()} == {1: "RawCodec"}
+    assert all(isinstance(codec, Codec) for codec in CODECS.values())
+
+
+@pytest.mark.parametrize("bit", [1, 128])
+def test_one_flipped_bit_anywhere_is_seen(bit):
+    good = encoded()
+    for at in range(len(good)):
+        bad = bytearray(good)
+        bad[at] ^= bit
+        with pytest.raises(CorruptRecord):
+            decode(bad)
+
+
+def test_a_record_of_any_other_length_is_seen():
+    good = encoded()
+    for length in [*range(record.HEADER_BYTES + 2), len(good) - 1]:
+        with pytest.raises(CorruptRecord):
+            decode(good[:length])
+    with pytest.raises(CorruptRecord):
+        decode(good + b"\0")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"key": chain(range(1, 5))[0]},
+        {"key": chain(range(4), tenant=b"other")[0]},
+        {"key": chain(range(4), model=identity(adapters=(("a", b"b"),)))[0]},
+        {"layers": range(1, 4), "num_layers": 4},
+        {"num_layers": 4},
+        {"like": DATA.to(torch.float16)},
+        {"like": DATA.to(torch.float32)},
+        {"like": DATA.transpose(2, 3).contiguous()},
+        {"like": DATA[:2]},
+    ],
+    ids=range(9),
+)
+def test_a_record_of_something_else_is_seen(wrong):
+    with pytest.raises(CorruptRecord):
+        decode(encoded(), **wrong)
+
+
+def test_a_header_that_names_an_unknown_codec_or_version_is_seen():
+    header = record._unpack(memoryview(encoded()))
+    for change in ({"codec": 99}, {"version": 2}, {"magic": b"XXXX"}, {"raw_bytes": 1}):
+        with pytest.raises(CorruptRecord):
+            decode(record._pack(header._replace(**change)) + encoded()[record.HEADER_BYTES :])
+
+
+def test_one_flipped_bit_anywhere_in_a_block_entry_is_seen():
+    entry = Entry(KEY, DATA.dtype, DATA.shape, 3, 5000, 7, 1)
+    good = entry.pack()
+    assert unpack(KEY.digest, good) == entry
+    for at in range(len(good)):
+        bad = bytearray(good)
+        bad[at] ^= 16
+        with pytest.raises(CorruptRecord):
+            unpack(KEY.digest, bytes(bad))
+    for other in (good[:-1], good + b"\0"):
+        with pytest.raises(CorruptRecord):
+            unpack(KEY.digest, other)
+    with pytest.raises(CorruptRecord):
+        unpack(b"x" * 32, good)
+
+
+@pytest.fixture(scope="module")
+def tier(tmp_path_factory):
+    tier = DiskTier(tmp_path_factory.mktemp("flips") / "store", 1 << 20)
+    yield tier
+    tier.close()
+
+
+def swap(tier, table, key, change):
+    """Change stored bytes behind the tier's back."""
+    env = tier.ledger.env
+    with env.lmdb.begin(write=True) as txn:
+        stored = txn.get(key, db=getattr(env, table))
+        txn.put(key, change(stored), db=getattr(env, table))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_flipped_bit_in_lmdb_is_a_miss_until_the_block_is_put_again(tier, data):
+    tier.put([(KEY, KVBlock(DATA))])
+    table = data.draw(st.sampled_from(["data", "entries"]))
+    length = (
+        len(encoded())
+        if table == "data"
+        else len(Entry(KEY, DATA.dtype, DATA.shape, 3, 0, 0, 0).pack())
+    )
+    at = data.draw(st.integers(0, length - 1) | st.sampled_from([0, length - 1]))
+
+    def flip(stored):
+        assert len(stored) == length
+        bad = np.frombuffer(stored, np.uint8).copy()
+        bad[at] ^= data.draw(st.integers(1, 255))
+        return bad.tobytes()
+
+    seen = tier.corrupt
+    swap(tier, table, name(KEY.digest, 0) if table == "data" else KEY.digest, flip)
+    assert tier.read(KEY, range(3)) is None
+    assert tier.get(KEY) is None
+    assert KEY not in tier
+    assert (tier.corrupt, tier.quarantined) == (seen + 1, 1)
+    tier.put([(KEY, KVBlock(DATA))])
+    assert right(tier.get(KEY), KEY)
+    assert tier.quarantined == 0
+
+
+def test_a_cut_record_in_lmdb_is_a_miss(tier):
+    for length in (0, 1, 175, 176, 500):
+        tier.put([(KEY, KVBlock(DATA))])
+        swap(tier, "data", name(KEY.digest, 0), lambda stored, n=length: stored[:n])
+        assert tier.get(KEY) is None
+
+
+def test_an_absent_record_is_a_miss(tier):
+    tier.put([(KEY, KVBlock(DATA))])
+    env = tier.ledger.env
+    with env.lmdb.begin(write=True) as txn:
+        assert txn.delete(name(KEY.digest, 0), db=env.data)
+    assert tier.read(KEY, range(1)) is None

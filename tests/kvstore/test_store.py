@@ -1,0 +1,350 @@
+"""What a store promises, one promise at a time."""
+
+import logging
+import os
+import threading
+
+import pytest
+
+from kvstore import disk, ledger
+from kvstore.config import StoreConfig
+from kvstore.disk import DiskTier
+from kvstore.errors import StoreError, TierFull
+from kvstore.ledger import entry_cost, name
+from kvstore.store import TieredStore
+from kvstore.tier import HostTier, Tier
+from tests.kvstore.make import chain, content, identity, items, right, same
+
+KEYS = chain(range(40))  # 10 blocks
+COST = entry_cost(content(KEYS[0], identity()))
+BYTES = content(KEYS[0], identity()).nbytes
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "deep" / "store"
+
+
+def opened(path, host=100, blocks=100):
+    tiers = [HostTier(host * BYTES)] if host else []
+    return TieredStore([*tiers, DiskTier(path, blocks * COST)])
+
+
+def test_tiers_follow_the_protocol(path):
+    tier = DiskTier(path, COST)
+    assert isinstance(tier, Tier)
+    assert isinstance(HostTier(1), Tier)
+    tier.close()
+
+
+def test_blocks_survive_a_restart(path):
+    with opened(path) as store:
+        store.put(items(KEYS))
+    with opened(path) as store:
+        assert store.lookup(KEYS) == 10
+        assert all(right(store.get(key), key) for key in KEYS)
+        assert store.audit().clean
+
+
+def test_a_lookup_counts_leading_keys_only(path):
+    with opened(path, host=0) as store:
+        store.put(items(KEYS[:3]) + items(chain(range(40, 60))))
+        store.flush()
+        assert store.lookup(KEYS) == 3
+        assert store.lookup(chain(range(40, 60)) + KEYS) == 8
+        assert store.lookup([]) == 0
+        stats = store.stats().tiers["disk"]
+        assert (stats.hits, stats.misses) == (11, 2)
+
+
+@pytest.mark.parametrize("host", [0, 100])
+def test_a_run_of_layers_comes_from_either_tier(path, host):
+    with opened(path, host=host) as store:
+        store.put(items(KEYS[:1]))
+        store.flush()
+        want = content(KEYS[0], identity())
+        for lo in range(3):
+            for hi in range(lo + 1, 4):
+                got = store.read(KEYS[0], range(lo, hi))
+                assert same(got, want[lo:hi])
+        layer = store.layer(KEYS[0], 1)
+        assert layer.k.shape == want[1, 0].shape
+        assert store.read_many([KEYS[0], KEYS[1]], range(1))[1] is None
+
+
+def test_layers_that_a_block_does_not_have_are_refused(path):
+    tier = DiskTier(path, COST)
+    tier.put(items(KEYS[:1]))
+    for layers in (range(0), range(3, 4), range(-1, 1), range(0, 3, 2)):
+        with pytest.raises(ValueError, match="run of the 3 layers"):
+            tier.read(KEYS[0], layers)
+    tier.close()
+
+
+def test_putting_a_block_again_changes_nothing(path):
+    with opened(path) as store:
+        store.put(items(KEYS))
+        store.flush()
+        before = store.stats().tiers["disk"]
+        store.put(items(KEYS) + items(KEYS))
+        store.flush()
+        assert store.stats().tiers["disk"] == before
+
+
+def test_the_tail_of_the_oldest_chain_goes_first(path):
+    old, new = KEYS[:3], chain(range(100, 112))
+    with opened(path, host=0, blocks=5) as store:
+        store.put(items(old))
+        store.put(items(new))
+        store.flush()
+        assert store.lookup(old) == 2
+        assert store.lookup(new) == 3
+        store.put(items(chain(range(200, 204))))
+        store.flush()
+        assert store.lookup(old) == 1
+        assert store.stats().tiers["disk"].evictions == 2
+
+
+def test_uses_are_remembered_over_a_restart(path):
+    old, new = KEYS[:2], chain(range(100, 108))
+    with opened(path, host=0, blocks=4) as store:
+        store.put(items(old) + items(new))
+        store.flush()
+        assert store.lookup(old) == 2
+    with opened(path, host=0, blocks=4) as store:
+        store.put(items(chain(range(200, 208))))
+        store.flush()
+        assert (store.lookup(old), store.lookup(new)) == (2, 0)
+
+
+def test_a_pinned_block_is_not_evicted_and_what_does_not_fit_is_skipped(path):
+    with opened(path, host=3, blocks=3) as store:
+        store.put(items(KEYS[:3]))
+        store.flush()
+        with store.pin(KEYS[:3]), store.pin(KEYS[:1]):
+            store.put(items(chain(range(100, 108))))
+            store.flush()
+            assert store.lookup(KEYS) == 3
+            assert store.lookup(chain(range(100, 108))) == 0
+            assert {t.skipped for t in store.stats().tiers.values()} == {2}
+        store.put(items(chain(range(100, 108))))
+        store.flush()
+        assert store.lookup(chain(range(100, 108))) == 2
+
+
+def test_a_chain_longer_than_the_tier_keeps_its_head(path):
+    with opened(path, host=2, blocks=4) as store:
+        store.put(items(KEYS))
+        store.flush()
+        assert store.lookup(KEYS) == 4
+        assert store.stats().tiers["disk"].skipped == 6
+        assert store.audit().clean
+
+
+def test_promotion_fills_the_host_with_leading_blocks(path):
+    with opened(path) as store:
+        store.put(items(KEYS))
+    with opened(path, host=4) as store:
+        assert store.promote(KEYS) == 4
+        assert store.stats().tiers["host"].blocks == 4
+        assert store.promote(KEYS[:2]) == 2
+        assert all(right(store.get(key), key) for key in KEYS)
+        assert store.promote(chain(range(900, 904))) == 0
+
+
+def test_a_block_whose_ancestors_are_only_in_the_host_brings_them_to_disk(path):
+    with opened(path) as store:
+        store.put(items(KEYS[:4]))
+        store.flush()
+        store._levels[1].tier.clear()
+        store.put(items(KEYS[4:]))
+        store.flush()
+        assert all(key in store._levels[1].tier for key in KEYS)
+
+
+def test_a_block_whose_ancestors_are_nowhere_is_not_stored_on_disk(path):
+    with opened(path, host=0) as store:
+        store.put(items(KEYS[4:]))
+        store.flush()
+        assert not any(key in store._levels[0].tier for key in KEYS)
+        assert store.stats().tiers["disk"].skipped == 6
+        assert store.audit().clean
+
+
+@pytest.mark.parametrize(("host", "disk_blocks", "setting"), [(0.5, 9, "host"), (9, 0.5, "disk")])
+def test_a_budget_smaller_than_one_block_is_an_error_that_names_it(
+    path, host, disk_blocks, setting
+):
+    tiers = [HostTier(int(host * BYTES)), DiskTier(path, int(disk_blocks * COST))]
+    with TieredStore(tiers) as store:
+        with pytest.raises(TierFull, match=f"raise {setting}_bytes"):
+            store.put(items(KEYS[:1]))
+        assert store.lookup(KEYS) == 0
+
+
+def test_damage_is_a_miss_counted_and_logged_once_and_repaired(path, caplog):
+    with opened(path, host=0) as store:
+        store.put(items(KEYS))
+        store.flush()
+        env = store._levels[0].tier.ledger.env
+        with env.lmdb.begin(write=True) as txn:
+            stored = bytearray(txn.get(name(KEYS[4].digest, 0), db=env.data))
+            stored[-1] ^= 1
+            txn.put(name(KEYS[4].digest, 0), bytes(stored), db=env.data)
+        with caplog.at_level(logging.WARNING):
+            assert [store.get(KEYS[4]) for _ in range(3)] == [None] * 3
+        assert len(caplog.records) == 1
+        assert KEYS[4].digest.hex() in caplog.text
+        stats = store.stats().tiers["disk"]
+        assert (stats.corrupt, stats.quarantined) == (1, 1)
+        assert store.lookup(KEYS) == 4
+        assert not store.audit(repair=True).clean
+        assert store.audit().clean
+        store.put(items(KEYS))
+        store.flush()
+        assert store.lookup(KEYS) == 10
+        assert store.audit().clean
+        assert store.stats().tiers["disk"].quarantined == 0
+
+
+DAMAGES = {
+    "payload": ("data", lambda stored: stored[:-1] + bytes([stored[-1] ^ 1])),
+    "entry": ("entries", lambda stored: bytes([stored[0] ^ 1]) + stored[1:]),
+    "used": ("info", lambda stored: ledger._USED.pack(10**6, 2**64 - 1 - 10**6)),
+    "record": ("data", None),
+    "block": ("entries", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_audit_finds_and_repairs(path, damage):
+    table, change = DAMAGES[damage]
+    where = {"data": name(KEYS[4].digest, 0), "entries": KEYS[4].digest, "info": b"used"}[table]
+    with opened(path, host=0) as store:
+        store.put(items(KEYS))
+        store.flush()
+        env = store._levels[0].tier.ledger.env
+        with env.lmdb.begin(write=True) as txn:
+            stored = txn.get(where, db=getattr(env, table))
+            if change is None:
+                assert txn.delete(where, db=getattr(env, table))
+            else:
+                assert txn.put(where, change(stored), db=getattr(env, table))
+        assert not store.audit().clean
+        report = store.audit(repair=True)
+        assert report.repaired
+        assert not report.clean
+        assert store.audit().clean
+        found = store.lookup(KEYS)
+        assert found == (10 if damage == "used" else 4)
+        store.put(items(KEYS))
+        store.flush()
+        assert store.lookup(KEYS) == 10
+        assert all(right(store.get(key), key) for key in KEYS)
+        assert store.audit().clean
+
+
+def test_a_failed_write_is_reported_once_and_reads_go_on(path, monkeypatch):
+    with opened(path, host=0) as store:
+        store.put(items(KEYS[:2]))
+        store.flush()
+
+        def fail(*_args, **_kwargs):
+            raise OSError(5, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(disk.Ledger, "add", fail)
+            store.put(items(KEYS[2:]))
+            with pytest.raises(StoreError, match="Input/output error"):
+                store.flush()
+        store.flush()
+        assert store.lookup(KEYS) == 2
+        assert right(store.get(KEYS[0]), KEYS[0])
+        store.put(items(KEYS))
+        store.flush()
+        assert store.lookup(KEYS) == 10
+
+
+def test_the_queue_is_bounded(path, monkeypatch):
+    gate, seen = threading.Event(), []
+    add = disk.Ledger.add
+
+    def slow(self, txn, key, block):
+        gate.wait()
+        seen.append(store._writer.queued_bytes)
+        add(self, txn, key, block)
+
+    monkeypatch.setattr(disk.Ledger, "add", slow)
+    with TieredStore([DiskTier(path, 100 * COST)], queue_bytes=3 * BYTES) as store:
+        putting = threading.Thread(target=store.put, args=(items(KEYS),))
+        putting.start()
+        gate.set()
+        putting.join()
+        store.flush()
+        assert max(seen) <= 3 * BYTES
+        assert store.lookup(KEYS) == 10
+
+
+def test_threads_that_put_read_pin_and_evict_at_once_see_only_right_blocks(path):
+    chains = [chain(range(100 * i, 100 * i + 24)) for i in range(6)]
+    failures = []
+
+    def work(store, turn):
+        try:
+            for i in range(40):
+                keys = chains[(turn * 7 + i * (turn + 1)) % 6]
+                with store.pin(keys):
+                    found = store.lookup(keys)
+                    blocks = [store.get(key) for key in keys[:found]]
+                    assert all(right(block, key) for block, key in zip(blocks, keys))
+                    store.promote(keys[:2])
+                store.put(items(keys))
+                many = store.read_many(keys, range(1, 2))
+                assert all(data is None or data.shape[0] == 1 for data in many)
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    with opened(path, host=8, blocks=20) as store:
+        threads = [threading.Thread(target=work, args=(store, turn)) for turn in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        store.flush()
+        assert not failures
+        report = store.audit()
+        assert report.clean, report.problems
+
+
+def test_readers_leave_no_snapshot_behind_and_the_file_does_not_grow_with_churn(path):
+    with opened(path, host=0, blocks=20) as store:
+        env = store._levels[0].tier.ledger.env.lmdb
+        sizes = []
+        for i in range(60):
+            keys = chain(range(1000 * i, 1000 * i + 20))
+            store.put(items(keys))
+            store.flush()
+            store.read_many(keys, range(3))
+            sizes.append(os.path.getsize(path / "data.mdb"))
+        assert sizes[-1] == sizes[30]
+        assert sizes[-1] < 3 * 20 * COST
+        assert all(line.split()[2] == "-" for line in env.readers().splitlines()[1:])
+
+
+def test_a_closed_store_refuses_puts_and_closes_twice(path):
+    store = opened(path)
+    store.close()
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        store.put(items(KEYS))
+
+
+def test_a_host_only_store_needs_no_disk():
+    with TieredStore.open(StoreConfig(host_bytes=1 << 20)) as store:
+        store.put(items(KEYS))
+        store.flush()
+        assert store.lookup(KEYS) == 10
+        assert store.audit().clean
+        store.clear()
+        assert store.lookup(KEYS) == 0
