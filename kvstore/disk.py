@@ -91,8 +91,12 @@ class DiskTier:
             self.ledger.remove_trees(txn, [k if isinstance(k, bytes) else k.digest for k in keys])
 
     def held(self, keys: Sequence[BlockKey]) -> list[bool]:
-        with self.reading() as txn:
-            return [self._find(txn, key) is not None for key in keys]
+        try:
+            with self.reading() as txn:
+                return [self._has(txn, key) for key in keys]
+        except CorruptRecord as error:
+            _log.warning("all blocks on disk are misses: %s", error)
+            return [False] * len(keys)
 
     def touched(self, digests: Sequence[bytes]) -> None:
         """Remembered here, written with the next change or on closing."""
@@ -112,28 +116,33 @@ class DiskTier:
             self.ledger.clear(txn)
 
     def close(self) -> None:
-        if self._stamps or self._bad:
-            with self.changing():
-                pass
-        self._env.lmdb.close()
+        try:
+            if self._stamps or self._bad:
+                with self.changing():
+                    pass
+        finally:
+            self._env.lmdb.close()
 
     def __contains__(self, key: BlockKey) -> bool:
         return self.held([key])[0]
 
     def _load(self, key: BlockKey, which: Callable[[Entry], range]) -> Tensor | None:
         """The layers that `which` picks, copied and verified; None with any doubt."""
-        with self.reading() as txn:
-            entry = self._find(txn, key)
-            if entry is None:
-                return None
-            layers = which(entry)
-            if not 0 <= layers.start < layers.stop <= entry.shape[0] or layers.step != 1:
-                raise ValueError(f"need a run of the {entry.shape[0]} layers, got {layers}")
-            try:
+        if key.digest in self._bad:
+            return None
+        try:
+            with self.reading() as txn:
+                entry = self.ledger.get(txn, key.digest)
+                if entry is None:
+                    return None
+                entries.check_is_for(entry, key)
+                layers = which(entry)
+                if not 0 <= layers.start < layers.stop <= entry.shape[0] or layers.step != 1:
+                    raise ValueError(f"need a run of the {entry.shape[0]} layers, got {layers}")
                 return self._copy(txn, entry, layers)
-            except CorruptRecord as error:
-                self.quarantine(key.digest, str(error))
-                return None
+        except CorruptRecord as error:
+            self.quarantine(key.digest, str(error))
+            return None
 
     def _copy(self, txn: lmdb.Transaction, entry: Entry, layers: range) -> Tensor:
         out = torch.empty(len(layers), *entry.shape[1:], dtype=entry.dtype)
@@ -148,17 +157,14 @@ class DiskTier:
                 part.copy_(into[lo - group.start : hi - group.start])
         return out
 
-    def _find(self, txn: lmdb.Transaction, key: BlockKey) -> Entry | None:
-        if key.digest in self._bad:
-            return None
-        try:
-            entry = self.ledger.get(txn, key.digest)
-            if entry is not None:
-                entries.check_is_for(entry, key)
-            return entry
-        except CorruptRecord as error:
-            self.quarantine(key.digest, str(error))
-            return None
+    def _has(self, txn: lmdb.Transaction, key: BlockKey) -> bool:
+        stored = txn.get(key.digest, db=self._env.entries)
+        if stored is None or key.digest in self._bad:
+            return False
+        if not entries.matches(stored, key):
+            self.quarantine(key.digest, "its entry is damaged or of another block")
+            return False
+        return True
 
     def quarantine(self, digest: bytes, reason: str) -> None:
         """Serve the block no more; the next change of the tier deletes it."""

@@ -11,9 +11,11 @@ from kvstore.codec import DTYPE_CODES, DTYPE_OF_CODE
 from kvstore.errors import CorruptRecord
 from kvstore.layout import runs
 
-_ENTRY = struct.Struct("<B32s32s16sIBIBHIIIHQQI")
+_KEY = struct.Struct("<B32s32s16sIBI")  # the fields of a BlockKey, less the digest
+_REST = struct.Struct("<BHIIIHQQI")
 _CHECK = struct.Struct("<Q")
-ENTRY_BYTES = _ENTRY.size + _CHECK.size
+_PACKED = _KEY.size + _REST.size
+ENTRY_BYTES = _PACKED + _CHECK.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +36,9 @@ class Entry:
 
     def pack(self) -> bytes:
         key, (layers, _, heads, tokens, dim) = self.key, self.shape
-        packed = _ENTRY.pack(
-            key.parent is not None, key.parent or b"", key.identity, key.token_digest,
-            key.num_tokens, key.kind, key.depth, DTYPE_CODES[self.dtype], layers, heads, tokens,
-            dim, self.group_layers, self.nbytes, self.stamp, self.children,
+        packed = _pack_key(key) + _REST.pack(
+            DTYPE_CODES[self.dtype], layers, heads, tokens, dim, self.group_layers, self.nbytes,
+            self.stamp, self.children,
         )  # fmt: skip
         return packed + _CHECK.pack(_checksum(key.digest, packed))
 
@@ -50,15 +51,27 @@ def unpack(digest: bytes, data: memoryview | bytes) -> Entry:
     """
     if len(data) != ENTRY_BYTES:
         raise CorruptRecord(f"block entry of {len(data)} bytes, not {ENTRY_BYTES}")
-    packed = bytes(data[: _ENTRY.size])
-    if _CHECK.unpack_from(data, _ENTRY.size) != (_checksum(digest, packed),):
+    packed = bytes(data[:_PACKED])
+    if _CHECK.unpack_from(data, _PACKED) != (_checksum(digest, packed),):
         raise CorruptRecord("block entry checksum does not match")
-    (has_parent, parent, identity, token_digest, num_tokens, kind, depth, dtype, layers, heads,
-     tokens, dim, group_layers, nbytes, stamp, children) = _ENTRY.unpack(packed)  # fmt: skip
+    has_parent, parent, identity, token_digest, num_tokens, kind, depth = _KEY.unpack_from(packed)
+    dtype, layers, heads, tokens, dim, group_layers, nbytes, stamp, children = _REST.unpack_from(
+        packed, _KEY.size
+    )
     above = parent if has_parent else None
     key = BlockKey(digest, above, identity, token_digest, num_tokens, Kind(kind), depth)
     shape = torch.Size((layers, 2, heads, tokens, dim))
     return Entry(key, DTYPE_OF_CODE[dtype], shape, group_layers, nbytes, stamp, children)
+
+
+def matches(data: memoryview | bytes, key: BlockKey) -> bool:
+    """Whether stored bytes are a whole entry of exactly this block: fast, and gives no reason."""
+    packed = bytes(data[:_PACKED])
+    return (
+        len(data) == ENTRY_BYTES
+        and packed.startswith(_pack_key(key))
+        and _CHECK.unpack_from(data, _PACKED) == (_checksum(key.digest, packed),)
+    )
 
 
 def check_is_for(entry: Entry, key: BlockKey) -> None:
@@ -67,6 +80,13 @@ def check_is_for(entry: Entry, key: BlockKey) -> None:
         stored, asked = getattr(entry.key, name), getattr(key, name)
         if stored != asked:
             raise CorruptRecord(f"{name} is {stored!r}, not {asked!r}")
+
+
+def _pack_key(key: BlockKey) -> bytes:
+    return _KEY.pack(
+        key.parent is not None, key.parent or b"", key.identity, key.token_digest, key.num_tokens,
+        key.kind, key.depth,
+    )  # fmt: skip
 
 
 def _checksum(digest: bytes, packed: bytes) -> int:

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lmdb
+from lmdb.verify import VerifyError, verify
 
-from kvstore.errors import DeviceFull, StoreError, StoreFormatError
+from kvstore.errors import CorruptRecord, DeviceFull, StoreError, StoreFormatError
 
 if TYPE_CHECKING:
     from lmdb import _Database
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 FORMAT = b"headrace store 1"
 MIN_MAP_BYTES = 1 << 40  # address space, not memory or disk
+_START_ANEW = "delete the folder (blocks are a cache and will be computed again)"
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _log = logging.getLogger(__name__)
 
@@ -60,6 +63,7 @@ def open_environment(path: Path, budget_bytes: int) -> Environment:
 
 def _prepare(path: Path, env: lmdb.Environment) -> Environment:
     env.reader_check()  # frees the slots of readers that died
+    _verify_after_boot(env, path)
     mend_length(env, path)
     with env.begin() as txn:
         empty = txn.stat()["entries"] == 0
@@ -88,9 +92,31 @@ def _check_format(path: Path, env: lmdb.Environment) -> None:
     if found != FORMAT:
         raise StoreFormatError(
             f"{path} holds {'no Headrace store' if found is None else repr(found)}, and this "
-            f"version reads {FORMAT!r}: choose another disk_path, or delete the folder (blocks "
-            "are a cache and will be computed again)"
+            f"version reads {FORMAT!r}: choose another disk_path, or {_START_ANEW}"
         )
+
+
+def _verify_after_boot(env: lmdb.Environment, path: Path) -> None:
+    """Check the tables once after each start of the machine, before LMDB walks them.
+
+    LMDB keeps its tables whole over a crash if the disk does not lie about flushes. Disks do, and
+    LMDB would follow a damaged page into a segmentation fault. A killed process cannot do
+    that damage: what it wrote is in the page cache. Takes about 25 us per record.
+    """
+    boot = _BOOT_ID.read_text() if _BOOT_ID.exists() else ""
+    seen = path / "verified"
+    if boot and seen.exists() and seen.read_text() == boot:
+        return
+    with env.begin(write=True):  # excludes writers; touches no page but the meta pages
+        try:
+            problems = verify(str(path))
+        except VerifyError as error:
+            problems = [str(error)]
+    if problems:
+        raise StoreError(f"the tables in {path} are damaged ({problems[0]}); {_START_ANEW}")
+    handle = os.open(seen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(boot)
 
 
 def mend_length(env: lmdb.Environment, path: Path) -> None:
@@ -121,12 +147,14 @@ def explained(path: Path) -> Iterator[None]:
         raise DeviceFull(f"LMDB map of {path} is full ({error}); lower disk_bytes") from error
     except lmdb.LockError as error:
         raise StoreError(f"cannot lock {path} ({error}); use a local file system") from error
+    except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError) as error:
+        raise CorruptRecord(f"the tables in {path} are damaged ({error}); {_START_ANEW}") from error
     except (lmdb.Error, OSError) as error:
         raise _explain(path, error) from error
 
 
 def _explain(path: Path, error: lmdb.Error | OSError) -> StoreError:
-    code = error.errno if isinstance(error, OSError) else error.code
+    code = error.errno if isinstance(error, OSError) else getattr(error, "code", None)
     if code in _SPACE_ERRORS:
         return DeviceFull(
             f"no space left for {path} ({error}); free some, or lower disk_bytes. What was stored "
