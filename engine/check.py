@@ -32,7 +32,7 @@ def check(model: HFModel) -> None:
         _check_rope(model, rope, kind)
     count = _tokens(model)
     ids = torch.arange(count, device=model.shape.device) * 7919 % model.shape.vocab
-    reference: Any = model.module
+    reference = model.module
     with ExitStack() as stack:
         stack.enter_context(_eager(reference))
         stack.enter_context(_widened(reference.model.embed_tokens, only_output=True))
@@ -60,7 +60,7 @@ def _check_rope(model: HFModel, rope: Rope, kind: str | None) -> None:
     last = min(model.shape.max_positions, rope.max_positions or model.shape.max_positions) - 1
     device = model.shape.device
     positions = torch.tensor([0, 1, last // 7, last // 2, last], device=device)
-    rotary: Any = model.module.model.rotary_emb
+    rotary = model.module.model.rotary_emb
     args = () if hasattr(rotary, "inv_freq") else (kind,)
     like = torch.empty(1, dtype=torch.float32, device=device)
     cos, sin = (x[0] for x in rotary(like, positions[None], *args))

@@ -8,23 +8,26 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from engine.cache import SequenceCache
 from engine.check import check
 from engine.config import EngineConfig
 from engine.decode import decode
-from engine.errors import PromptError
+from engine.errors import ConfigError, PromptError
 from engine.hf import HFModel
 from engine.identity import identity
 from engine.loader import load_module, load_tokenizer, locate, pick_device, refuse_module
+from engine.model import Shape
 from engine.prefill import hidden_states, prefill
 from engine.prefix import Prefix, PrefixLost
 from engine.recorder import Recorder
 from engine.request import Completion, Event, Request, Running
 from engine.sampling import Sampling
 from kvstore.block import BlockKey
-from kvstore.store import StoreStats, TieredStore
+from kvstore.stats import StoreStats
+from kvstore.store import TieredStore
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class Engine:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: PreTrainedModel,
         tokenizer: Any = None,
         config: EngineConfig | None = None,
         *,
@@ -61,6 +64,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.model = HFModel(module.eval())
         check(self.model)
+        _check_budgets(self.config, self.model.shape)
         self.identity = identity(self.model, folder, digest_cache=_cache_folder() / "weights.json")
         self.store = TieredStore.open(self.config.store)
         self._eos = _eos_tokens(module)
@@ -68,7 +72,7 @@ class Engine:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_id: str | Path | nn.Module,
+        path_or_id: str | Path | PreTrainedModel,
         config: EngineConfig | None = None,
         *,
         dtype: torch.dtype | None = None,
@@ -80,15 +84,16 @@ class Engine:
             dtype: None takes the checkpoint's (on a CPU: float32 where it lacks the instructions).
             device: "cpu" or "cuda[:N]"; None takes a GPU where there is one.
         """
-        if isinstance(path_or_id, nn.Module):
-            return cls(path_or_id.to(device=device, dtype=dtype), None, config)
+        if isinstance(path_or_id, PreTrainedModel):
+            moved: Any = path_or_id
+            return cls(moved.to(device=device, dtype=dtype), None, config)
         folder = locate(path_or_id)
         module = load_module(folder, dtype=dtype, device=pick_device(device))
         return cls(module, load_tokenizer(folder), config, folder=folder)
 
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -99,14 +104,15 @@ class Engine:
     ) -> list[Completion]:
         """Answers to prompts (texts or token lists), in their order, decoded as one batch.
 
+        One text, or one list of token ids, is a batch of one.
+
         Every prompt is answered as if it were alone: with a seed, each starts from that seed.
 
         Raises:
             PromptError: a prompt or a setting is out of range; nothing was generated.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        runs = [self._running(p, max_new_tokens, sampling, stop) for p in prompts]
+        runs = [self._running(p, max_new_tokens, sampling, stop) for p in _listed(prompts)]
         for group in self._groups(runs):
             for _ in self._steps(group):
                 pass
@@ -181,8 +187,6 @@ class Engine:
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if stops and self.tokenizer is None:
             raise PromptError("stop strings need a tokenizer")
-        if isinstance(prompt, int):
-            raise PromptError("prompts is a list of prompts: wrap one token list in another list")
         tokens = self.tokenize(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
         request = Request(tuple(tokens), max_new_tokens, sampling, stops)
         positions = self.model.shape.max_positions
@@ -239,7 +243,7 @@ class Engine:
         """Prefill behind the `stored` blocks."""
         size, prefix = self.config.block_tokens, None
         start = len(stored) * size
-        recorder = Recorder(self.model.shape, size=size, start=start) if self.store.tiers else None
+        recorder = Recorder(self.model.shape, size=size, start=start)
         run.cache = SequenceCache(self.model.shape, run.capacity, recorder)
         run.stats.cached_tokens = start
         with self.store.pin(stored):
@@ -261,8 +265,7 @@ class Engine:
     def _save(self, run: Running) -> None:
         """Give the store the blocks that became complete."""
         assert run.cache is not None
-        if run.cache.recorder is None:
-            return
+        assert run.cache.recorder is not None
         if blocks := run.cache.recorder.take(run.cache.length):
             keys = self._keys(run.all_tokens[: run.cache.length])
             self.store.put([(keys[number], block) for number, block in blocks])
@@ -277,6 +280,27 @@ class Engine:
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor(tokens, device=self.model.shape.device)
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    tokens = [prompt for prompt in prompts if isinstance(prompt, int)]
+    return [tokens] if tokens else [p for p in prompts if not isinstance(p, int)]
+
+
+def _check_budgets(config: EngineConfig, shape: Shape) -> None:
+    """ConfigError for a tier that could not hold one block."""
+    block = shape.kv_bytes_per_token * config.block_tokens
+    budgets = {"store.host_bytes": config.store.host_bytes}
+    if config.store.disk_path is not None:
+        budgets["store.disk_bytes"] = config.store.disk_bytes
+    for name, budget in budgets.items():
+        if 0 < budget < block:
+            raise ConfigError(
+                f"{name} is {budget}, one block of {config.block_tokens} tokens of this model "
+                f"takes {block} bytes: raise {name} or lower block_tokens"
+            )
 
 
 def _eos_tokens(module: Any) -> frozenset[int]:

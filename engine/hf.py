@@ -4,13 +4,14 @@ What differs between families is where the norms stand and how q, k and v are ma
 says it in one line each, and `engine.check` proves it against the model's own forward.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from engine.errors import ModelError
 from engine.model import QKV, AttentionSpec, Shape
@@ -38,11 +39,11 @@ class Family:
     softcap: bool = False
 
 
-_GEMMA = {
-    "attn_out": "post_attention_layernorm",
-    "mlp_in": "pre_feedforward_layernorm",
-    "mlp_out": "post_feedforward_layernorm",
-}
+_GEMMA = Family(
+    attn_out="post_attention_layernorm",
+    mlp_in="pre_feedforward_layernorm",
+    mlp_out="post_feedforward_layernorm",
+)
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
@@ -51,8 +52,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(qk_norm="head"),
     "qwen3_moe": Family(qk_norm="head"),
     "phi3": Family(fused_qkv=True),
-    "gemma2": Family(**_GEMMA, softcap=True),
-    "gemma3_text": Family(**_GEMMA, qk_norm="head"),
+    "gemma2": replace(_GEMMA, softcap=True),
+    "gemma3_text": replace(_GEMMA, qk_norm="head"),
     "glm4": Family(
         attn_out="post_self_attn_layernorm", mlp_out="post_mlp_layernorm", interleaved=True
     ),
@@ -117,8 +118,9 @@ class HFLayer:
 class HFModel:
     """A `transformers` causal language model as pieces. Its forward is never called here."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.config = module, module.config
+    def __init__(self, module: PreTrainedModel) -> None:
+        self.module: Any = module
+        self.config: Any = module.config
         family = family_of(self.config)
         self._body: Any = module.model
         self._softcap = getattr(self.config, "final_logit_softcapping", None)
@@ -156,9 +158,7 @@ def layer_types(config: Any) -> list[str | None]:
     return list(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
 
 
-def attention_specs(
-    layers: Sequence[nn.Module], config: Any, family: Family
-) -> list[AttentionSpec]:
+def attention_specs(layers: Iterable[Any], config: Any, family: Family) -> list[AttentionSpec]:
     """Scale, softcap and window of every layer."""
     window = getattr(config, "sliding_window", None)
     return [

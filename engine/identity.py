@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from engine.hf import HFModel
 from engine.loader import weight_files
@@ -34,7 +34,7 @@ def identity(model: HFModel, folder: Path | None, *, digest_cache: Path | None) 
     )
 
 
-def _weights(module: nn.Module, folder: Path | None, digest_cache: Path | None) -> bytes:
+def _weights(module: PreTrainedModel, folder: Path | None, digest_cache: Path | None) -> bytes:
     if folder is None:
         return state_digest(module.state_dict().items())
     return weights_digest(weight_files(folder), cache=digest_cache)

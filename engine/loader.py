@@ -3,14 +3,13 @@
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from engine.errors import ModelError
 from engine.hf import FAMILIES
@@ -55,13 +54,15 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def load_module(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+def load_module(
+    folder: Path, *, dtype: torch.dtype | None, device: torch.device
+) -> PreTrainedModel:
     """The model in `folder`, on `device`, in `dtype` (None: the checkpoint's, see `_dtype`)."""
     config = _json(folder / "config.json")
     _refuse_config(config)
     weight_files(folder)
     try:
-        module, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=_dtype(dtype, config, device),
             use_safetensors=True,
@@ -70,13 +71,14 @@ def load_module(folder: Path, *, dtype: torch.dtype | None, device: torch.device
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"cannot load {folder}: {str(error).strip().splitlines()[0]}") from error
+    module, info = loaded
     if info["missing_keys"]:
         some = ", ".join(sorted(info["missing_keys"])[:3])
         raise ModelError(
             f"weights missing: {folder} lacks {len(info['missing_keys'])} tensors ({some}...): "
             "download the checkpoint again"
         )
-    return module.to(device).eval()
+    return cast(PreTrainedModel, module.to(device).eval())
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -107,7 +109,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     return picked
 
 
-def refuse_module(module: nn.Module) -> None:
+def refuse_module(module: PreTrainedModel) -> None:
     """ModelError for a loaded model that is quantized or spread over several devices."""
     _refuse_config(module.config.to_dict())
     devices = {str(weight.device) for weight in module.parameters()}

@@ -9,7 +9,8 @@ from engine.cache import SequenceCache
 from engine.model import Model
 from engine.rope import RopeTable, Tables
 from kvstore.block import BlockKey
-from kvstore.store import TieredStore, layer_groups
+from kvstore.layout import layer_groups
+from kvstore.store import TieredStore
 
 BATCH_BYTES = 64 << 20  # blocks in flight between store and cache, however long the prefix
 

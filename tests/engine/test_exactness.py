@@ -1,0 +1,72 @@
+"""The engine against `transformers`, fp32, for every family and feature: equal, not close."""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.cache import SequenceCache
+from engine.hf import HFModel
+from engine.prefill import prefill
+from tests.engine import oracle, reader
+from tests.engine.families import CASES, build, prompt
+
+LONGEST = 600
+LENGTHS = [1, 37, 130, 211]
+NEW = 200
+
+
+@pytest.fixture(scope="module", params=CASES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def module(family):
+    return build(family)
+
+
+@pytest.fixture(scope="module")
+def long_logits(module):
+    return oracle.logits(module, prompt(LONGEST))
+
+
+@pytest.fixture(scope="module")
+def new_process():
+    """A process that shares nothing with this one but the disk."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_logits_equal_transformers_for_any_length_and_chunking(module, long_logits, data):
+    length = data.draw(st.integers(1, LONGEST) | st.sampled_from([1, 2, 16, 127, LONGEST]))
+    cuts = sorted(data.draw(st.sets(st.integers(1, LONGEST), max_size=3)) - {length})
+    chunk = data.draw(st.sampled_from([1 + length // 3, 64, 512, 1000]))
+    model, tokens = HFModel(module), prompt(LONGEST)
+    cache = SequenceCache(model.shape, capacity=7)
+    for start, stop in zip([0, *cuts], [*cuts, LONGEST]):
+        if start < length:
+            part = tokens[start : min(stop, length)]
+            got = prefill(model, cache, part, chunk=chunk)
+            want = long_logits[min(stop, length) - 1]
+            torch.testing.assert_close(got, want, rtol=0, atol=oracle.TOLERANCE)
+
+
+def test_200_greedy_tokens_equal_generate_and_again_from_lmdb_in_a_new_process(
+    family, module, new_process, tmp_path
+):
+    prompts = [prompt(n) for n in LENGTHS]
+    theirs = oracle.generate(module, prompts, NEW)
+    first = reader.answer(family, LENGTHS, NEW, tmp_path / "store")
+    assert first.cached == [0] * len(LENGTHS)
+    again = new_process.submit(reader.answer, family, LENGTHS, NEW, tmp_path / "store").result()
+    assert again.cached == [(n - 1) // 16 * 16 for n in LENGTHS]
+    assert again.disk_hits == sum(again.cached) // 16
+    for answers in (first, again):
+        for asked, ours, want in zip(prompts, answers.tokens, theirs):
+            oracle.assert_same_answer(module, asked, ours, want)

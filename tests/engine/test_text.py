@@ -1,0 +1,72 @@
+"""Streaming text: what is given out is never taken back, and adds up to the whole."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from engine.text import TextStream
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a byte, so that every character of more than one byte is split."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    tok = Tokenizer(model)
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<end>")
+
+
+def stream(tokenizer, text, stop=()):
+    out = TextStream(tokenizer, stop)
+    pieces = []
+    for token in tokenizer(text)["input_ids"]:
+        pieces.append(out.push(token))
+        if out.stopped:
+            break
+    return pieces, out.finish(), out.stopped
+
+
+@given(text=st.text(max_size=30), stop=st.lists(st.text(min_size=1, max_size=4), max_size=3))
+def test_pieces_add_up_to_the_text_before_the_first_stop(tokenizer, text, stop):
+    pieces, rest, stopped = stream(tokenizer, text, stop)
+    got = "".join(pieces) + rest
+    ends = [text.index(s) for s in stop if s in text]
+    assert stopped == bool(ends)
+    if not ends:
+        assert got == text
+    else:
+        assert text.startswith(got)
+        assert not any(s in got for s in stop)
+
+
+def test_a_character_of_several_tokens_comes_whole(tokenizer):
+    pieces, rest, _ = stream(tokenizer, "a€😀b")
+    assert [p for p in pieces if p] == ["a", "€", "😀", "b"]
+    assert rest == ""
+
+
+def test_a_stop_string_over_token_borders_is_never_shown(tokenizer):
+    pieces, rest, stopped = stream(tokenizer, "one STOP two", ["STOP"])
+    assert stopped
+    assert "".join(pieces) + rest == "one "
+    pieces, rest, stopped = stream(tokenizer, "one STO", ["STOP"])
+    assert not stopped
+    assert ("".join(pieces), rest) == ("one ", "STO")
+
+
+def test_special_tokens_have_no_text(tokenizer):
+    out = TextStream(tokenizer)
+    assert out.push(tokenizer.eos_token_id) == ""
+    assert out.finish() == ""
+
+
+def test_an_unfinished_character_at_the_end_is_shown_as_such(tokenizer):
+    out = TextStream(tokenizer)
+    first = tokenizer("€")["input_ids"][0]
+    assert out.push(first) == ""
+    assert out.finish() == "\ufffd"
