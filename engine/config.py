@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 
 from engine.errors import ConfigError
+from engine.model import Shape
 from kvstore.config import StoreConfig
 
 
@@ -32,6 +33,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name in ("prefill_chunk", "block_tokens", "cache_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def check(self, shape: Shape) -> None:
+        """ConfigError for a tier that could not hold one block of a model of this shape."""
+        block = shape.kv_bytes_per_token * self.block_tokens
+        budgets = {"store.host_bytes": self.store.host_bytes}
+        if self.store.disk_path is not None:
+            budgets["store.disk_bytes"] = self.store.disk_bytes
+        for name, budget in budgets.items():
+            if 0 < budget < block:
+                raise ConfigError(
+                    f"{name} is {budget}, one block of {self.block_tokens} tokens of this model "
+                    f"takes {block} bytes: raise {name} or lower block_tokens"
+                )
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "EngineConfig":

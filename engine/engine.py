@@ -1,7 +1,6 @@
 """The engine: a model, a store, and the loops between them."""
 
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ from engine.cache import SequenceCache
 from engine.check import check
 from engine.config import EngineConfig
 from engine.decode import decode
-from engine.errors import ConfigError, PromptError
+from engine.errors import PromptError
 from engine.hf import HFModel
 from engine.identity import identity
 from engine.loader import load_module, load_tokenizer, locate, pick_device, refuse_module
-from engine.model import Shape
 from engine.prefill import hidden_states, prefill
 from engine.prefix import Prefix, PrefixLost
 from engine.recorder import Recorder
@@ -64,10 +62,9 @@ class Engine:
         self.tokenizer = tokenizer
         self.model = HFModel(module.eval())
         check(self.model)
-        _check_budgets(self.config, self.model.shape)
-        self.identity = identity(self.model, folder, digest_cache=_cache_folder() / "weights.json")
+        self.config.check(self.model.shape)
+        self.identity = identity(self.model, folder)
         self.store = TieredStore.open(self.config.store)
-        self._eos = _eos_tokens(module)
 
     @classmethod
     def from_pretrained(
@@ -192,7 +189,7 @@ class Engine:
         positions = self.model.shape.max_positions
         request.check(self.model.shape.vocab, positions)
         limit = min(max_new_tokens, positions - len(tokens) + 1)  # the last one is not fed back
-        return Running(request, eos=self._eos, limit=limit, tokenizer=self.tokenizer)
+        return Running(request, eos=self.model.eos, limit=limit, tokenizer=self.tokenizer)
 
     def _groups(self, runs: Iterable[Running]) -> Iterator[list[Running]]:
         """Runs whose caches fit `cache_bytes` together, in order."""
@@ -287,30 +284,3 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     tokens = [prompt for prompt in prompts if isinstance(prompt, int)]
     return [tokens] if tokens else [p for p in prompts if not isinstance(p, int)]
-
-
-def _check_budgets(config: EngineConfig, shape: Shape) -> None:
-    """ConfigError for a tier that could not hold one block."""
-    block = shape.kv_bytes_per_token * config.block_tokens
-    budgets = {"store.host_bytes": config.store.host_bytes}
-    if config.store.disk_path is not None:
-        budgets["store.disk_bytes"] = config.store.disk_bytes
-    for name, budget in budgets.items():
-        if 0 < budget < block:
-            raise ConfigError(
-                f"{name} is {budget}, one block of {config.block_tokens} tokens of this model "
-                f"takes {block} bytes: raise {name} or lower block_tokens"
-            )
-
-
-def _eos_tokens(module: Any) -> frozenset[int]:
-    """The tokens that end a text, as `generate()` of transformers understands them."""
-    found = module.generation_config.eos_token_id if module.can_generate() else None
-    if found is None:
-        return frozenset()
-    return frozenset([found] if isinstance(found, int) else found)
-
-
-def _cache_folder() -> Path:
-    """Where files live that only save time: `$XDG_CACHE_HOME/headrace`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"

@@ -132,6 +132,12 @@ class HFModel:
             for layer, spec, rope in zip(self._body.layers, specs, turns, strict=True)
         ]
 
+    @property
+    def eos(self) -> frozenset[int]:
+        """The tokens that end a text, as the model's `generate()` understands them."""
+        found = self.module.generation_config.eos_token_id if self.module.can_generate() else None
+        return frozenset([found] if isinstance(found, int) else found or ())
+
     def embed(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N E"]:
         """Token embeddings, scaled where the model scales them."""
         return self._body.embed_tokens(tokens[None])[0]

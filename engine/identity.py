@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ SEMANTICS = 1  # raise when the same weights come to mean other KV
 IGNORED = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
 
 
-def identity(model: HFModel, folder: Path | None, *, digest_cache: Path | None) -> ModelIdentity:
+def identity(model: HFModel, folder: Path | None) -> ModelIdentity:
     """Identity of a model loaded from `folder`, or of the module itself where there is none."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in IGNORED}
     frequencies = [
@@ -23,7 +24,7 @@ def identity(model: HFModel, folder: Path | None, *, digest_cache: Path | None) 
         for rope in (layer.rope for layer in model.layers)
     ]
     return ModelIdentity(
-        weights=_weights(model.module, folder, digest_cache),
+        weights=_weights(model.module, folder),
         adapters=(),
         rope=_canonical({"layers": frequencies}),
         dtype=str(model.shape.dtype).removeprefix("torch."),
@@ -34,10 +35,15 @@ def identity(model: HFModel, folder: Path | None, *, digest_cache: Path | None) 
     )
 
 
-def _weights(module: PreTrainedModel, folder: Path | None, digest_cache: Path | None) -> bytes:
+def _weights(module: PreTrainedModel, folder: Path | None) -> bytes:
     if folder is None:
         return state_digest(module.state_dict().items())
-    return weights_digest(weight_files(folder), cache=digest_cache)
+    return weights_digest(weight_files(folder), cache=_cache_folder() / "weights.json")
+
+
+def _cache_folder() -> Path:
+    """Where files live that only save time: `$XDG_CACHE_HOME/headrace`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
 
 
 def _canonical(value: dict[str, Any]) -> str:

@@ -53,7 +53,8 @@ class Prefix:
     def _load(self, group: range) -> None:
         """Read some layers of every block, rotate the keys, and put them in place."""
         shape, block = self._model.shape, self._keys[0].num_tokens
-        at_once = max(1, BATCH_BYTES // (shape.kv_bytes_per_token * block))
+        per_block = shape.kv_bytes_per_token // shape.num_layers * len(group) * block
+        at_once = max(1, BATCH_BYTES // per_block)
         for first in range(0, len(self._keys), at_once):
             keys = self._keys[first : first + at_once]
             parts = self._store.read_many(keys, group)
