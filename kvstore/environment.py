@@ -4,9 +4,10 @@ import errno
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import lmdb
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lmdb import _Database
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+DATA_FILE = "data.mdb"
 FORMAT = b"headrace store 1"
 MIN_MAP_BYTES = 1 << 40  # address space, not memory or disk
 _START_ANEW = "delete the folder (blocks are a cache and will be computed again)"
@@ -50,10 +52,9 @@ def open_environment(path: Path, budget_bytes: int) -> Environment:
     """
     with explained(path):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        env = lmdb.open(
-            str(path), map_size=max(4 * budget_bytes, MIN_MAP_BYTES), mode=0o600, max_dbs=3,
-            max_readers=1024, max_spare_txns=16,
-        )  # fmt: skip
+        if not (path / DATA_FILE).exists():
+            _create(path)
+        env = _open(path, budget_bytes)
         try:
             return _prepare(path, env)
         except BaseException:
@@ -61,25 +62,36 @@ def open_environment(path: Path, budget_bytes: int) -> Environment:
             raise
 
 
+def _open(path: Path, budget_bytes: int) -> lmdb.Environment:
+    return lmdb.open(
+        str(path), map_size=max(4 * budget_bytes, MIN_MAP_BYTES), mode=0o600, max_dbs=3,
+        max_readers=1024, max_spare_txns=16,
+    )  # fmt: skip
+
+
+def _create(path: Path) -> None:
+    """Put an empty store into the folder in one step, so that a crash leaves it or nothing."""
+    with TemporaryDirectory(dir=path, prefix="new-") as made:
+        with _open(Path(made), 0) as env, env.begin(write=True) as txn:
+            for name in (b"data", b"entries"):
+                env.open_db(name, txn)
+            txn.put(b"format", FORMAT, db=env.open_db(b"info", txn))
+        with suppress(FileExistsError):  # another process was faster
+            os.link(Path(made) / DATA_FILE, path / DATA_FILE)
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 def _prepare(path: Path, env: lmdb.Environment) -> Environment:
     env.reader_check()  # frees the slots of readers that died
     _verify_after_boot(env, path)
     mend_length(env, path)
-    with env.begin() as txn:
-        empty = txn.stat()["entries"] == 0
-    if empty:
-        _create(env)
     _check_format(path, env)
     data, books, info = (env.open_db(t, create=False) for t in (b"data", b"entries", b"info"))
     return Environment(path, env, data, books, info, os.getpid())
-
-
-def _create(env: lmdb.Environment) -> None:
-    """All tables in one transaction, so that a crash leaves a whole store or none."""
-    with env.begin(write=True) as txn:
-        for name in (b"data", b"entries"):
-            env.open_db(name, txn)
-        txn.put(b"format", FORMAT, db=env.open_db(b"info", txn), overwrite=False)
 
 
 def _check_format(path: Path, env: lmdb.Environment) -> None:
@@ -126,7 +138,7 @@ def mend_length(env: lmdb.Environment, path: Path) -> None:
     Behind zeros, records fail their checksums and are misses. LMDB itself leaves a file a little
     short if the last pages were freed before they were ever written: hence no error.
     """
-    file = path / "data.mdb"
+    file = path / DATA_FILE
     if file.stat().st_size >= (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
         return
     with env.begin(write=True):  # excludes writers, who lengthen the file themselves
