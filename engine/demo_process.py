@@ -43,7 +43,7 @@ def hide(engine: Engine, *, tokens: int, facts: int, seed: int) -> Haystack:
     """A haystack that makes prompts of `tokens` tokens at most, the answer included."""
     questions = (prompt(engine, " ", Fact(key, "").question) for key in KEYS.split())
     room = tokens - max(map(len, questions)) - MAX_NEW_TOKENS
-    return Haystack.build(engine.tokenizer, tokens=room, facts=facts, seed=seed)
+    return Haystack.build(engine.tokenizer, tokens=max(room, 0), facts=facts, seed=seed)
 
 
 def ask(engine: Engine, text: str, fact: Fact) -> Answer:

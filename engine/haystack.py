@@ -58,7 +58,7 @@ class Haystack:
         room = tokens - sum(_count(tokenizer, fact.statement) + 1 for fact in chosen)
         if room < 16 * facts:
             raise ConfigError(
-                f"{tokens} tokens are too few to hide {facts} facts in: raise --tokens"
+                f"there is no room for {facts} facts in {tokens} tokens of text: raise the tokens"
             )
         return cls(_hide(rng, _pages(rng, tokenizer, room), chosen), chosen)
 
