@@ -3,7 +3,7 @@
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from kvstore import entry as entries
 from kvstore import record
 from kvstore.block import BlockKey, KVBlock, LayerKV
 from kvstore.entry import Entry
-from kvstore.environment import explained, mend_length, open_environment
+from kvstore.environment import explained, open_environment
 from kvstore.errors import CorruptRecord, StoreError
 from kvstore.layout import covering
 from kvstore.ledger import Ledger, entry_cost
-from kvstore.tier import Item, Resident
+from kvstore.tier import Item, Resident, check_layers, checked_out
 
 _log = logging.getLogger(__name__)
 
@@ -76,11 +76,13 @@ class DiskTier:
         return gone
 
     def get(self, key: BlockKey) -> KVBlock | None:
-        data = self._load(key, lambda entry: range(entry.shape[0]))
+        data = self._load(key, None, None)
         return None if data is None else KVBlock(data)
 
-    def read(self, key: BlockKey, layers: range) -> Float[Tensor, "n 2 Hk P D"] | None:
-        return self._load(key, lambda _: layers)
+    def read(
+        self, key: BlockKey, layers: range, out: Float[Tensor, "n 2 Hk P D"] | None = None
+    ) -> Float[Tensor, "n 2 Hk P D"] | None:
+        return self._load(key, layers, out)
 
     def layer(self, key: BlockKey, i: int) -> LayerKV | None:
         data = self.read(key, range(i, i + 1))
@@ -126,8 +128,8 @@ class DiskTier:
     def __contains__(self, key: BlockKey) -> bool:
         return self.held([key])[0]
 
-    def _load(self, key: BlockKey, which: Callable[[Entry], range]) -> Tensor | None:
-        """The layers that `which` picks, copied and verified; None with any doubt."""
+    def _load(self, key: BlockKey, layers: range | None, out: Tensor | None) -> Tensor | None:
+        """These layers, or all, copied and verified; None with any doubt."""
         if key.digest in self._bad:
             return None
         try:
@@ -136,26 +138,27 @@ class DiskTier:
                 if entry is None:
                     return None
                 entries.check_is_for(entry, key)
-                layers = which(entry)
-                if not 0 <= layers.start < layers.stop <= entry.shape[0] or layers.step != 1:
-                    raise ValueError(f"need a run of the {entry.shape[0]} layers, got {layers}")
-                return self._copy(txn, entry, layers)
+                layers = range(entry.shape[0]) if layers is None else layers
+                check_layers(layers, entry.shape[0])
+                shape = torch.Size((len(layers), *entry.shape[1:]))
+                if out is None:
+                    out = torch.empty(shape, dtype=entry.dtype)
+                self._copy(txn, entry, layers, checked_out(out, shape, entry.dtype))
+                return out
         except CorruptRecord as error:
             self.quarantine(key.digest, str(error))
             return None
 
-    def _copy(self, txn: lmdb.Transaction, entry: Entry, layers: range) -> Tensor:
-        out = torch.empty(len(layers), *entry.shape[1:], dtype=entry.dtype)
+    def _copy(self, txn: lmdb.Transaction, entry: Entry, layers: range, out: Tensor) -> None:
         for number, group in covering(entry.groups, layers):
             lo, hi = max(group.start, layers.start), min(group.stop, layers.stop)
-            whole = hi - lo == len(group)
             part = out[lo - layers.start : hi - layers.start]
-            into = part if whole else torch.empty(len(group), *entry.shape[1:], dtype=entry.dtype)
+            whole = hi - lo == len(group)  # else the checksum covers more than is wanted
+            into = part if whole else part.new_empty(len(group), *entry.shape[1:])
             value = self.ledger.record(txn, entry.key.digest, number)
             record.decode_into(into, value, entry.key, group, entry.shape[0])
             if not whole:
                 part.copy_(into[lo - group.start : hi - group.start])
-        return out
 
     def _has(self, txn: lmdb.Transaction, key: BlockKey) -> bool:
         stored = txn.get(key.digest, db=self._env.entries)
@@ -178,7 +181,7 @@ class DiskTier:
         """A short read transaction: pages freed while it lasts cannot be used again."""
         self._check_process()
         with explained(self._env.path):
-            mend_length(self._env.lmdb, self._env.path)
+            self._env.check_length()
             with self._env.lmdb.begin(buffers=True) as txn:
                 yield txn
 

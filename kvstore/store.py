@@ -61,10 +61,16 @@ class TieredStore:
                 break
         return leading
 
-    def read(self, key: BlockKey, layers: range) -> Float[Tensor, "n 2 Hk P D"] | None:
-        """KV of a run of layers, from the fastest tier that has it. Do not write to it."""
+    def read(
+        self, key: BlockKey, layers: range, out: Float[Tensor, "n 2 Hk P D"] | None = None
+    ) -> Float[Tensor, "n 2 Hk P D"] | None:
+        """KV of a run of layers, from the fastest tier that has it. Do not write to it.
+
+        With `out` it is copied there: memory that is used again spares the page faults of a
+        fresh tensor, which take as long as the copy.
+        """
         for level in self._levels:
-            data = level.tier.read(key, layers)
+            data = level.tier.read(key, layers, out)
             if data is not None:
                 self._count_read(level, data.nbytes)
                 return data
@@ -84,10 +90,14 @@ class TieredStore:
         return None
 
     def read_many(
-        self, keys: Sequence[BlockKey], layers: range
+        self,
+        keys: Sequence[BlockKey],
+        layers: range,
+        out: Float[Tensor, "B n 2 Hk P D"] | None = None,
     ) -> list[Float[Tensor, "n 2 Hk P D"] | None]:
-        """As `read` for each key, with several reads in flight."""
-        return list(self._readers.map(lambda key: self.read(key, layers), keys))
+        """As `read` for each key, into the rows of `out`, with several reads in flight."""
+        rows = [None] * len(keys) if out is None else list(out)
+        return list(self._readers.map(lambda key, row: self.read(key, layers, row), keys, rows))
 
     def put(self, blocks: Sequence[Item]) -> None:
         """Store blocks, parents first. They belong to the store afterwards: do not write to them.

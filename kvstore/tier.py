@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -29,7 +30,8 @@ class Tier(Protocol):
         only as far as the rest needs the room, and returns those that went. What is durable is so
         when it returns. Raises TierFull, naming the setting, if they do not fit.
     get, read, layer: None if absent, or if there is any doubt about the bytes. Read-only: the
-        tensor may be the tier's own.
+        tensor may be the tier's own. With `out`, they are copied there, and None leaves `out`
+        undefined.
     delete: blocks with all that the tier knows to rest on them; unknown keys are fine.
     held: which of the keys are present. Reads no data.
     residents: least recently used first.
@@ -49,7 +51,9 @@ class Tier(Protocol):
     def cost(self, block: KVBlock) -> int: ...
     def put(self, blocks: Sequence[Item], victims: Iterable[bytes] = ()) -> list[bytes]: ...
     def get(self, key: BlockKey) -> KVBlock | None: ...
-    def read(self, key: BlockKey, layers: range) -> Float[Tensor, "n 2 Hk P D"] | None: ...
+    def read(
+        self, key: BlockKey, layers: range, out: Float[Tensor, "n 2 Hk P D"] | None = None
+    ) -> Float[Tensor, "n 2 Hk P D"] | None: ...
     def layer(self, key: BlockKey, i: int) -> LayerKV | None: ...
     def delete(self, keys: Sequence[BlockKey | bytes]) -> None: ...
     def held(self, keys: Sequence[BlockKey]) -> list[bool]: ...
@@ -96,9 +100,15 @@ class HostTier:
     def find(self, digest: bytes) -> Item | None:
         return self._blocks.get(digest)
 
-    def read(self, key: BlockKey, layers: range) -> Float[Tensor, "n 2 Hk P D"] | None:
+    def read(
+        self, key: BlockKey, layers: range, out: Float[Tensor, "n 2 Hk P D"] | None = None
+    ) -> Float[Tensor, "n 2 Hk P D"] | None:
         block = self.get(key)
-        return None if block is None else block.data[layers.start : layers.stop]
+        if block is None:
+            return None
+        check_layers(layers, len(block.data))
+        data = block.data[layers.start : layers.stop]
+        return data if out is None else checked_out(out, data.shape, data.dtype).copy_(data)
 
     def layer(self, key: BlockKey, i: int) -> LayerKV | None:
         block = self.get(key)
@@ -148,6 +158,21 @@ class HostTier:
     def _drop(self, digest: bytes) -> None:
         if item := self._blocks.pop(digest, None):
             self.used_bytes -= item[1].nbytes
+
+
+def check_layers(layers: range, num_layers: int) -> None:
+    """Raise ValueError unless `layers` is a run of a block's layers."""
+    if not 0 <= layers.start < layers.stop <= num_layers or layers.step != 1:
+        raise ValueError(f"need a run of the {num_layers} layers, got {layers}")
+
+
+def checked_out(out: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The caller's destination. Raises ValueError if KV of this shape cannot go there."""
+    if out.shape != shape or out.dtype != dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous, {dtype}, {list(shape)}; got {out.dtype}, {list(out.shape)}"
+        )
+    return out
 
 
 def full(tier: Tier, need: int) -> TierFull:

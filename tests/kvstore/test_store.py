@@ -5,6 +5,7 @@ import os
 import threading
 
 import pytest
+import torch
 
 from kvstore import disk, ledger
 from kvstore.config import StoreConfig
@@ -67,18 +68,35 @@ def test_a_run_of_layers_comes_from_either_tier(path, host):
             for hi in range(lo + 1, 4):
                 got = store.read(KEYS[0], range(lo, hi))
                 assert same(got, want[lo:hi])
+                row = torch.zeros_like(got)
+                assert store.read(KEYS[0], range(lo, hi), row) is row
+                assert same(row, got)
         layer = store.layer(KEYS[0], 1)
         assert layer.k.shape == want[1, 0].shape
         assert store.read_many([KEYS[0], KEYS[1]], range(1))[1] is None
 
 
+@pytest.mark.parametrize("host", [0, 100])
+def test_many_reads_land_in_the_rows_of_one_tensor(path, host):
+    with opened(path, host=host) as store:
+        store.put(items(KEYS))
+        store.flush()
+        wanted = torch.stack([content(key, identity())[1:3] for key in KEYS])
+        out = torch.zeros_like(wanted)
+        rows = store.read_many(KEYS, range(1, 3), out)
+        assert same(out, wanted)
+        assert [row.data_ptr() for row in rows] == [row.data_ptr() for row in out]
+        with pytest.raises(ValueError, match="out must be contiguous"):
+            store.read(KEYS[0], range(1, 3), out[0].float())
+
+
 def test_layers_that_a_block_does_not_have_are_refused(path):
-    tier = DiskTier(path, COST)
-    tier.put(items(KEYS[:1]))
-    for layers in (range(0), range(3, 4), range(-1, 1), range(0, 3, 2)):
-        with pytest.raises(ValueError, match="run of the 3 layers"):
-            tier.read(KEYS[0], layers)
-    tier.close()
+    for tier in (DiskTier(path, COST), HostTier(COST)):
+        tier.put(items(KEYS[:1]))
+        for layers in (range(0), range(3, 4), range(-1, 1), range(0, 3, 2)):
+            with pytest.raises(ValueError, match="run of the 3 layers"):
+                tier.read(KEYS[0], layers)
+        tier.close()
 
 
 def test_putting_a_block_again_changes_nothing(path):
