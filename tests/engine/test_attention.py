@@ -1,0 +1,122 @@
+"""Dense attention against a softmax written out in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine import attention
+from engine.attention import attend_chunk, attend_token
+from engine.model import AttentionSpec
+
+HEADS = pytest.mark.parametrize(("hq", "hk"), [(4, 4), (8, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
+DIM = pytest.mark.parametrize("dim", [64, 80, 128])
+LENGTH = pytest.mark.parametrize("length", [1, 127, 300])
+KIND = pytest.mark.parametrize(
+    ("window", "softcap"),
+    [(None, None), (1, None), (50, None), (1000, None), (None, 2.0), (50, 2.0)],
+)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    """Attention of the last N of S tokens, one head after the other, in float64."""
+    (hq, n, _), (hk, s, _) = q.shape, k.shape
+    i, j = torch.arange(s - n, s)[:, None], torch.arange(s)
+    hidden = (j > i) | (j <= i - (spec.window or s))
+    out = []
+    for head in range(hq):
+        own = head // (hq // hk)
+        scores = q[head].double() @ k[own].double().T * spec.scale
+        if spec.softcap is not None:
+            scores = spec.softcap * torch.tanh(scores / spec.softcap)
+        out.append(scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v[own].double())
+    return torch.stack(out)
+
+
+def tensors(hq: int, hk: int, n: int, length: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q of the last n tokens, k and v of all; scores spread enough that single tokens matter."""
+    generator = torch.Generator().manual_seed(length * dim + hq)
+    q = 2 * torch.randn(hq, n, dim, generator=generator)
+    k, v = (torch.randn(hk, length, dim, generator=generator) for _ in range(2))
+    return q, k, v
+
+
+def test_the_reference_is_torchs_own_attention() -> None:
+    q, k, v = tensors(4, 4, 60, 60, 64)
+    theirs = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    torch.testing.assert_close(reference(q, k, v, AttentionSpec(scale=64**-0.5)), theirs)
+
+
+@HEADS
+@DIM
+@LENGTH
+@KIND
+def test_one_token_attends_as_written_out(
+    hq: int, hk: int, dim: int, length: int, window: int | None, softcap: float | None
+) -> None:
+    spec = AttentionSpec(scale=dim**-0.5, softcap=softcap, window=window)
+    q, k, v = tensors(hq, hk, 1, length, dim)
+    out = attend_token(q[:, 0], k, v, spec)
+    torch.testing.assert_close(out, reference(q, k, v, spec)[:, 0].float(), atol=2e-6, rtol=1e-5)
+
+
+@HEADS
+@DIM
+@LENGTH
+@KIND
+def test_a_chunk_attends_as_written_out(
+    hq: int, hk: int, dim: int, length: int, window: int | None, softcap: float | None
+) -> None:
+    spec = AttentionSpec(scale=dim**-0.5, softcap=softcap, window=window)
+    q, k, v = tensors(hq, hk, min(45, length), length, dim)
+    out = attend_chunk(q, k, v, spec)
+    torch.testing.assert_close(out, reference(q, k, v, spec).float(), atol=2e-6, rtol=1e-5)
+
+
+@KIND
+def test_a_chunk_taken_in_runs_is_the_chunk_at_once(
+    window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = AttentionSpec(scale=0.1, softcap=softcap, window=window)
+    q, k, v = tensors(8, 2, 100, 127, 64)
+    at_once = attend_chunk(q, k, v, spec)
+    monkeypatch.setattr(attention, "MASK_ELEMENTS", 1)  # runs of 16 queries, the last one of 4
+    torch.testing.assert_close(attend_chunk(q, k, v, spec), at_once)
+
+
+def test_keys_of_a_cache_with_room_to_spare_are_read_in_place() -> None:
+    spec = AttentionSpec(scale=0.1)
+    q, k, v = tensors(8, 2, 1, 127, 64)
+    roomy = [torch.full((2, 300, 64), float("nan")) for _ in range(2)]
+    for buffer, x in zip(roomy, (k, v)):
+        buffer[:, :127] = x
+    out = attend_token(q[:, 0], roomy[0][:, :127], roomy[1][:, :127], spec)
+    torch.testing.assert_close(out, reference(q, k, v, spec)[:, 0].float(), atol=2e-6, rtol=1e-5)
+
+
+@DIM
+@LENGTH
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_bf16_errs_at_most_twice_as_much_as_torch(
+    dim: int, length: int, softcap: float | None
+) -> None:
+    spec = AttentionSpec(scale=dim**-0.5, softcap=softcap)
+    q, k, v = (x.bfloat16() for x in tensors(8, 2, min(45, length), length, dim))
+    exact = reference(q, k, v, spec)
+    theirs = _torch_bf16(q, k, v, spec)
+    allowed = 2 * (theirs.double() - exact).norm()
+    assert (attend_chunk(q, k, v, spec).double() - exact).norm() <= allowed
+    last = (theirs[:, -1].double() - exact[:, -1]).norm()
+    assert (attend_token(q[:, -1], k, v, spec).double() - exact[:, -1]).norm() <= 2 * last
+
+
+def _torch_bf16(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    """What a model in eager bf16 computes."""
+    n, s, group = q.shape[1], k.shape[1], q.shape[0] // k.shape[0]
+    k, v = (x.repeat_interleave(group, 0) for x in (k, v))
+    scores = q @ k.mT * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    hidden = torch.arange(s) > torch.arange(s - n, s)[:, None]
+    weights = scores.masked_fill(hidden, float("-inf")).float().softmax(-1)
+    return weights.to(q.dtype) @ v
