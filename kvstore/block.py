@@ -98,6 +98,8 @@ class KVBlock:
 
     def __post_init__(self) -> None:
         data = self.data
+        if data.requires_grad:
+            raise ValueError("a block has no gradient: call .detach() on its tensor")
         if data.ndim != 5 or data.shape[1] != 2 or data.device.type != "cpu":
             raise ValueError(f"need [L, 2, Hk, P, D] on the CPU, got {data.shape} on {data.device}")
         if not data.is_contiguous():

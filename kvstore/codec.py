@@ -53,4 +53,4 @@ CODECS: Mapping[int, Codec] = {codec.code: codec for codec in (RAW,)}
 
 def byte_view(data: Tensor) -> Payload:
     """The memory of a contiguous CPU tensor, as bytes."""
-    return data.detach().view(-1).view(torch.uint8).numpy()
+    return data.view(torch.uint8).numpy().reshape(-1)

@@ -150,15 +150,18 @@ class DiskTier:
             return None
 
     def _copy(self, txn: lmdb.Transaction, entry: Entry, layers: range, out: Tensor) -> None:
+        """Fill `out` group by group; a group that is wanted in part is verified whole."""
+        num_layers = entry.shape[0]
         for number, group in covering(entry.groups, layers):
-            lo, hi = max(group.start, layers.start), min(group.stop, layers.stop)
-            part = out[lo - layers.start : hi - layers.start]
-            whole = hi - lo == len(group)  # else the checksum covers more than is wanted
-            into = part if whole else part.new_empty(len(group), *entry.shape[1:])
             value = self.ledger.record(txn, entry.key.digest, number)
-            record.decode_into(into, value, entry.key, group, entry.shape[0])
-            if not whole:
-                part.copy_(into[lo - group.start : hi - group.start])
+            lo, hi = max(group.start, layers.start), min(group.stop, layers.stop)
+            part = out if group == layers else out[lo - layers.start : hi - layers.start]
+            if hi - lo == len(group):
+                record.decode_into(part, value, entry.key, group, num_layers)
+                continue
+            whole = out.new_empty(len(group), *entry.shape[1:])
+            record.decode_into(whole, value, entry.key, group, num_layers)
+            part.copy_(whole[lo - group.start : hi - group.start])
 
     def _has(self, txn: lmdb.Transaction, key: BlockKey) -> bool:
         stored = txn.get(key.digest, db=self._env.entries)

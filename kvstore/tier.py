@@ -168,9 +168,11 @@ def check_layers(layers: range, num_layers: int) -> None:
 
 def checked_out(out: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The caller's destination. Raises ValueError if KV of this shape cannot go there."""
-    if out.shape != shape or out.dtype != dtype or not out.is_contiguous():
+    fits = out.shape == shape and out.dtype == dtype and out.device.type == "cpu"
+    if not fits or out.requires_grad or not out.is_contiguous():
         raise ValueError(
-            f"out must be contiguous, {dtype}, {list(shape)}; got {out.dtype}, {list(out.shape)}"
+            f"out must be contiguous, on the CPU, without gradient, {dtype}, {list(shape)}; got "
+            f"{out.dtype}, {list(out.shape)}, on {out.device}"
         )
     return out
 
