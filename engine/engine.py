@@ -213,16 +213,24 @@ class Engine:
         """Prefill each run, then decode all that are not finished, one token a step."""
         try:
             for run in runs:
-                yield run, run.step(self._prefill(run))
+                yield run, self._step(run, self._prefill(run))
             while live := [run for run in runs if run.finish_reason is None]:
                 caches = [run.cache for run in live if run.cache is not None]
                 logits = decode(self.model, caches, self._ids([run.tokens[-1] for run in live]))
                 for run, row in zip(live, logits, strict=True):
-                    self._save(run)
-                    yield run, run.step(row)
+                    yield run, self._step(run, row)
         finally:
             for run in runs:
                 run.cache = None
+
+    def _step(self, run: Running, logits: Float[Tensor, " vocab"]) -> Event:
+        """Choose the next token; what the store may have goes there, and an ended run is freed."""
+        self._save(run)
+        event = run.step(logits)
+        if run.finish_reason is not None:
+            run.cache = None
+            self.store.promote(run.stored)
+        return event
 
     def _prefill(self, run: Running) -> Float[Tensor, " vocab"]:
         """Logits after the prompt; its prefix comes from the store as far as that has it."""
@@ -242,7 +250,7 @@ class Engine:
         start = len(stored) * size
         recorder = Recorder(self.model.shape, size=size, start=start)
         run.cache = SequenceCache(self.model.shape, run.capacity, recorder)
-        run.stats.cached_tokens = start
+        run.stored, run.stats.cached_tokens = stored, start
         with self.store.pin(stored):
             try:
                 if stored:

@@ -9,6 +9,7 @@ from engine.cache import SequenceCache
 from engine.errors import PromptError
 from engine.sampling import Sampling, sample
 from engine.text import TextStream
+from kvstore.block import BlockKey
 
 FinishReason = Literal["stop", "length"]
 
@@ -92,6 +93,7 @@ class Running:
         self.request = request
         self.tokens: list[int] = []
         self.cache: SequenceCache | None = None  # while it runs
+        self.stored: Sequence[BlockKey] = ()  # blocks its prompt took from the store
         self.stats = RequestStats(prompt_tokens=len(request.prompt))
         self.finish_reason: FinishReason | None = None
         self._eos, self._limit = eos, limit

@@ -12,7 +12,7 @@ TOLERANCE = 1e-4
 @torch.no_grad()
 def logits(module: PreTrainedModel, tokens: Sequence[int] | Tensor) -> Tensor:
     """Logits after every token, by the model's own forward."""
-    ids = torch.as_tensor(list(tokens))[None]
+    ids = torch.as_tensor(list(tokens), device=module.device)[None]
     return module(input_ids=ids, use_cache=False).logits[0]
 
 

@@ -82,6 +82,21 @@ def test_the_whole_prompt_stored_still_leaves_a_token_to_compute(engine):
     assert first.tokens == again.tokens
 
 
+def test_what_came_from_disk_is_in_memory_afterwards(module, tmp_path):
+    store = StoreConfig(host_bytes=1 << 26, disk_path=str(tmp_path / "s"), disk_bytes=1 << 26)
+    config = EngineConfig(block_tokens=16, store=store)
+    with Engine(module, config=config) as engine:
+        engine.generate(prompt(100).tolist(), max_new_tokens=2)
+    with Engine(module, config=config) as engine:
+        reads = []
+        for _ in range(2):
+            done = engine.generate(prompt(100).tolist(), max_new_tokens=2)[0]
+            assert done.stats.cached_tokens == 96
+            reads.append(engine.stats().tiers["host"].reads)
+        assert reads[0] == 0
+        assert reads[1] >= 6
+
+
 def test_a_lost_block_is_computed_again(engine, module, monkeypatch):
     """A block that was looked up but cannot be read costs time, not truth."""
     text = prompt(100)

@@ -1,0 +1,49 @@
+"""What the documents say, runs: their code blocks, and what those print."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted(ROOT.glob("*.md"))
+BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.M | re.S)
+
+
+def blocks():
+    for doc in DOCS:
+        for number, found in enumerate(BLOCK.finditer(doc.read_text())):
+            yield pytest.param(*found.groups(), id=f"{doc.name}-{number}")
+
+
+@pytest.mark.parametrize(("language", "code", "printed"), blocks())
+def test_a_code_block_runs_and_prints_what_the_document_shows(tmp_path, language, code, printed):
+    command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    if printed is not None:
+        assert done.stdout.strip() == printed.strip()
+
+
+def test_every_file_a_document_links_to_is_there():
+    for doc in DOCS:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", doc.read_text()):
+            assert (doc.parent / target).exists(), f"{doc.name} links to {target}"
+
+
+def test_every_script_a_document_names_is_there():
+    for doc in DOCS:
+        for name in re.findall(r"scripts/[\w.]+\b", doc.read_text()):
+            assert (ROOT / name.rstrip(".")).exists(), f"{doc.name} names {name}"
