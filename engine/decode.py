@@ -24,8 +24,8 @@ def decode(
     tables = Tables(torch.tensor([cache.length for cache in caches], device=x.device))
     for i, layer in enumerate(model.layers):
         q, k, v = layer.qkv(x)
-        table = tables[layer.rope]
-        q, rotated = layer.rope.rotate(q, table), layer.rope.rotate(k, table)
+        turned = layer.rope.rotate(torch.cat([q, k]), tables[layer.rope])
+        q, rotated = turned.split([len(q), len(k)])
         heads = []
         for b, cache in enumerate(caches):
             one = slice(b, b + 1)
