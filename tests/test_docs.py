@@ -19,7 +19,7 @@ def blocks():
             yield pytest.param(*found.groups(), id=f"{doc.name}-{number}")
 
 
-@pytest.mark.parametrize(("language", "code", "printed"), blocks())
+@pytest.mark.parametrize(("language", "code", "printed"), list(blocks()))
 def test_a_code_block_runs_and_prints_what_the_document_shows(tmp_path, language, code, printed):
     command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
