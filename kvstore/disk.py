@@ -125,8 +125,14 @@ class DiskTier:
         finally:
             self._env.lmdb.close()
 
-    def __contains__(self, key: BlockKey) -> bool:
-        return self.held([key])[0]
+    def __contains__(self, key: BlockKey | bytes | None) -> bool:
+        if isinstance(key, BlockKey):
+            return self.held([key])[0]
+        try:
+            with self.reading() as txn:
+                return key is not None and self.ledger.get(txn, key) is not None
+        except CorruptRecord:
+            return False
 
     def _load(self, key: BlockKey, layers: range | None, out: Tensor | None) -> Tensor | None:
         """These layers, or all, copied and verified; None with any doubt."""

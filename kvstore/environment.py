@@ -51,8 +51,9 @@ def open_environment(path: Path, budget_bytes: int) -> Environment:
     """Open or create the store in the folder `path`.
 
     Every commit is flushed, data pages first and then the meta page (sync and metasync): what has
-    been acknowledged survives a power cut. Without metasync a 64 MiB batch commits one flush
-    earlier, and the last batch may be lost although it was acknowledged.
+    been acknowledged survives a power cut. Without metasync the last batch may be lost although
+    it was acknowledged; that would spare 3 ms of the 280 that a 64 MiB batch took where it
+    was measured.
 
     Raises:
         StoreFormatError: if there is something else, or another version.

@@ -71,6 +71,11 @@ class Level:
                 self._put_singly(blocks)
             return sum(self.tier.held([key for key, _ in blocks]))
 
+    def skip(self, count: int) -> None:
+        """Count blocks that were not offered to the tier."""
+        with self._lock:
+            self.stats.skipped += count
+
     def clear(self) -> None:
         with self._inserting:
             self.tier.clear()

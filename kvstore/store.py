@@ -111,8 +111,10 @@ class TieredStore:
         for level in self._levels:
             level.check_fits(blocks)
         owned = [(key, block.owned()) for key, block in blocks]
+        reachable = self._reachable(owned)
         for level in self._fast:
-            level.insert(owned)
+            level.insert(reachable)
+            level.skip(len(owned) - len(reachable))
         if self._writer is not None:
             self._writer.put(owned)
 
@@ -200,6 +202,15 @@ class TieredStore:
         with self._lock:
             level.stats.reads += 1
             level.stats.bytes_read += nbytes
+
+    def _reachable(self, blocks: Sequence[Item]) -> list[Item]:
+        """Those that a lookup could reach: their parent is among them or in some tier."""
+        known: set[bytes | None] = {None}
+        for key, _ in blocks:
+            parent = key.parent
+            if parent in known or any(parent in level.tier for level in self._levels):
+                known.add(key.digest)
+        return [item for item in blocks if item[0].digest in known]
 
     def _write(self, batch: Sequence[Item]) -> None:
         for level in self._slow:

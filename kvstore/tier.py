@@ -33,7 +33,7 @@ class Tier(Protocol):
         tensor may be the tier's own. With `out`, they are copied there, and None leaves `out`
         undefined.
     delete: blocks with all that the tier knows to rest on them; unknown keys are fine.
-    held: which of the keys are present. Reads no data.
+    held: which of the keys are present. Reads no data. `in` also takes a digest alone.
     residents: least recently used first.
     touched: uses of blocks, least recent first, for `residents` of a later opening.
     """
@@ -61,7 +61,7 @@ class Tier(Protocol):
     def residents(self) -> Iterator[Resident]: ...
     def clear(self) -> None: ...
     def close(self) -> None: ...
-    def __contains__(self, key: BlockKey) -> bool: ...
+    def __contains__(self, key: BlockKey | bytes | None) -> bool: ...
 
 
 class HostTier:
@@ -89,7 +89,7 @@ class HostTier:
             going = self._make_room(need, victims)
             for digest in going:
                 self._drop(digest)
-            self._blocks |= {digest: (key, block.owned()) for digest, (key, block) in fresh.items()}
+            self._blocks |= fresh
             self.used_bytes += need
             return going
 
@@ -138,8 +138,8 @@ class HostTier:
     def close(self) -> None:
         self.clear()
 
-    def __contains__(self, key: BlockKey) -> bool:
-        return key.digest in self._blocks
+    def __contains__(self, key: BlockKey | bytes | None) -> bool:
+        return (key.digest if isinstance(key, BlockKey) else key) in self._blocks
 
     def _make_room(self, need: int, victims: Iterable[bytes]) -> list[bytes]:
         """Those of the victims that must go; nothing is dropped yet."""

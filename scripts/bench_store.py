@@ -122,20 +122,13 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def spread(
-    pool: ThreadPoolExecutor, threads: int, work: Callable[[Sequence[int]], None], count: int
-) -> float:
-    """Seconds for `count` values, in a shuffled order, shared out to threads."""
-    order = np.random.default_rng(0).permutation(count).tolist()
-    return timed(lambda: list(pool.map(work, [order[i::threads] for i in range(threads)])))
-
-
 class Bench:
     """The two sides with the same bytes, and what was measured, in GB/s."""
 
     def __init__(self, folder: Path, blocks: int) -> None:
         self.items = make_items(blocks)
         self.nbytes = sum(block.nbytes for _, block in self.items)
+        self.values = blocks * len(GROUPS)
         self.folder, self.files = folder, folder / "files"
         self.tier: DiskTier | None = None
         self.rows: dict[str, list[float]] = {}
@@ -188,8 +181,9 @@ class Bench:
     def get(self, row: str, work: Callable[[Sequence[int]], None], threads: int) -> None:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(time.sleep, [0.01] * threads))  # start them
-            count = len(self.items) * len(GROUPS)
-            self.note(f"{row} {threads}T", spread(pool, threads, work, count))
+            values = np.random.default_rng(0).permutation(self.values).tolist()
+            parts = [values[i::threads] for i in range(threads)]
+            self.note(f"{row} {threads}T", timed(lambda: list(pool.map(work, parts))))
 
     def cold(self, row: str, work: Callable[[Sequence[int]], None], threads: int) -> None:
         assert self.tier is not None
@@ -205,8 +199,8 @@ class Bench:
             pair = [("cold get", self.get_tier), ("cold pread", self.get_files)]
             for row, work in pair if turn % 2 else pair[::-1]:
                 self.cold(row, work, threads)
-        self.get_tier(range(len(self.items) * len(GROUPS)))
-        self.get_files(range(len(self.items) * len(GROUPS)))
+        self.get_tier(range(self.values))
+        self.get_files(range(self.values))
         for threads in THREADS:
             self.get("hot get", self.get_tier, threads)
             self.get("hot pread", self.get_files, threads)

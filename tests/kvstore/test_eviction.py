@@ -2,12 +2,12 @@
 
 from itertools import islice
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.eviction import LRU
 
-NAMES = [bytes([i]) for i in range(12)]
+NAMES = [bytes([i]) for i in range(7)]
 PARENT = {name: NAMES[i // 2 - 1] if i > 1 else None for i, name in enumerate(NAMES)}
 
 
@@ -33,6 +33,7 @@ STEPS = st.lists(
 )
 
 
+@settings(max_examples=400)
 @given(STEPS, st.sets(NAME, max_size=3))
 def test_victims_are_the_least_recently_used_leaves_one_after_the_other(steps, pinned):
     lru, times, now = LRU(), {}, 0
@@ -60,6 +61,22 @@ def test_a_chain_goes_from_its_tail():
         lru.add(name, parent, 1)
     assert list(lru.victims(set())) == [b"c", b"b", b"a"]
     assert list(lru.victims({b"b"})) == [b"c"]
+    lru.touch([b"b", b"a"])  # whatever was used last, leaves go first
+    assert list(lru.victims(set())) == [b"c", b"b", b"a"]
+
+
+def test_of_blocks_used_together_the_last_goes_first():
+    lru = LRU()
+    for name in (b"a", b"b", b"c"):
+        lru.add(name, None, 1)
+    lru.touch([b"a", b"b", b"c"])
+    assert list(lru.victims(set())) == [b"c", b"b", b"a"]
+
+
+def test_the_oldest_leaf_goes_first():
+    lru = LRU()
+    for name, parent in [(b"a", None), (b"b", b"a"), (b"c", b"b")]:
+        lru.add(name, parent, 1)
     lru.add(b"x", None, 1)
     lru.touch([b"a", b"b", b"c"])
     assert list(islice(lru.victims(set()), 2)) == [b"x", b"c"]

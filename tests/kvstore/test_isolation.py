@@ -1,7 +1,10 @@
 """Nobody is served the KV of another model, tenant, dtype or adapter."""
 
+from dataclasses import replace
+
 import pytest
 
+from kvstore.block import Kind
 from kvstore.config import StoreConfig
 from kvstore.disk import DiskTier
 from kvstore.ledger import name
@@ -46,4 +49,21 @@ def test_a_record_copied_by_hand_under_another_key_is_a_miss(tmp_path, other, ta
     assert tier.get(theirs) is None
     assert tier.corrupt == 1
     assert tier.get(mine) is not None
+    tier.close()
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"identity": b"i" * 32}, {"parent": b"p" * 32}, {"token_digest": b"t" * 16},
+        {"num_tokens": 3}, {"kind": Kind.CHUNK}, {"depth": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_digest_alone_opens_nothing(tmp_path, forged):
+    tier = DiskTier(tmp_path / "store", 1 << 20)
+    tier.put(items(chain(range(4))))
+    key = replace(chain(range(4))[0], **forged)
+    assert tier.held([key]) == [False]
+    assert tier.get(key) is None
     tier.close()

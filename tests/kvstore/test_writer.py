@@ -1,0 +1,62 @@
+"""The thread that writes to disk: bounded, and honest about failures."""
+
+import threading
+
+import pytest
+
+from kvstore import disk
+from kvstore.disk import DiskTier
+from kvstore.errors import StoreError
+from kvstore.ledger import entry_cost
+from kvstore.store import TieredStore
+from tests.kvstore.make import chain, content, identity, items, right
+
+KEYS = chain(range(40))
+COST = entry_cost(content(KEYS[0], identity()))
+BYTES = content(KEYS[0], identity()).nbytes
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "store"
+
+
+def test_a_failed_write_is_reported_once_and_reads_go_on(path, monkeypatch):
+    with TieredStore([DiskTier(path, 100 * COST)]) as store:
+        store.put(items(KEYS[:2]))
+        store.flush()
+
+        def fail(*_args, **_kwargs):
+            raise OSError(5, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(disk.Ledger, "add", fail)
+            store.put(items(KEYS[2:]))
+            with pytest.raises(StoreError, match="Input/output error"):
+                store.flush()
+        store.flush()
+        assert store.lookup(KEYS) == 2
+        assert right(store.get(KEYS[0]), KEYS[0])
+        store.put(items(KEYS))
+        store.flush()
+        assert store.lookup(KEYS) == 10
+
+
+def test_the_queue_is_bounded(path, monkeypatch):
+    gate, seen = threading.Event(), []
+    add = disk.Ledger.add
+
+    def slow(self, txn, key, block):
+        gate.wait()
+        seen.append(store._writer.queued_bytes)
+        add(self, txn, key, block)
+
+    monkeypatch.setattr(disk.Ledger, "add", slow)
+    with TieredStore([DiskTier(path, 100 * COST)], queue_bytes=3 * BYTES) as store:
+        putting = threading.Thread(target=store.put, args=(items(KEYS),))
+        putting.start()
+        gate.set()
+        putting.join()
+        store.flush()
+        assert max(seen) <= 3 * BYTES
+        assert store.lookup(KEYS) == 10
