@@ -32,6 +32,8 @@ class Sampling:
             raise PromptError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise PromptError(f"top_k must be 0 (all) or more, got {self.top_k}")
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise PromptError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
 
     def generator(self) -> torch.Generator:
         """A fresh source of randomness for one request."""

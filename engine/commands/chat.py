@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import suppress
 
-from engine.commands.session import open_engine, progress, sampling, show
+from engine.commands.session import decoded, open_engine, progress, sampling, show
 from engine.errors import PromptError
 
 END = "/exit"
@@ -31,11 +31,16 @@ def run(args: Namespace) -> int:
 
 def _turns() -> Iterator[str]:
     """What the user says, until the end of the input or /exit."""
-    for line in _typed() if sys.stdin.isatty() else sys.stdin:
+    for line in _typed() if sys.stdin.isatty() else _piped():
         if line.strip() == END:
             return
         if line.strip():
             yield line.strip()
+
+
+def _piped() -> Iterator[str]:
+    for line in sys.stdin.buffer:
+        yield decoded(line, "standard input")
 
 
 def _typed() -> Iterator[str]:

@@ -1,8 +1,9 @@
 """`headrace generate`: continue a text."""
 
+import os
 from argparse import Namespace
 
-from engine.commands.session import open_engine, read_text, sampling, show
+from engine.commands.session import decoded, open_engine, read_text, sampling, show
 from engine.errors import PromptError
 
 
@@ -20,4 +21,6 @@ def _prompt(args: Namespace) -> str:
         return read_text(args.prompt_file)
     if args.prompt is None:
         raise PromptError("there is no prompt: give a text, - for standard input, or --prompt-file")
-    return read_text("-") if args.prompt == "-" else str(args.prompt)
+    if args.prompt == "-":
+        return read_text("-")
+    return decoded(os.fsencode(args.prompt), "the prompt")

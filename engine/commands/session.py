@@ -81,12 +81,18 @@ def read_text(path: str) -> str:
     """A user's text file; "-" is standard input. PromptError if it cannot be read as UTF-8."""
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        return data.decode()
     except OSError as error:
         raise PromptError(f"cannot read {path}: {error.strerror}") from error
+    return decoded(data, path)
+
+
+def decoded(data: bytes, name: str) -> str:
+    """What a user gave as bytes, under the name of where it came from."""
+    try:
+        return data.decode()
     except UnicodeDecodeError as error:
         raise PromptError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first"
+            f"{name} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first"
         ) from error
 
 

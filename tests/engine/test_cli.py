@@ -35,8 +35,9 @@ def _own_folders(tmp_path, monkeypatch):
 def headrace(capsys, monkeypatch):
     """Runs a command in this process: its status, stdout and stderr."""
 
-    def run(*args, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+    def run(*args, stdin: str | bytes = "") -> tuple[int, str, str]:
+        given = stdin.encode() if isinstance(stdin, str) else stdin
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
         try:
             status = main([str(arg) for arg in args])
         except SystemExit as exit_:
@@ -284,6 +285,12 @@ def test_files_that_cannot_be_read_as_text_are_refused(headrace, notes, tmp_path
     refused(headrace("generate", "--prompt-file", notes), "notes.txt is not UTF-8")
 
 
+def test_text_that_is_not_utf8_is_refused_wherever_it_comes_from(headrace):
+    refused(headrace("generate", "caf\udce9", "--no-store"), "the prompt is not UTF-8")
+    refused(headrace("ask", "caf\udce9", "--text", os.devnull), "the question is not UTF-8")
+    refused(headrace("chat", "--no-store", stdin=b"caf\xe9\n"), "standard input is not UTF-8")
+
+
 def test_a_store_path_that_is_a_file_is_refused(headrace, notes):
     for command in (("ask", TIGER, "--text", notes), ("store", "stat"), ("store", "audit")):
         refused(headrace(*command, "--store", notes), "must be a folder", "notes.txt")
@@ -337,6 +344,7 @@ def test_a_missing_configuration_is_refused(headrace, notes):
         (("--temperature", -1), ("temperature",)),
         (("--top-p", 0), ("top_p",)),
         (("--top-k", -1), ("top_k",)),
+        (("--seed", 1 << 63), ("seed",)),
         (("--stop", ""), ("stop string is empty",)),
         (("--device", "abacus"), ("abacus", "cpu")),
         (("--store", ""), ("disk_path",)),
