@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from engine.folders import cache_folder
 from engine.hf import HFModel
 from engine.loader import weight_files
 from kvstore.identity import ModelIdentity, state_digest, weights_digest
@@ -38,12 +38,7 @@ def identity(model: HFModel, folder: Path | None) -> ModelIdentity:
 def _weights(module: PreTrainedModel, folder: Path | None) -> bytes:
     if folder is None:
         return state_digest(module.state_dict().items())
-    return weights_digest(weight_files(folder), cache=_cache_folder() / "weights.json")
-
-
-def _cache_folder() -> Path:
-    """Where files live that only save time: `$XDG_CACHE_HOME/headrace`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
+    return weights_digest(weight_files(folder), cache=cache_folder() / "weights.json")
 
 
 def _canonical(value: dict[str, Any]) -> str:

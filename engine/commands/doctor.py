@@ -16,6 +16,7 @@ from rich.table import Table
 from engine.commands.session import engine_config
 from engine.commands.store import open_disk
 from engine.config import EngineConfig
+from engine.kernels.native import library
 from kvstore.errors import StoreError
 
 PACKAGES = ("headrace", "torch", "transformers", "triton", "lmdb", "numpy")
@@ -26,7 +27,7 @@ def run(args: Namespace) -> int:
     findings = {
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
         "devices": _devices(),
-        "extras": {"faiss": _faiss()},
+        "extras": {"faiss": _faiss(), "CPU kernels": _kernels()},
         "store": store,
     }
     if args.json:
@@ -53,6 +54,13 @@ def _devices() -> dict[str, str]:
     if not torch.cuda.is_available():
         devices["cuda"] = "none"
     return devices
+
+
+def _kernels() -> str:
+    compiled = library("attend_token") is not None
+    return (
+        "compiled" if compiled else "not compiled: decode on a CPU is slower without a C compiler"
+    )
 
 
 def _faiss() -> str:

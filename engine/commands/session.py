@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 import warnings
 from argparse import Namespace
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, PromptError
+from engine.folders import cache_folder
 from kvstore.config import StoreConfig
 
 if TYPE_CHECKING:  # importing these takes seconds, and not every command needs them
@@ -30,7 +30,7 @@ def progress() -> Console:
 
 def default_store() -> Path:
     """Where the command line keeps KV: `$XDG_CACHE_HOME/headrace/store`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace" / "store"
+    return cache_folder() / "store"
 
 
 def engine_config(args: Namespace) -> EngineConfig:

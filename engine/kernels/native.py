@@ -1,0 +1,66 @@
+"""C kernels for the CPU, compiled once by the machine that runs them."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from engine.folders import cache_folder
+
+log = logging.getLogger(__name__)
+
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-w"]
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL | None:
+    """The compiled `name`.c of this folder; None, said once, where it cannot be compiled.
+
+    Compiled code is kept in the user's cache folder, by source, flags and processor. With OpenMP
+    it shares torch's threads: torch's own libgomp answers for the one it asks for.
+    """
+    source = Path(__file__).with_name(f"{name}.c")
+    try:
+        return ctypes.CDLL(str(_compiled(source)))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        log.warning("%s runs in torch, slower on a CPU: %s", name, reason.strip().splitlines()[0])
+        return None
+
+
+def _compiled(source: Path) -> Path:
+    """Path of the shared library, compiled now if this machine has not yet."""
+    code = source.read_bytes()
+    digest = hashlib.sha256(b"\0".join([code, *map(str.encode, FLAGS), _processor()])).hexdigest()
+    target = cache_folder() / "native" / f"{source.stem}-{digest[:20]}.so"
+    if not target.exists():
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            run = [_compiler(), *FLAGS, str(source), "-o", str(made), "-lm"]
+            subprocess.run(run, check=True, capture_output=True, text=True, timeout=120)
+            made.replace(target)
+    return target
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise FileNotFoundError("no C compiler (cc, gcc or clang) is on the PATH")
+
+
+def _processor() -> bytes:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        known = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
+    except OSError:
+        known = []
+    return "\n".join([platform.machine(), *sorted(set(known))]).encode()
