@@ -47,3 +47,8 @@ def test_every_script_a_document_names_is_there():
     for doc in DOCS:
         for name in re.findall(r"scripts/[\w.]+\b", doc.read_text()):
             assert (ROOT / name.rstrip(".")).exists(), f"{doc.name} names {name}"
+
+
+def test_the_benchmark_tables_are_those_of_the_results():
+    table = ROOT / "scripts" / "bench_table.py"
+    assert subprocess.run([sys.executable, str(table), "--check"], check=False).returncode == 0
