@@ -13,9 +13,9 @@ from kvstore.layout import runs
 
 _KEY = struct.Struct("<B32s32s16sIBI")  # the fields of a BlockKey, less the digest
 _REST = struct.Struct("<BHIIIHQQI")
+_PAGE = struct.Struct("<Q")
 _CHECK = struct.Struct("<Q")
-_PACKED = _KEY.size + _REST.size
-ENTRY_BYTES = _PACKED + _CHECK.size
+_FIXED = _KEY.size + _REST.size  # then a page number per record, and the checksum of all that
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class Entry:
     nbytes: int  # what it takes of the budget
     stamp: int  # of its last use; grows
     children: int  # stored blocks whose parent it is
+    pages: tuple[int, ...]  # where its records lie: see extent.first_page; a hint
 
     @property
     def groups(self) -> list[range]:
@@ -40,6 +41,7 @@ class Entry:
             DTYPE_CODES[self.dtype], layers, heads, tokens, dim, self.group_layers, self.nbytes,
             self.stamp, self.children,
         )  # fmt: skip
+        packed += b"".join(map(_PAGE.pack, self.pages))
         return packed + _CHECK.pack(_checksum(key.digest, packed))
 
 
@@ -49,29 +51,29 @@ def unpack(digest: bytes, data: memoryview | bytes) -> Entry:
     Raises:
         CorruptRecord: if it was not written for this digest, or was damaged.
     """
-    if len(data) != ENTRY_BYTES:
-        raise CorruptRecord(f"block entry of {len(data)} bytes, not {ENTRY_BYTES}")
-    packed = bytes(data[:_PACKED])
-    if _CHECK.unpack_from(data, _PACKED) != (_checksum(digest, packed),):
-        raise CorruptRecord("block entry checksum does not match")
+    packed = _checked(digest, data)
+    if packed is None:
+        raise CorruptRecord(f"checksum of a block entry of {len(data)} bytes does not match")
     has_parent, parent, identity, token_digest, num_tokens, kind, depth = _KEY.unpack_from(packed)
     dtype, layers, heads, tokens, dim, group_layers, nbytes, stamp, children = _REST.unpack_from(
         packed, _KEY.size
     )
+    pages = tuple(page for (page,) in _PAGE.iter_unpack(packed[_FIXED:]))
     above = parent if has_parent else None
     key = BlockKey(digest, above, identity, token_digest, num_tokens, Kind(kind), depth)
     shape = torch.Size((layers, 2, heads, tokens, dim))
-    return Entry(key, DTYPE_OF_CODE[dtype], shape, group_layers, nbytes, stamp, children)
+    entry = Entry(
+        key, DTYPE_OF_CODE[dtype], shape, group_layers, nbytes, stamp, children, pages
+    )  # fmt: skip
+    if len(pages) != len(entry.groups):
+        raise CorruptRecord(f"block entry with {len(pages)} pages for {len(entry.groups)} records")
+    return entry
 
 
 def matches(data: memoryview | bytes, key: BlockKey) -> bool:
     """Whether stored bytes are a whole entry of exactly this block: fast, and gives no reason."""
-    packed = bytes(data[:_PACKED])
-    return (
-        len(data) == ENTRY_BYTES
-        and packed.startswith(_pack_key(key))
-        and _CHECK.unpack_from(data, _PACKED) == (_checksum(key.digest, packed),)
-    )
+    packed = _checked(key.digest, data)
+    return packed is not None and packed.startswith(_pack_key(key))
 
 
 def check_is_for(entry: Entry, key: BlockKey) -> None:
@@ -87,6 +89,15 @@ def _pack_key(key: BlockKey) -> bytes:
         key.parent is not None, key.parent or b"", key.identity, key.token_digest, key.num_tokens,
         key.kind, key.depth,
     )  # fmt: skip
+
+
+def _checked(digest: bytes, data: memoryview | bytes) -> bytes | None:
+    """The bytes of an entry before its checksum; None if they are not what was written."""
+    end = len(data) - _CHECK.size
+    if end < _FIXED or (end - _FIXED) % _PAGE.size:
+        return None
+    packed = bytes(data[:end])
+    return packed if _CHECK.unpack_from(data, end) == (_checksum(digest, packed),) else None
 
 
 def _checksum(digest: bytes, packed: bytes) -> int:

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import lmdb
 from lmdb.verify import VerifyError, verify
 
 from kvstore.errors import CorruptRecord, DeviceFull, StoreError, StoreFormatError
+from kvstore.extent import DataFile
 
 if TYPE_CHECKING:
     from lmdb import _Database
@@ -24,6 +26,7 @@ FORMAT = b"headrace store 1"
 MIN_MAP_BYTES = 1 << 40  # address space, not memory or disk
 _START_ANEW = "delete the folder (blocks are a cache and will be computed again)"
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LITTLE_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
 
@@ -37,14 +40,18 @@ class Environment:
     entries: "_Database"  # digest -> Entry
     info: "_Database"  # names -> numbers of the whole store
     pid: int
-    file: str  # data.mdb
     page_bytes: int
+    values: DataFile  # reads around the map
 
     def check_length(self) -> None:
-        """Mend the data file if somebody has cut it short since: see `mend_length`. 4 us."""
-        pages = os.stat(self.file).st_size // self.page_bytes
+        """Mend the data file if somebody has cut it short since: see `mend_length`. 2 us."""
+        pages = self.values.size() // self.page_bytes
         if pages <= self.lmdb.info()["last_pgno"]:
             mend_length(self.lmdb, self.path)
+
+    def close(self) -> None:
+        self.values.close()
+        self.lmdb.close()
 
 
 def open_environment(path: Path, budget_bytes: int) -> Environment:
@@ -101,7 +108,8 @@ def _prepare(path: Path, env: lmdb.Environment) -> Environment:
     _check_format(path, env)
     data, books, info = (env.open_db(t, create=False) for t in (b"data", b"entries", b"info"))
     page_bytes = env.stat()["psize"]
-    return Environment(path, env, data, books, info, os.getpid(), str(path / DATA_FILE), page_bytes)
+    values = DataFile(path / DATA_FILE, page_bytes)
+    return Environment(path, env, data, books, info, os.getpid(), page_bytes, values)
 
 
 def _check_format(path: Path, env: lmdb.Environment) -> None:
@@ -177,7 +185,7 @@ def explained(path: Path) -> Iterator[None]:
 
 def _explain(path: Path, error: lmdb.Error | OSError) -> StoreError:
     code = error.errno if isinstance(error, OSError) else getattr(error, "code", None)
-    if code in _SPACE_ERRORS:
+    if code in _SPACE_ERRORS or (code == errno.EIO and _is_full(path)):
         return DeviceFull(
             f"no space left for {path} ({error}); free some, or lower disk_bytes. What was stored "
             "before is intact"
@@ -189,3 +197,16 @@ def _explain(path: Path, error: lmdb.Error | OSError) -> StoreError:
     if "already open" in str(error):
         return StoreError(f"{path} is open in this process: share that TieredStore, or close it")
     return StoreError(f"cannot use the store in {path}: {error}")
+
+
+def _is_full(path: Path) -> bool:
+    """Whether the file system, or the limit of a file's size, leaves no room for a write.
+
+    The system then writes a part, for which LMDB's name is "Input/output error".
+    """
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    with suppress(OSError):
+        space, size = os.statvfs(path), (path / DATA_FILE).stat().st_size
+        free = space.f_bavail * space.f_frsize
+        return free < _LITTLE_BYTES or resource.RLIM_INFINITY != limit < size + _LITTLE_BYTES
+    return False

@@ -1,7 +1,5 @@
 """How a block is cut into stored values: runs of layers of about 2 MiB."""
 
-from collections.abc import Sequence
-
 TARGET_BYTES = 2 << 20
 
 
@@ -27,7 +25,7 @@ def runs(num_layers: int, size: int) -> list[range]:
     return [range(lo, min(lo + size, num_layers)) for lo in range(0, num_layers, size)]
 
 
-def covering(groups: Sequence[range], layers: range) -> list[tuple[int, range]]:
-    """The groups that hold some of `layers`, each with its number."""
-    overlaps = [max(g.start, layers.start) < min(g.stop, layers.stop) for g in groups]
-    return [(i, g) for i, g in enumerate(groups) if overlaps[i]]
+def covering(num_layers: int, size: int, layers: range) -> list[tuple[int, range]]:
+    """The runs of `size` layers that hold some of `layers`, each with its number."""
+    numbers = range(layers.start // size, -(-layers.stop // size))
+    return [(i, range(i * size, min(i * size + size, num_layers))) for i in numbers]

@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import lmdb
 from torch import Tensor
@@ -19,11 +20,11 @@ from kvstore.codec import DTYPE_CODES, RAW
 from kvstore.entry import Entry
 from kvstore.environment import Environment
 from kvstore.errors import CorruptRecord, MissingParent
+from kvstore.extent import first_page, span
 from kvstore.layout import group_size, layer_groups
 from kvstore.tier import Tier, full
 
 PAGE_BYTES = 4096
-PAGE_HEADER_BYTES = 16
 _USED = struct.Struct("<QQ")  # bytes, and their complement as a check
 
 
@@ -31,11 +32,9 @@ def entry_cost(data: Tensor) -> int:
     """What a block takes of the budget: whole pages, and its share of the tables."""
     per_layer = data.nbytes // len(data)
     groups = layer_groups(len(data), per_layer)
-    return 512 + sum(_pages(record.HEADER_BYTES + len(g) * per_layer) for g in groups)
-
-
-def _pages(value_bytes: int) -> int:
-    return -(-(value_bytes + PAGE_HEADER_BYTES) // PAGE_BYTES) * PAGE_BYTES
+    return 512 + sum(
+        span(record.HEADER_BYTES + len(g) * per_layer, PAGE_BYTES) * PAGE_BYTES for g in groups
+    )
 
 
 def name(digest: bytes, group: int) -> bytes:
@@ -47,6 +46,9 @@ class Ledger:
 
     def __init__(self, env: Environment) -> None:
         self.env = env
+        # Unpacking takes 15 us of a read of 2 MiB's 250. The bytes are part of what is looked up
+        # here, so nothing goes stale.
+        self._unpack = lru_cache(maxsize=4096)(entries.unpack)
 
     def used(self, txn: lmdb.Transaction) -> int:
         stored = txn.get(b"used", db=self.env.info)
@@ -59,7 +61,7 @@ class Ledger:
     def get(self, txn: lmdb.Transaction, digest: bytes) -> Entry | None:
         """The entry of a block, None if absent. Raises CorruptRecord."""
         stored = txn.get(digest, db=self.env.entries)
-        return None if stored is None else entries.unpack(digest, stored)
+        return None if stored is None else self._unpack(digest, bytes(stored))
 
     def sound(self, txn: lmdb.Transaction, digest: bytes) -> Entry | None:
         """The entry of a block; None if absent or damaged (a read or an audit deals with that)."""
@@ -90,16 +92,23 @@ class Ledger:
             raise ValueError(f"no block of {key.num_tokens} tokens: {data.dtype} {data.shape}")
         if key.parent is not None:
             self._count_child(txn, key.parent, 1, required=True)
-        groups = layer_groups(len(data), data.nbytes // len(data))
-        for number, layers in enumerate(groups):
+        pages = self._add_records(txn, key, data)
+        size = group_size(len(data), data.nbytes // len(data))
+        cost = entry_cost(data)
+        new = Entry(key, data.dtype, data.shape, size, cost, time.time_ns(), 0, pages)
+        self._set_used(txn, self.used(txn) + cost)
+        self._put(txn, new)
+
+    def _add_records(self, txn: lmdb.Transaction, key: BlockKey, data: Tensor) -> tuple[int, ...]:
+        """Write the KV of a block; the pages it went to."""
+        pages = []
+        for number, layers in enumerate(layer_groups(len(data), data.nbytes // len(data))):
             part = data[layers.start : layers.stop]
             value = record.encode(key, part, layers, len(data), RAW)
             txn.put(name(key.digest, number), value, db=self.env.data)
-        size = group_size(len(data), data.nbytes // len(data))
-        cost = entry_cost(data)
-        new = Entry(key, data.dtype, data.shape, size, cost, time.time_ns(), 0)
-        self._set_used(txn, self.used(txn) + cost)
-        self._put(txn, new)
+            written = self.record(txn, key.digest, number)
+            pages.append(first_page(written, self.env.page_bytes))
+        return tuple(pages)
 
     def make_room(
         self, txn: lmdb.Transaction, need: int, victims: Iterable[bytes], tier: Tier

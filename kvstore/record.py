@@ -9,6 +9,7 @@ its end, so one flipped bit anywhere is seen.
 """
 
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvstore.block import BlockKey
-from kvstore.codec import CODECS, DTYPE_CODES, Codec
+from kvstore.codec import CODECS, DTYPE_CODES, RAW, Codec, Payload, byte_view
 from kvstore.errors import CorruptRecord
 
 MAGIC = b"HRKV"
@@ -89,6 +90,27 @@ def decode_into(
     if xxhash.xxh3_128_digest(landed.data) != header.checksum:
         raise CorruptRecord("payload checksum does not match")
     codec.decode(landed, out)
+
+
+def read_into(
+    out: Float[Tensor, "n 2 Hk P D"],
+    read: Callable[[list[bytearray | Payload]], bool],
+    key: BlockKey,
+    layers: range,
+    num_layers: int,
+) -> None:
+    """As `decode_into`, with the bytes of a raw record straight from where they are stored.
+
+    Args:
+        read: fills buffers with the record, from its start on; False if there is not so much.
+    """
+    start, landed = bytearray(HEADER_BYTES), byte_view(out)
+    if not read([start, landed]):
+        raise CorruptRecord("the file ends within the record")
+    wanted = expected(key, out, layers, num_layers, RAW, landed.nbytes)
+    wanted = wanted._replace(checksum=xxhash.xxh3_128_digest(landed.data))
+    if start != _pack(wanted):
+        raise CorruptRecord("header or payload is not what was asked for")
 
 
 def expected(

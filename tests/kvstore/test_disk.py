@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import lmdb
 import pytest
@@ -174,6 +175,17 @@ def test_errors_of_a_full_device_name_the_setting(path, code):
         raise failure(code)
     with pytest.raises(DeviceFull), explained(path):
         raise lmdb.MapFullError("mdb_put")
+
+
+@pytest.mark.parametrize("cause", ["file system", "limit"])
+def test_an_io_error_of_a_write_cut_short_is_a_full_device(tier, path, monkeypatch, cause):
+    size = (path / "data.mdb").stat().st_size
+    if cause == "file system":
+        full = SimpleNamespace(f_bavail=3, f_frsize=4096)
+        monkeypatch.setattr(os, "statvfs", lambda _: full)
+    limit = resource.RLIM_INFINITY if cause == "file system" else size + 4096
+    with largest_file(limit), pytest.raises(DeviceFull, match="lower disk_bytes"), explained(path):
+        raise failure(errno.EIO)
 
 
 def test_an_io_error_is_a_store_error(path):

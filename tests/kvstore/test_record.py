@@ -105,7 +105,7 @@ def test_a_header_that_names_an_unknown_codec_or_version_is_seen():
 
 
 def test_one_flipped_bit_anywhere_in_a_block_entry_is_seen():
-    entry = Entry(KEY, DATA.dtype, DATA.shape, 3, 5000, 7, 1)
+    entry = Entry(KEY, DATA.dtype, DATA.shape, 3, 5000, 7, 1, (9,))
     good = entry.pack()
     assert unpack(KEY.digest, good) == entry
     for at in range(len(good)):
@@ -113,7 +113,7 @@ def test_one_flipped_bit_anywhere_in_a_block_entry_is_seen():
         bad[at] ^= 16
         with pytest.raises(CorruptRecord):
             unpack(KEY.digest, bytes(bad))
-    for other in (good[:-1], good + b"\0"):
+    for other in (good[:-1], good + b"\0", good + bytes(8), b""):
         with pytest.raises(CorruptRecord):
             unpack(KEY.digest, other)
     with pytest.raises(CorruptRecord):
@@ -143,7 +143,7 @@ def test_a_flipped_bit_in_lmdb_is_a_miss_until_the_block_is_put_again(tier, data
     length = (
         len(encoded())
         if table == "data"
-        else len(Entry(KEY, DATA.dtype, DATA.shape, 3, 0, 0, 0).pack())
+        else len(Entry(KEY, DATA.dtype, DATA.shape, 3, 0, 0, 0, (0,)).pack())
     )
     at = data.draw(st.integers(0, length - 1) | st.sampled_from([0, length - 1]))
 
