@@ -20,10 +20,11 @@ def attend_chunk(
     """Attention of the last N of S tokens, each seeing itself and its past.
 
     `q` and `k` are rotated. Memory beyond inputs and output is bounded: queries are taken in
-    runs whose mask stays below `MASK_ELEMENTS`.
+    runs whose mask (or, with a softcap, whose scores) stay below `MASK_ELEMENTS`.
     """
     n, s = q.shape[1], k.shape[1]
-    run = max(16, MASK_ELEMENTS // s)
+    scores = 1 if spec.softcap is None else q.shape[0]  # held for every head where they are capped
+    run = max(16, MASK_ELEMENTS // (s * scores))
     return torch.cat([_attend_run(q, k, v, spec, i, min(i + run, n)) for i in range(0, n, run)], 1)
 
 

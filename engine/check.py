@@ -98,6 +98,7 @@ def _run(layer: HFLayer, x: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
     table = layer.rope.table(torch.arange(len(x), device=x.device))
     q, k = layer.rope.rotate(q, table), layer.rope.rotate(k, table)
     heads = attend_chunk(q, k, v, layer.attention)
+    k, v = k.contiguous(), v.contiguous()  # as they lie in a cache
     heads[:, -1] = attend_token(q[:, -1], k, v, layer.attention)
     return layer.finish(x, heads)
 

@@ -27,6 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
+    _open_streams()
     args = build_parser().parse_args(argv)
     try:
         # only the command that is asked for is imported: --help must not wait for torch
@@ -41,6 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"headrace: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return status
+
+
+def _open_streams() -> None:
+    """Closed streams are empty ones, and what a terminal cannot show is shown as `?`."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  as long as the process
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+        setattr(sys, name, stream)
 
 
 def build_parser() -> Parser:

@@ -16,8 +16,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Args:
         prefill_chunk: prompt tokens computed at once.
         block_tokens: tokens per stored block; a prompt's last, partial block is not stored.
-        cache_bytes: budget of the running requests' keys and values. Prompts of one call that do
-            not fit together run one group after the other.
+        cache_bytes: budget of the keys and values of one call. Its prompts that do not fit
+            together run one group after the other.
         tenant: secret of whoever owns the stored KV. Another tenant never gets it, not even by
             asking the same question.
         store: where KV rests between requests; see `kvstore.config`.

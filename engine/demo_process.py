@@ -8,7 +8,7 @@ import torch
 from engine.commands.session import quiet
 from engine.demo import Answer, Job, Outcome
 from engine.engine import Engine
-from engine.errors import EngineError
+from engine.errors import EngineError, PromptError
 from engine.haystack import KEYS, Fact, Haystack
 from engine.question import prompt
 from kvstore.errors import StoreError
@@ -41,6 +41,8 @@ def answer_all(job: Job) -> Outcome:
 
 def hide(engine: Engine, *, tokens: int, facts: int, seed: int) -> Haystack:
     """A haystack that makes prompts of `tokens` tokens at most, the answer included."""
+    if tokens > (positions := engine.model.shape.max_positions):
+        raise PromptError(f"--tokens {tokens} is more than the model's {positions} positions")
     questions = (prompt(engine, " ", Fact(key, "").question) for key in KEYS.split())
     room = tokens - max(map(len, questions)) - MAX_NEW_TOKENS
     return Haystack.build(engine.tokenizer, tokens=max(room, 0), facts=facts, seed=seed)

@@ -1,12 +1,13 @@
 """The engine: a model, a store, and the loops between them."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,22 +15,21 @@ from engine.cache import SequenceCache
 from engine.check import check
 from engine.config import EngineConfig
 from engine.decode import decode
-from engine.errors import PromptError
+from engine.errors import EngineError, PromptError
 from engine.hf import HFModel
 from engine.identity import identity
 from engine.loader import load_module, load_tokenizer, locate, pick_device, refuse_module
 from engine.prefill import hidden_states, prefill
 from engine.prefix import Prefix, PrefixLost
 from engine.recorder import Recorder
-from engine.request import Completion, Event, Request, Running
+from engine.request import Completion, Event, Prompt, Request, Running, ids_of, listed
 from engine.sampling import Sampling
 from kvstore.block import BlockKey
+from kvstore.errors import StoreError
 from kvstore.stats import StoreStats
 from kvstore.store import TieredStore
 
 log = logging.getLogger(__name__)
-
-Prompt = str | Sequence[int]
 
 
 class Engine:
@@ -42,7 +42,9 @@ class Engine:
         module: a loaded `transformers` causal language model, on one device.
         tokenizer: its tokenizer; without one, prompts are token lists and answers have no text.
         config: settings; the default keeps KV in host memory only.
-        folder: where the module was loaded from; without it the weights are hashed in memory.
+
+    While an engine is made of a module, nobody else may use the module; and its weights must not
+    change afterwards, or stored KV would be that of the old ones.
 
     Raises:
         ModelError: unknown architecture, quantized, on several devices, or not reproduced.
@@ -55,15 +57,16 @@ class Engine:
         tokenizer: Any = None,
         config: EngineConfig | None = None,
         *,
-        folder: Path | None = None,
+        _folder: Path | None = None,  # of unchanged weights, which need not be hashed in memory
     ) -> None:
         refuse_module(module)
+        self._closed = False
         self.config = config or EngineConfig()
         self.tokenizer = tokenizer
         self.model = HFModel(module.eval())
         check(self.model)
         self.config.check(self.model.shape)
-        self.identity = identity(self.model, folder)
+        self.identity = identity(self.model, _folder)
         self.store = TieredStore.open(self.config.store)
 
     @classmethod
@@ -86,11 +89,11 @@ class Engine:
             return cls(moved.to(device=device, dtype=dtype), None, config)
         folder = locate(path_or_id)
         module = load_module(folder, dtype=dtype, device=pick_device(device))
-        return cls(module, load_tokenizer(folder), config, folder=folder)
+        return cls(module, load_tokenizer(folder), config, _folder=folder)
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | Int[Tensor, " T"],
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -109,8 +112,8 @@ class Engine:
             PromptError: a prompt or a setting is out of range; nothing was generated.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
-        runs = [self._running(p, max_new_tokens, sampling, stop) for p in _listed(prompts)]
-        for group in self._groups(runs):
+        runs = [self._running(p, max_new_tokens, sampling, stop) for p in listed(prompts)]
+        for group in list(self._groups(runs)):  # all, before the first runs
             for _ in self._steps(group):
                 pass
         return [run.completion() for run in runs]
@@ -125,7 +128,7 @@ class Engine:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
-    ) -> Iterator[Event]:
+    ) -> Generator[Event]:
         """Token by token; the last event carries the completion. Closing it cancels the request."""
         sampling = Sampling(temperature, top_k, top_p, seed)
         run = self._running(prompt, max_new_tokens, sampling, stop)
@@ -136,11 +139,14 @@ class Engine:
         """Token ids of a conversation ({"role", "content"}), by the tokenizer's chat template."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise PromptError("the model has no chat template: pass a plain prompt to generate()")
-        return list(
-            self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        try:
+            return list(
+                self.tokenizer.apply_chat_template(
+                    list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+                )
             )
-        )
+        except TemplateError as error:
+            raise PromptError(f"the chat template refuses this conversation: {error}") from error
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens the tokenizer adds."""
@@ -151,7 +157,8 @@ class Engine:
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int] | Tensor) -> Float[Tensor, "T vocab"]:
         """Next-token logits after every one of `tokens`, computed without the store."""
-        request = Request(tuple(int(token) for token in tokens), 1)
+        self._refuse_closed()
+        request = Request(ids_of(tokens), 1)
         request.check(self.model.shape.vocab, self.model.shape.max_positions)
         cache = SequenceCache(self.model.shape, len(request.prompt))
         ids = self._ids(request.prompt)
@@ -168,24 +175,31 @@ class Engine:
         Raises:
             StoreError: some blocks could not be written, e.g. because the disk is full.
         """
+        self._closed = True
         self.store.close()
 
     def __enter__(self) -> "Engine":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except StoreError as error:
+            if kind is None:
+                raise
+            log.error("%s", error)  # what went wrong before it matters more
 
     # one request
 
     def _running(
         self, prompt: Prompt, max_new_tokens: int, sampling: Sampling, stop: str | Sequence[str]
     ) -> Running:
+        self._refuse_closed()
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if stops and self.tokenizer is None:
             raise PromptError("stop strings need a tokenizer")
-        tokens = self.tokenize(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
-        request = Request(tuple(tokens), max_new_tokens, sampling, stops)
+        tokens = ids_of(self.tokenize(prompt) if isinstance(prompt, str) else prompt)
+        request = Request(tokens, max_new_tokens, sampling, stops)
         positions = self.model.shape.max_positions
         request.check(self.model.shape.vocab, positions)
         limit = min(max_new_tokens, positions - len(tokens) + 1)  # the last one is not fed back
@@ -219,6 +233,8 @@ class Engine:
                 logits = decode(self.model, caches, self._ids([run.tokens[-1] for run in live]))
                 for run, row in zip(live, logits, strict=True):
                     yield run, self._step(run, row)
+            for run in runs:  # after the last token: it reads them once more
+                self.store.promote(run.stored)
         finally:
             for run in runs:
                 run.cache = None
@@ -229,20 +245,20 @@ class Engine:
         event = run.step(logits)
         if run.finish_reason is not None:
             run.cache = None
-            self.store.promote(run.stored)
         return event
 
     def _prefill(self, run: Running) -> Float[Tensor, " vocab"]:
         """Logits after the prompt; its prefix comes from the store as far as that has it."""
         size, prompt = self.config.block_tokens, run.request.prompt
-        usable = self._keys(prompt)[: (len(prompt) - 1) // size]  # one token is always computed
-        for _ in range(3):
-            hits = self.store.lookup(usable) if usable else 0
-            try:
-                return self._read(run, usable[:hits])
-            except PrefixLost as lost:  # counted by the store, which will not offer it again
-                log.warning("computing the prompt again: %s", lost)
-        return self._read(run, [])
+        run.keys = self._keys(prompt)
+        usable = run.keys[: (len(prompt) - 1) // size]  # one token is always computed
+        with self.store.pin(usable):
+            for _ in range(3):
+                try:
+                    return self._read(run, usable[: self.store.lookup(usable)])
+                except PrefixLost as lost:  # counted by the store, which will not offer it again
+                    log.warning("computing the prompt again: %s", lost)
+            return self._read(run, [])
 
     def _read(self, run: Running, stored: Sequence[BlockKey]) -> Float[Tensor, " vocab"]:
         """Prefill behind the `stored` blocks."""
@@ -251,29 +267,33 @@ class Engine:
         recorder = Recorder(self.model.shape, size=size, start=start)
         run.cache = SequenceCache(self.model.shape, run.capacity, recorder)
         run.stored, run.stats.cached_tokens = stored, start
-        with self.store.pin(stored):
-            try:
-                if stored:
-                    prefix = Prefix(self.model, run.cache, self.store, stored)
-                return prefill(
-                    self.model,
-                    run.cache,
-                    self._ids(run.request.prompt[start:]),
-                    chunk=self.config.prefill_chunk,
-                    prefix=prefix,
-                    after_chunk=lambda: self._save(run),
-                )
-            finally:
-                if prefix is not None:
-                    prefix.cancel()
+        try:
+            if stored:
+                prefix = Prefix(self.model, run.cache, self.store, stored)
+            return prefill(
+                self.model,
+                run.cache,
+                self._ids(run.request.prompt[start:]),
+                chunk=self.config.prefill_chunk,
+                prefix=prefix,
+                after_chunk=lambda: self._save(run),
+            )
+        finally:
+            if prefix is not None:
+                prefix.cancel()
 
     def _save(self, run: Running) -> None:
         """Give the store the blocks that became complete."""
         assert run.cache is not None
         assert run.cache.recorder is not None
         if blocks := run.cache.recorder.take(run.cache.length):
-            keys = self._keys(run.all_tokens[: run.cache.length])
-            self.store.put([(keys[number], block) for number, block in blocks])
+            if blocks[-1][0] >= len(run.keys):
+                run.keys = self._keys(run.all_tokens[: run.cache.length])
+            self.store.put([(run.keys[number], block) for number, block in blocks])
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise EngineError("this engine is closed: make a new one")
 
     def _keys(self, tokens: Sequence[int]) -> list[BlockKey]:
         return BlockKey.chain(
@@ -285,10 +305,3 @@ class Engine:
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor(tokens, device=self.model.shape.device)
-
-
-def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    tokens = [prompt for prompt in prompts if isinstance(prompt, int)]
-    return [tokens] if tokens else [p for p in prompts if not isinstance(p, int)]

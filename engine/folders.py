@@ -1,9 +1,15 @@
 """Where files live that only save time."""
 
 import os
+import tempfile
 from pathlib import Path
 
 
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/headrace`, by default `~/.cache/headrace`; may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "headrace"
+    try:
+        return Path.home() / ".cache" / "headrace"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / f"headrace-{os.getuid()}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from engine.folders import cache_folder
 from engine.hf import HFModel
 from engine.loader import weight_files
 from kvstore.identity import ModelIdentity, state_digest, weights_digest
+
+log = logging.getLogger(__name__)
 
 SEMANTICS = 1  # raise when the same weights come to mean other KV
 IGNORED = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
@@ -38,7 +41,12 @@ def identity(model: HFModel, folder: Path | None) -> ModelIdentity:
 def _weights(module: PreTrainedModel, folder: Path | None) -> bytes:
     if folder is None:
         return state_digest(module.state_dict().items())
-    return weights_digest(weight_files(folder), cache=cache_folder() / "weights.json")
+    files = weight_files(folder)
+    try:
+        return weights_digest(files, cache=cache_folder() / "weights.json")
+    except OSError as error:
+        log.warning("weights are hashed at every start: %s", error)
+        return weights_digest(files, cache=None)
 
 
 def _canonical(value: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from engine.errors import ModelError
@@ -16,17 +15,15 @@ from engine.hf import FAMILIES
 
 log = logging.getLogger(__name__)
 
+HARMLESS = ("rotary_emb.inv_freq", "lm_head.weight")  # computed; tied
 FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
 
 
 def locate(path_or_id: str | Path) -> Path:
     """The folder of a model: a path, a model that comes with the project, or a hub id."""
     here = Path(__file__).parent
-    for folder in (
-        Path(path_or_id),
-        here / "models" / path_or_id,
-        here.parent / "models" / path_or_id,
-    ):
+    ours = (here / "models" / path_or_id, here.parent / "models" / path_or_id)
+    for folder in (*ours, Path(path_or_id)):
         if folder.is_dir():
             return folder
     try:
@@ -39,12 +36,14 @@ def locate(path_or_id: str | Path) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, all shards. ModelError if one is missing."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
-    else:
-        files = sorted(folder.glob("*.safetensors")) or [folder / "model.safetensors"]
+    """The files that `transformers` would load, all shards. ModelError if one is missing."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = [single]
+    if not single.exists() and index.exists():
+        shards = _json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ModelError(f"{index} names no shards: it needs a weight_map")
+        files = [folder / str(name) for name in sorted(set(shards.values()))]
     missing = [file.name for file in files if not file.exists()]
     if missing:
         raise ModelError(
@@ -68,17 +67,36 @@ def load_module(
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with their names
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError(f"cannot load {folder}: {str(error).strip().splitlines()[0]}") from error
-    module, info = loaded
+        module, info = loaded
+        module = module.to(device).eval()
+    except Exception as error:  # what a broken checkpoint makes of three libraries has no end
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"cannot load {folder}: {reason}") from error
+    _refuse_tensors(folder, info)
+    return cast(PreTrainedModel, module)
+
+
+def _refuse_tensors(folder: Path, info: dict[str, Any]) -> None:
+    """ModelError unless the weights are those that the config describes, no more and no less."""
+    if info["mismatched_keys"]:
+        some = ", ".join(sorted(str(key[0]) for key in info["mismatched_keys"])[:3])
+        raise ModelError(
+            f"cannot load {folder}: {some}... have another shape than config.json says"
+        )
+    surplus = [k for k in info["unexpected_keys"] if not k.endswith(HARMLESS)]
+    if surplus:
+        some = ", ".join(sorted(surplus)[:3])
+        raise ModelError(
+            f"cannot load {folder}: config.json has no place for {len(surplus)} tensors ({some}...)"
+        )
     if info["missing_keys"]:
         some = ", ".join(sorted(info["missing_keys"])[:3])
         raise ModelError(
             f"weights missing: {folder} lacks {len(info['missing_keys'])} tensors ({some}...): "
             "download the checkpoint again"
         )
-    return cast(PreTrainedModel, module.to(device).eval())
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -112,6 +130,8 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 def refuse_module(module: PreTrainedModel) -> None:
     """ModelError for a loaded model that is quantized or spread over several devices."""
     _refuse_config(module.config.to_dict())
+    if getattr(module, "_hf_peft_config_loaded", False) or hasattr(module, "peft_config"):
+        raise ModelError("adapters are not supported: merge them into the weights first")
     devices = {str(weight.device) for weight in module.parameters()}
     if len(devices) > 1:
         raise ModelError(
@@ -121,11 +141,16 @@ def refuse_module(module: PreTrainedModel) -> None:
 
 
 def _refuse_config(config: dict[str, Any]) -> None:
+    if other := config.get("transformers_weights"):
+        raise ModelError(
+            f"weights in {other} (transformers_weights) are not supported: rename them"
+        )
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise ModelError(f"unknown architecture {kind!r}: known are {', '.join(sorted(FAMILIES))}")
     if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown method")
+        named = isinstance(quantization, dict)
+        method = quantization.get("quant_method") if named else quantization
         raise ModelError(
             f"quantized checkpoints ({method}) are not supported: use the unquantized weights"
         )
@@ -140,7 +165,9 @@ def _dtype(asked: torch.dtype | None, config: dict[str, Any], device: torch.devi
     if asked is not None:
         return asked
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    found = getattr(torch, str(name), torch.float32)
+    found = getattr(torch, str(name), None)
+    if not isinstance(found, torch.dtype):
+        raise ModelError(f"cannot load it: config.json names the dtype {name!r}, which torch lacks")
     if device.type != "cpu" or found == torch.float32:
         return found
     if found == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -151,7 +178,10 @@ def _dtype(asked: torch.dtype | None, config: dict[str, Any], device: torch.devi
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ModelError(f"cannot read {path}: it is no JSON object")
+        return found
     except FileNotFoundError as error:
         raise ModelError(f"{path.parent} is no model folder: it has no {path.name}") from error
     except (OSError, ValueError) as error:

@@ -1,9 +1,12 @@
 """The part of a prompt whose KV the store already has, loaded ahead of the loop that needs it."""
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from engine.cache import SequenceCache
 from engine.model import Model
@@ -12,7 +15,9 @@ from kvstore.block import BlockKey
 from kvstore.layout import layer_groups
 from kvstore.store import TieredStore
 
-BATCH_BYTES = 64 << 20  # blocks in flight between store and cache, however long the prefix
+STAGING_BYTES = (
+    8 << 20
+)  # memory that blocks pass through: in cache, and touched for the first time once
 
 
 class PrefixLost(Exception):
@@ -35,10 +40,11 @@ class Prefix:
         self._tables = Tables(torch.arange(cache.length, device=model.shape.device))
         self._loads: dict[int, Future[None]] = {}
         self._thread = ThreadPoolExecutor(1, "headrace-prefix")
-        per_layer = model.shape.kv_bytes_per_token // model.shape.num_layers * keys[0].num_tokens
-        for group in layer_groups(model.shape.num_layers, per_layer):
-            load = self._thread.submit(self._load, group)
-            self._loads |= dict.fromkeys(group, load)
+        groups = layer_groups(model.shape.num_layers, self._layer_bytes)
+        most = max(STAGING_BYTES, self._layer_bytes * max(map(len, groups)))
+        self._staging = torch.empty(most // model.shape.dtype.itemsize, dtype=model.shape.dtype)
+        for group in groups:
+            self._loads |= dict.fromkeys(group, self._thread.submit(self._load, group))
         self._thread.shutdown(wait=False)
 
     def wait(self, layer: int) -> None:
@@ -49,25 +55,32 @@ class Prefix:
         """Stop loading; returns when nothing writes to the cache any more."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
+    @property
+    def _layer_bytes(self) -> int:
+        """Of one layer of one block."""
+        shape = self._model.shape
+        return shape.kv_bytes_per_token // shape.num_layers * self._keys[0].num_tokens
+
     @torch.inference_mode()
     def _load(self, group: range) -> None:
         """Read some layers of every block, rotate the keys, and put them in place."""
-        shape, block = self._model.shape, self._keys[0].num_tokens
-        per_block = shape.kv_bytes_per_token // shape.num_layers * len(group) * block
-        at_once = max(1, BATCH_BYTES // per_block)
+        shape, tokens = self._model.shape, self._keys[0].num_tokens
+        size = (len(group), 2, shape.num_kv_heads, tokens, shape.head_dim)
+        at_once = self._staging.nbytes // (self._layer_bytes * len(group))
         for first in range(0, len(self._keys), at_once):
             keys = self._keys[first : first + at_once]
-            parts = self._store.read_many(keys, group)
-            found = [part for part in parts if part is not None]
-            if len(found) < len(keys):
-                raise PrefixLost(f"{len(keys) - len(found)} stored blocks could not be read")
-            self._place(group, first * block, torch.cat(found, 3))
+            staged = self._staging[: len(keys) * math.prod(size)].view(len(keys), *size)
+            found = self._store.read_many(keys, group, staged)
+            if lost := sum(part is None for part in found):
+                raise PrefixLost(f"{lost} stored blocks could not be read")
+            self._place(group, first * tokens, staged)
 
-    def _place(self, group: range, start: int, data: torch.Tensor) -> None:
-        """`data` [n 2 Hk T D] of layers `group` goes to tokens [start, start + T)."""
-        span = slice(start, start + data.shape[3])
-        for i, (k, v) in zip(group, data.to(self._model.shape.device), strict=True):
-            rope = self._model.layers[i].rope
+    def _place(self, group: range, start: int, staged: Float[Tensor, "B n 2 Hk P D"]) -> None:
+        """B blocks of layers `group` go to the tokens from `start` on."""
+        data = staged.to(self._model.shape.device).permute(1, 2, 3, 0, 4, 5)  # n 2 Hk B P D
+        for i, (k, v) in zip(group, data, strict=True):
+            k, v, rope = k.flatten(1, 2), v.flatten(1, 2), self._model.layers[i].rope
+            span = slice(start, start + k.shape[1])
             cos, sin = self._tables[rope]
             rotated = rope.rotate(k, RopeTable(cos[span], sin[span]))
             self._cache.write(i, start, rotated, v)

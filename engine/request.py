@@ -3,7 +3,10 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any, Literal
+
+from torch import Tensor
 
 from engine.cache import SequenceCache
 from engine.errors import PromptError
@@ -12,6 +15,7 @@ from engine.text import TextStream
 from kvstore.block import BlockKey
 
 FinishReason = Literal["stop", "length"]
+Prompt = str | Sequence[int]
 
 
 @dataclass(slots=True)
@@ -70,8 +74,10 @@ class Request:
         """PromptError unless a model of this vocabulary and length can take it."""
         if not self.prompt:
             raise PromptError("the prompt is empty: at least one token is needed")
-        if self.max_new_tokens < 1:
-            raise PromptError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise PromptError(
+                f"max_new_tokens must be a whole number from 1 up, got {self.max_new_tokens}"
+            )
         if any(not 0 <= token < vocab for token in self.prompt):
             bad = next(token for token in self.prompt if not 0 <= token < vocab)
             raise PromptError(f"token id {bad} is out of range: the model knows 0 to {vocab - 1}")
@@ -93,6 +99,7 @@ class Running:
         self.request = request
         self.tokens: list[int] = []
         self.cache: SequenceCache | None = None  # while it runs
+        self.keys: Sequence[BlockKey] = ()  # of the full blocks of its tokens, as far as needed yet
         self.stored: Sequence[BlockKey] = ()  # blocks its prompt took from the store
         self.stats = RequestStats(prompt_tokens=len(request.prompt))
         self.finish_reason: FinishReason | None = None
@@ -136,3 +143,22 @@ class Running:
         if token in self._eos or (self._text is not None and self._text.stopped):
             return "stop"
         return "length" if len(self.tokens) >= self._limit else None
+
+
+def listed(prompts: Any) -> list[Prompt]:
+    """A batch: of one, for a text or one list of token ids."""
+    if isinstance(prompts, str):
+        return [prompts]
+    given = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)
+    alone = [hasattr(prompt, "__index__") for prompt in given]
+    if any(alone) and not all(alone):
+        raise PromptError("prompts mixes token ids with prompts: wrap each token list in a list")
+    return [given] if any(alone) else given
+
+
+def ids_of(tokens: Sequence[int] | Tensor) -> tuple[int, ...]:
+    """Token ids as plain integers. PromptError for anything else."""
+    try:
+        return tuple(index(token) for token in tokens)
+    except TypeError as error:
+        raise PromptError(f"token ids are whole numbers: {error}") from error

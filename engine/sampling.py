@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from engine.errors import PromptError
+from engine.errors import ModelError, PromptError
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,15 @@ class Sampling:
 
 def sample(logits: Float[Tensor, " vocab"], sampling: Sampling, generator: torch.Generator) -> int:
     """One token id. The draw is made on the CPU, so a seed gives the same token everywhere."""
+    scores = logits.double().cpu()
+    best = scores.max()
+    if not best.isfinite():
+        raise ModelError(
+            "the model's logits are not finite: load it with dtype bfloat16 or float32"
+        )
     if sampling.temperature == 0:
-        return int(logits.argmax())
-    scores = logits.float().cpu() / sampling.temperature
+        return int(scores.argmax())
+    scores = (scores - best) / sampling.temperature
     if 0 < sampling.top_k < len(scores):
         scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], -torch.inf)
     return int(

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+LONGEST = 8  # tokens of one character; more are no character
+
 
 class TextStream:
     """Decodes a growing token list into text that will not be taken back.
@@ -27,8 +29,8 @@ class TextStream:
         self._tokens.append(token)
         before = self._decode(self._context, self._done)
         after = self._decode(self._context, len(self._tokens))
-        if after.endswith("\ufffd"):  # in the middle of a character
-            return ""
+        if after.endswith("\ufffd") and len(self._tokens) - self._done < LONGEST:
+            return ""  # in the middle of a character
         self._context, self._done = self._done, len(self._tokens)
         return self._release(after[len(before) :])
 

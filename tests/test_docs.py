@@ -37,6 +37,11 @@ def test_a_code_block_runs_and_prints_what_the_document_shows(tmp_path, language
         assert done.stdout.strip() == printed.strip()
 
 
+def test_no_document_has_a_gap_to_be_filled():
+    for doc in DOCS:
+        assert not re.findall(r"@[A-Z]+@|TODO|TBD", doc.read_text()), doc.name
+
+
 def test_every_file_a_document_links_to_is_there():
     for doc in DOCS:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", doc.read_text()):

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -25,13 +26,20 @@ def library(name: str) -> ctypes.CDLL | None:
     Compiled code is kept in the user's cache folder, by source, flags and processor. With OpenMP
     it shares torch's threads: torch's own libgomp answers for the one it asks for.
     """
-    source = Path(__file__).with_name(f"{name}.c")
     try:
-        return ctypes.CDLL(str(_compiled(source)))
+        return _loaded(_compiled(Path(__file__).with_name(f"{name}.c")))
     except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        log.warning("%s runs in torch, slower on a CPU: %s", name, reason.strip().splitlines()[0])
+        said = (getattr(error, "stderr", None) or "").strip() or str(error)
+        log.warning("%s runs in torch, slower on a CPU: %s", name, said.splitlines()[0])
         return None
+
+
+def _loaded(compiled: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(compiled))
+    except OSError:
+        compiled.unlink()  # damaged: made anew at the next start
+        raise
 
 
 def _compiled(source: Path) -> Path:
@@ -43,16 +51,16 @@ def _compiled(source: Path) -> Path:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
-            run = [_compiler(), *FLAGS, str(source), "-o", str(made), "-lm"]
+            run = [*_compiler(), *FLAGS, str(source), "-o", str(made), "-lm"]
             subprocess.run(run, check=True, capture_output=True, text=True, timeout=120)
             made.replace(target)
     return target
 
 
-def _compiler() -> str:
-    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        if name and (found := shutil.which(name)):
-            return found
+def _compiler() -> list[str]:
+    for words in (shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"]):
+        if words and shutil.which(words[0]):
+            return words
     raise FileNotFoundError("no C compiler (cc, gcc or clang) is on the PATH")
 
 

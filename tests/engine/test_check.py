@@ -120,6 +120,13 @@ def test_a_grouping_of_heads_that_is_wrong_is_refused():
         check(model)
 
 
+def test_a_decode_kernel_that_is_wrong_is_refused(monkeypatch):
+    monkeypatch.setattr("engine.attention.serves", lambda *_: True)
+    monkeypatch.setattr("engine.attention.attend_token_native", lambda q, *_: q + 7)
+    with pytest.raises(ModelError, match="layer 0"):
+        check(HFModel(build("llama")))
+
+
 def test_nan_is_refused():
     module = build("llama")
     module.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan

@@ -4,11 +4,14 @@ import threading
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from transformers import AutoModelForCausalLM
 
 from engine import Engine, EngineConfig, PromptError
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineError, ModelError
+from engine.request import ids_of, listed
 from kvstore.config import StoreConfig
+from kvstore.errors import StoreError
 from tests.engine import oracle
 from tests.engine.families import build, prompt
 from tests.engine.reader import settings
@@ -103,8 +106,8 @@ def test_a_lost_block_is_computed_again(engine, module, monkeypatch):
     want = tokens(engine, text, max_new_tokens=12)
     read_many, lost = engine.store.read_many, []
 
-    def lose_once(keys, layers):
-        found = read_many(keys, layers)
+    def lose_once(keys, layers, out):
+        found = read_many(keys, layers, out)
         if not lost and layers.stop == 3:
             lost.append(keys[2])
             found[2] = None
@@ -113,7 +116,7 @@ def test_a_lost_block_is_computed_again(engine, module, monkeypatch):
     monkeypatch.setattr(engine.store, "read_many", lose_once)
     assert tokens(engine, text, max_new_tokens=12) == want
     assert lost
-    monkeypatch.setattr(engine.store, "read_many", lambda keys, layers: [None] * len(keys))
+    monkeypatch.setattr(engine.store, "read_many", lambda keys, *_: [None] * len(keys))
     done = engine.generate([text.tolist()], max_new_tokens=12)[0]
     assert (done.tokens, done.stats.cached_tokens) == (want[0], 0)
 
@@ -136,9 +139,11 @@ def test_a_flipped_byte_on_disk_is_a_miss_and_the_answer_stays(module, tmp_path)
         assert engine.stats().tiers["disk"].corrupt > 0
 
 
-def test_two_threads_get_what_each_would_get_alone(engine):
-    asked = [prompt(n, seed=1) for n in (70, 81)]
-    want = [tokens(engine, one, max_new_tokens=25) for one in asked]
+def test_two_threads_get_what_each_would_get_alone(engine, module):
+    """From an empty store on, and one prompt is the start of the other."""
+    asked = [prompt(150, seed=1), prompt(150, seed=1)[:90]]
+    with Engine(module) as alone:
+        want = [tokens(alone, one, max_new_tokens=25) for one in asked]
     got: dict[int, list] = {}
 
     def work(i):
@@ -241,6 +246,59 @@ def test_a_tier_smaller_than_one_block_is_refused(module, tmp_path):
         Engine(module, config=EngineConfig(store=tiny))
 
 
+def test_a_batch_that_cannot_run_whole_does_not_run_at_all(module):
+    room = EngineConfig(cache_bytes=100 * 3 * 2 * 2 * 64 * 4, block_tokens=16, store=BIG)
+    with Engine(module, config=room) as engine:
+        with pytest.raises(PromptError, match="cache_bytes"):
+            engine.generate([prompt(40).tolist(), prompt(200).tolist()], max_new_tokens=4)
+        assert engine.stats().tiers["host"].blocks == 0
+
+
+def test_arrays_are_prompts_and_mixtures_are_refused(engine):
+    want = engine.generate([5, 6, 7], max_new_tokens=3)[0].tokens
+    assert engine.generate(torch.tensor([5, 6, 7]), max_new_tokens=3)[0].tokens == want
+    assert engine.generate([torch.tensor([5, 6, 7]).tolist()], max_new_tokens=3)[0].tokens == want
+    for bad in ([[1.7, 2.2]], [[5, "hello"]]):
+        with pytest.raises((PromptError, TypeCheckError)):
+            engine.generate(bad)
+    with pytest.raises(PromptError, match="mixes"):
+        listed([5, "hello", 7])
+    with pytest.raises((PromptError, TypeCheckError)):
+        ids_of([1.7])
+
+
+def test_a_closed_engine_says_so(module):
+    engine = Engine(module)
+    engine.close()
+    for call in (engine.generate, engine.stream, engine.logits):
+        with pytest.raises(EngineError, match="closed"):
+            call([1, 2, 3])
+
+
+def test_an_error_inside_is_not_hidden_by_one_at_the_end(module, monkeypatch, caplog):
+    engine = Engine(module)
+    monkeypatch.setattr(engine.store, "close", lambda: (_ for _ in ()).throw(StoreError("full")))
+    with pytest.raises(KeyboardInterrupt), engine:
+        raise KeyboardInterrupt
+    assert "full" in caplog.text
+    with pytest.raises(StoreError), engine:
+        pass
+
+
+def test_logits_that_are_not_finite_are_no_answer(module):
+    with Engine(build("llama")) as engine:
+        engine.model.module.lm_head.weight.data[3] = torch.nan
+        with pytest.raises(ModelError, match="not finite"):
+            engine.generate([1, 2, 3])
+
+
+def test_adapters_are_refused():
+    module = build("llama")
+    module.peft_config = {"default": None}
+    with pytest.raises(ModelError, match="adapters"):
+        Engine(module)
+
+
 def test_one_prompt_is_a_batch_of_one_and_none_is_none(engine):
     assert tokens(engine, prompt(9), max_new_tokens=2) == [
         engine.generate(prompt(9).tolist(), max_new_tokens=2)[0].tokens
@@ -255,8 +313,6 @@ def test_a_module_is_taken_as_it_is(module):
 
 
 def test_a_module_on_several_devices_or_quantized_is_refused_by_name():
-    from engine.errors import ModelError
-
     spread = build("llama")
     spread.lm_head.to("meta")
     with pytest.raises(ModelError, match="several devices"):

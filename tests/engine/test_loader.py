@@ -1,6 +1,8 @@
 """What cannot be loaded is refused in one line that says what to do."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,10 @@ import torch
 from engine import Engine
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelError
-from engine.loader import _dtype, locate, pick_device
+from engine.folders import cache_folder
+from engine.loader import _dtype, locate, pick_device, weight_files
+from kvstore.identity import weights_digest
+from tests.engine import oracle
 from tests.engine.families import build
 
 
@@ -21,8 +26,6 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    import shutil
-
     return shutil.copytree(saved, tmp_path / "copy")
 
 
@@ -72,6 +75,59 @@ def test_a_torn_weight_file(folder):
 def test_tensors_of_another_shape(folder):
     edit(folder, intermediate_size=96)
     refuse(folder, "cannot load")
+
+
+def test_tensors_that_the_config_has_no_place_for(folder):
+    edit(folder, num_hidden_layers=2)
+    refuse(folder, "no place for")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "abc"},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": 0},
+        {"dtype": "float99"},
+        {"quantization_config": "x"},
+        {"transformers_weights": "other.safetensors"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_config_that_makes_no_sense(folder, change):
+    edit(folder, **change)
+    refuse(folder, "cannot load|not supported|no place")
+
+
+@pytest.mark.parametrize("index", ["[1]", "{}", '{"weight_map": ["a"]}'])
+def test_an_index_that_makes_no_sense(folder, index):
+    (folder / "model.safetensors.index.json").write_text(index)
+    refuse(folder, "model.safetensors.index.json")
+
+
+def test_only_the_files_that_are_loaded_count(folder, tmp_path):
+    """A single file comes before shards, for transformers and so for the identity."""
+    other = build("llama")
+    other.model.layers[0].mlp.up_proj.weight.data += 0.1
+    other.save_pretrained(tmp_path / "single")
+    shards = weight_files(folder)
+    shutil.copy(tmp_path / "single" / "model.safetensors", folder)
+    (folder / "notes.safetensors").write_bytes(b"")
+    assert len(shards) > 1
+    assert weight_files(folder) == [folder / "model.safetensors"]
+    with Engine.from_pretrained(folder) as engine:
+        got = engine.generate([3, 4, 5], max_new_tokens=5)[0].tokens
+    assert got == oracle.generate(other, [torch.tensor([3, 4, 5])], 5)[0]
+
+
+def test_a_cache_folder_that_cannot_be_is_no_reason_to_fail(folder, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/x")
+    with Engine.from_pretrained(folder) as engine:
+        assert engine.identity.weights == weights_digest(weight_files(folder), cache=None)
+    assert "hashed at every start" in caplog.text
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert cache_folder().name.startswith("headrace-")
 
 
 def test_no_config_and_no_folder(folder):

@@ -40,6 +40,11 @@ def test_what_can_be_drawn_is_what_transformers_would_draw_from(seed, temperatur
     assert set(drawn) <= set(allowed)
 
 
+def test_a_temperature_next_to_nothing_is_greedy():
+    logits = torch.randn(30)
+    assert draw(logits, Sampling(temperature=1e-45, seed=1), 5) == [int(logits.argmax())] * 5
+
+
 def test_draws_follow_the_probabilities():
     logits = torch.tensor([0.0, 1.0, 2.0])
     drawn = torch.tensor(draw(logits, Sampling(temperature=2.0, seed=1), 20_000))

@@ -65,6 +65,14 @@ def test_special_tokens_have_no_text(tokenizer):
     assert out.finish() == ""
 
 
+def test_bytes_that_are_no_character_do_not_pile_up(tokenizer):
+    out = TextStream(tokenizer)
+    broken = tokenizer("€")["input_ids"][1]  # the middle of a character, again and again
+    shown = "".join(out.push(broken) for _ in range(40)) + out.finish()
+    assert set(shown) == {"\ufffd"}
+    assert len(out._tokens) - out._context < 30
+
+
 def test_an_unfinished_character_at_the_end_is_shown_as_such(tokenizer):
     out = TextStream(tokenizer)
     first = tokenizer("€")["input_ids"][0]
