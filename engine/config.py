@@ -4,10 +4,12 @@ import tomllib
 from pathlib import Path
 
 import msgspec
+import torch
 
 from engine.errors import ConfigError
 from engine.model import Shape
 from kvstore.config import StoreConfig
+from kvstore.ledger import entry_cost
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,15 +38,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def check(self, shape: Shape) -> None:
         """ConfigError for a tier that could not hold one block of a model of this shape."""
-        block = shape.kv_bytes_per_token * self.block_tokens
-        budgets = {"store.host_bytes": self.store.host_bytes}
+        size = (shape.num_layers, 2, shape.num_kv_heads, self.block_tokens, shape.head_dim)
+        block = torch.empty(size, dtype=shape.dtype, device="meta")  # its size is all we need
+        needs = [("store.host_bytes", self.store.host_bytes, block.nbytes)]
         if self.store.disk_path is not None:
-            budgets["store.disk_bytes"] = self.store.disk_bytes
-        for name, budget in budgets.items():
-            if 0 < budget < block:
+            needs.append(("store.disk_bytes", self.store.disk_bytes, entry_cost(block)))
+        for name, budget, needed in needs:
+            if 0 < budget < needed:
                 raise ConfigError(
                     f"{name} is {budget}, one block of {self.block_tokens} tokens of this model "
-                    f"takes {block} bytes: raise {name} or lower block_tokens"
+                    f"takes {needed} bytes: raise {name} or lower block_tokens"
                 )
 
     @classmethod

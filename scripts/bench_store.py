@@ -262,7 +262,7 @@ def save(bench: Bench) -> None:
         "total_bytes": bench.nbytes, "rounds": bench.rows,
         "resident_before_cold": max(bench.resident),
     }  # fmt: skip
-    path = Path(__file__).parents[1] / "benchmarks" / "results" / f"store_{record['date']}.json"
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / f"store_{record['date']}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")

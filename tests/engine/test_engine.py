@@ -244,6 +244,10 @@ def test_a_tier_smaller_than_one_block_is_refused(module, tmp_path):
     tiny = StoreConfig(host_bytes=1000)
     with pytest.raises(ConfigError, match=r"store\.host_bytes is 1000.*block_tokens"):
         Engine(module, config=EngineConfig(store=tiny))
+    block = 64 * 3 * 2 * 2 * 64 * 4  # fits, but not with what the tier keeps beside it
+    disk = StoreConfig(host_bytes=0, disk_path=str(tmp_path / "s"), disk_bytes=block)
+    with pytest.raises(ConfigError, match=r"store\.disk_bytes"):
+        Engine(module, config=EngineConfig(store=disk))
 
 
 def test_a_batch_that_cannot_run_whole_does_not_run_at_all(module):
