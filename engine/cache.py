@@ -60,11 +60,6 @@ class SequenceCache:
         """Declare `count` more tokens complete in every layer."""
         self.length += count
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers, used or not."""
-        return sum(x.nbytes for x in (*self._k, *self._v))
-
     def _buffer(self) -> Float[Tensor, "Hk capacity D"]:
         s = self._shape
         size = (s.num_kv_heads, self._capacity, s.head_dim)

@@ -25,18 +25,18 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import numpy as np
 import torch
+from bench_common import facts, save
 
 from kvstore.block import BlockKey, KVBlock
 from kvstore.disk import DiskTier
@@ -229,22 +229,6 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
-def environment() -> dict[str, str]:
-    model = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {
-        "device": f"{len(model)} x {model[0]}", "commit": commit.stdout.strip(),
-        "python": platform.python_version(), "torch": torch.__version__,
-        "lmdb": ".".join(map(str, lmdb.version())), "kernel": platform.release(),
-    }  # fmt: skip
-
-
 def table(bench: Bench) -> str:
     lines = [f"{'GB/s':<20}{'median':>8}{'min':>8}{'max':>8}"]
     for row, values in sorted(bench.rows.items()):
@@ -255,17 +239,14 @@ def table(bench: Bench) -> str:
     return "\n".join(lines)
 
 
-def save(bench: Bench) -> None:
-    record = bench.summary() | environment() | {
-        "bench": "store", "date": date.today().isoformat(), "unit": "GB/s (1e9)",
+def record(bench: Bench) -> dict[str, Any]:
+    return bench.summary() | facts(torch.device("cpu")) | {
+        "lmdb": ".".join(map(str, lmdb.version())), "kernel": platform.release(),
+        "bench": "store", "unit": "GB/s (1e9)",
         "block_shape": MODEL.block_shape(SIZE), "dtype": MODEL.dtype, "value_bytes": VALUE,
         "total_bytes": bench.nbytes, "rounds": bench.rows,
         "resident_before_cold": max(bench.resident),
     }  # fmt: skip
-    path = Path(__file__).parents[1] / "benchmarks" / "results" / f"store_{record['date']}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def main() -> None:
@@ -289,7 +270,7 @@ def main() -> None:
             bench.get_round(turn)
             bench.raw_round()
         if arguments.save:
-            save(bench)
+            save("store", record(bench))
         print(json.dumps(bench.summary()) if arguments.json else table(bench))
 
 
