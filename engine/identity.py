@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from engine.folders import cache_folder
+from native.folders import cache_folder
 from engine.hf import HFModel
 from engine.loader import weight_files
 from kvstore.identity import ModelIdentity, state_digest, weights_digest

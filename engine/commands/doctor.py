@@ -16,8 +16,9 @@ from rich.table import Table
 from engine.commands.session import engine_config
 from engine.commands.store import open_disk
 from engine.config import EngineConfig
-from engine.kernels.native import library
+from engine.kernels.attend_token import SOURCE
 from kvstore.errors import StoreError
+from native.library import library
 
 PACKAGES = ("headrace", "torch", "transformers", "triton", "lmdb", "numpy")
 
@@ -57,7 +58,7 @@ def _devices() -> dict[str, str]:
 
 
 def _kernels() -> str:
-    compiled = library("attend_token") is not None
+    compiled = library(SOURCE) is not None
     return (
         "compiled" if compiled else "not compiled: decode on a CPU is slower without a C compiler"
     )

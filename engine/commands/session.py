@@ -15,7 +15,7 @@ from rich.console import Console
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, PromptError
-from engine.folders import cache_folder
+from native.folders import cache_folder
 from kvstore.config import StoreConfig
 
 if TYPE_CHECKING:  # importing these takes seconds, and not every command needs them

@@ -10,13 +10,15 @@ where SDPA with folded queries takes 12 and 14, and reading the bytes alone 5.
 """
 
 import ctypes
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from engine.kernels.native import library
+from native.library import library
 
+SOURCE = Path(__file__).with_suffix(".c")
 LANES = 16  # of the widest registers
 DTYPES = (torch.bfloat16, torch.float32)
 PART = 1024  # keys at least, where a head's keys are cut for more threads than heads
@@ -30,7 +32,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and k.dtype in DTYPES
         and k.shape[-1] % LANES == 0
         and all(x.stride()[1:] == (x.shape[-1], 1) for x in (k, v))
-        and library("attend_token") is not None
+        and library(SOURCE) is not None
     )
 
 
@@ -38,7 +40,7 @@ def attend_token_native(
     q: Float[Tensor, "Hq D"], k: Float[Tensor, "Hk S D"], v: Float[Tensor, "Hk S D"], scale: float
 ) -> Float[Tensor, "Hq D"]:
     """Attention of the newest of S tokens, in compiled code; sums in fp32."""
-    code = library("attend_token")
+    code = library(SOURCE)
     assert code is not None, "ask serves() first"
     (hk, s, d), hq = k.shape, q.shape[0]
     threads = torch.get_num_threads()

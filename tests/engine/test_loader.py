@@ -10,7 +10,7 @@ import torch
 from engine import Engine
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelError
-from engine.folders import cache_folder
+from native.folders import cache_folder
 from engine.loader import _dtype, locate, pick_device, weight_files
 from kvstore.identity import weights_digest
 from tests.engine import oracle

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from engine.attention import attend_token, attend_token_torch
-from engine.kernels import native
-from engine.kernels.attend_token import attend_token_native, serves
+from engine.kernels.attend_token import SOURCE, attend_token_native, serves
 from engine.model import AttentionSpec
+from native import library as native
 
 HEADS = [(1, 1), (4, 2), (8, 2), (6, 2), (10, 2), (7, 1), (4, 4)]  # groups of 1 to 7
 
 
 @pytest.fixture
 def compiled():
-    if native.library("attend_token") is None:
+    if native.library(SOURCE) is None:
         pytest.skip("no C compiler on this machine")
 
 
@@ -128,7 +128,7 @@ def test_a_compiler_that_fails_is_no_disaster(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("CC", str(broken))
     native.library.cache_clear()
     try:
-        assert native.library("attend_token") is None
+        assert native.library(SOURCE) is None
     finally:
         native.library.cache_clear()
     assert "this compiler is broken" in caplog.text
@@ -136,7 +136,7 @@ def test_a_compiler_that_fails_is_no_disaster(monkeypatch, tmp_path, caplog):
 
 def test_compiled_code_is_made_once_and_kept_private(compiled, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    source = native.Path(native.__file__).with_name("attend_token.c")
+    source = SOURCE
     first = native._compiled(source)
     assert first.parent.stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("PATH", "")

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from engine.folders import cache_folder
+from native.folders import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -20,17 +20,17 @@ FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPI
 
 
 @functools.cache
-def library(name: str) -> ctypes.CDLL | None:
-    """The compiled `name`.c of this folder; None, said once, where it cannot be compiled.
+def library(source: Path) -> ctypes.CDLL | None:
+    """The compiled `source`, a C file; None, said once, where it cannot be compiled.
 
     Compiled code is kept in the user's cache folder, by source, flags and processor. With OpenMP
     it shares torch's threads: torch's own libgomp answers for the one it asks for.
     """
     try:
-        return _loaded(_compiled(Path(__file__).with_name(f"{name}.c")))
+        return _loaded(_compiled(source))
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or "").strip() or str(error)
-        log.warning("%s runs in torch, slower on a CPU: %s", name, said.splitlines()[0])
+        log.warning("%s runs in torch, slower on a CPU: %s", source.stem, said.splitlines()[0])
         return None
 
 
