@@ -58,7 +58,7 @@ def attend_token(
     if spec.window is not None:
         k, v = k[:, -spec.window :], v[:, -spec.window :]
     if spec.softcap is None and serves(q, k, v):
-        return attend_token_native(q, k, v, spec.scale)
+        return attend_token_native(q, k, v, spec.scale).out
     return attend_token_torch(q, k, v, spec)
 
 

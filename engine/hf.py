@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from engine.errors import ModelError
+from engine.linear import borrowed
 from engine.model import QKV, AttentionSpec, Shape
 from engine.rope import Rope
 
@@ -77,11 +78,11 @@ class HFLayer:
     """One decoder layer's modules, in the order its family runs them."""
 
     def __init__(
-        self, module: nn.Module, family: Family, attention: AttentionSpec, rope: Rope, head_dim: int
+        self, module: Any, family: Family, attention: AttentionSpec, rope: Rope, head_dim: int
     ) -> None:
         self.module, self.attention, self.rope = module, attention, rope
-        self._attn: Any = module.self_attn
-        self._mlp: Any = module.mlp
+        self._attn: Any = borrowed(module.self_attn)
+        self._mlp: Any = borrowed(module.mlp)
         self._family, self._head_dim = family, head_dim
         self._attn_in, self._attn_out, self._mlp_in, self._mlp_out = (
             self._norm(name)
@@ -123,6 +124,7 @@ class HFModel:
         self.config: Any = module.config
         family = family_of(self.config)
         self._body: Any = module.model
+        self._head: Any = borrowed(module.lm_head)
         self._softcap = getattr(self.config, "final_logit_softcapping", None)
         turns = ropes(self._body, self.config, family)
         self.shape = _shape(self.config, module, turns)
@@ -144,7 +146,7 @@ class HFModel:
 
     def logits(self, x: Float[Tensor, "N E"]) -> Float[Tensor, "N vocab"]:
         """Next-token logits of the last layer's output."""
-        out = self.module.lm_head(self._body.norm(x))
+        out = self._head(self._body.norm(x))
         return out if self._softcap is None else self._softcap * torch.tanh(out / self._softcap)
 
 

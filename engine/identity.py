@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from native.folders import cache_folder
 from engine.hf import HFModel
 from engine.loader import weight_files
 from kvstore.identity import ModelIdentity, state_digest, weights_digest
+from native.folders import cache_folder
 
 log = logging.getLogger(__name__)
 

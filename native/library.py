@@ -44,8 +44,8 @@ def _loaded(compiled: Path) -> ctypes.CDLL:
 
 def _compiled(source: Path) -> Path:
     """Path of the shared library, compiled now if this machine has not yet."""
-    code = source.read_bytes()
-    digest = hashlib.sha256(b"\0".join([code, *map(str.encode, FLAGS), _processor()])).hexdigest()
+    code = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    digest = hashlib.sha256(b"\0".join([*code, *map(str.encode, FLAGS), _processor()])).hexdigest()
     target = cache_folder() / "native" / f"{source.stem}-{digest[:20]}.so"
     if not target.exists():
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, PromptError
-from native.folders import cache_folder
 from kvstore.config import StoreConfig
+from native.folders import cache_folder
 
 if TYPE_CHECKING:  # importing these takes seconds, and not every command needs them
     from engine.engine import Engine

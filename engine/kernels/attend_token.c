@@ -1,48 +1,20 @@
 // Attention of one token over the keys and values of its KV heads, each read once.
 // The torch definition, and how it is called, stand in attend_token.py.
 
-#include <stdint.h>
-#include <string.h>
+#include "simd.h"
 
-#ifdef __AVX512F__
-#define LANES 16
-#else
-#define LANES 8
-#endif
-#define BLOCK 64  // keys whose scores are held at once; their K and V stay in the L1 cache
+#define BLOCK 32  // keys whose scores are held at once; their K and V, and the next, stay in the L1 cache
 #define MOST 4    // queries computed together: their sums stay in registers
+#define KEYS (LANES / 4)          // keys computed together
+#define PAIRS (LANES == 16 ? 2 : 1)  // pairs of registers of each output that are summed together
 
-typedef float vec __attribute__((vector_size(LANES * 4)));
-typedef uint32_t words __attribute__((vector_size(LANES * 4)));
-typedef int32_t ints __attribute__((vector_size(LANES * 4)));
-typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
-#define INLINE static inline __attribute__((always_inline))
+// Where a head's keys and values are: token j at `row` * (ids ? ids[j] : j) bytes behind k and v.
+typedef struct { const char *k, *v; long row; const int64_t *ids; } Rows;
 
-INLINE vec load(const float *at) { vec x; memcpy(&x, at, sizeof x); return x; }
+INLINE long at(Rows r, long j) { return r.row * (r.ids ? r.ids[j] : j); }
 
-// LANES values at `i`, as fp32: bf16 is the upper half of fp32.
-INLINE vec widened(const void *from, long i, int bf16) {
-  if (!bf16) return load((const float *)from + i);
-  halves h;
-  memcpy(&h, (const uint16_t *)from + i, sizeof h);
-  words w = __builtin_convertvector(h, words) << 16;
-  vec x;
-  memcpy(&x, &w, sizeof x);
-  return x;
-}
-
-INLINE float sum(vec x) {
-#if LANES == 16
-  x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-  x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-  x += __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-#else
-  x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
-  x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
-  x += __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
-#endif
-  return x[0];
+INLINE void ask(const char *line, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
 }
 
 // exp(x) for x <= 0, within 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]. NaN stays NaN.
@@ -71,49 +43,65 @@ INLINE vec exponential(vec x) {
   return p;
 }
 
-// score[g][j] = scale * q[g] . k[j], two keys at a time so that every load of q serves both. Asks for
-// the values of this block and the keys of the next: 32k tokens take a third less time with that.
-INLINE void scores(const float *q, const void *k, const void *v, long m, int G, int D, float scale, int bf16,
+// score[g][j] = scale * q[g] . key j of tokens [start, start + m). Asks for their values, and `gather` for the keys
+// of the next block, so that memory never rests: without that, 32k tokens take 1.5 times as long.
+INLINE void scores(const float *q, Rows r, long start, long m, int G, int D, float scale, int bf16,
                    float score[MOST][BLOCK]) {
-  long row = (long)D * (bf16 ? 2 : 4);
-  for (long j = 0; j < m; j += 2) {
-    long other = j + 1 < m ? j + 1 : j;
-    vec a[MOST] = {}, b[MOST] = {};
-    for (long line = j * row; line < (j + 2) * row; line += 64) {
-      __builtin_prefetch((const char *)v + line);
-      __builtin_prefetch((const char *)k + BLOCK * row + line);
+  int bytes = D * (bf16 ? 2 : 4);
+  for (long j = 0; j < m; j += KEYS) {
+    const char *k[KEYS];
+    vec sum[MOST * KEYS] = {};
+    for (int i = 0; i < KEYS; i++) {
+      long own = start + (j + i < m ? j + i : j);
+      k[i] = r.k + at(r, own);
+      ask(r.v + at(r, own), bytes);
     }
-    for (int d = 0; d < D; d += LANES) {
-      vec ka = widened(k, j * D + d, bf16), kb = widened(k, other * D + d, bf16);
+    int d = 0;
+    for (; d + 2 * LANES <= D; d += 2 * LANES) {
+      vec a[KEYS], b[KEYS];
+      for (int i = 0; i < KEYS; i++) pair(k[i], d, bf16, a + i, b + i);
       for (int g = 0; g < G; g++) {
-        vec x = load(q + g * D + d);
-        a[g] += x * ka;
-        b[g] += x * kb;
+        vec x = load(q + g * D + d), y = load(q + g * D + d + LANES);
+        for (int i = 0; i < KEYS; i++) sum[g * KEYS + i] += x * a[i];
+        for (int i = 0; i < KEYS; i++) sum[g * KEYS + i] += y * b[i];
       }
     }
-    for (int g = 0; g < G; g++) score[g][other] = sum(b[g]) * scale, score[g][j] = sum(a[g]) * scale;
+    for (; d < D; d += LANES)
+      for (int g = 0; g < G; g++)
+        for (int i = 0; i < KEYS; i++) sum[g * KEYS + i] += load(q + g * D + d) * widened(k[i], d, bf16);
+    float sums[MOST * KEYS];
+    for (int i = 0; i < G * KEYS; i += 4) sum4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3], sums + i);
+    for (int g = 0; g < G; g++)
+      for (int i = 0; i < KEYS; i++) score[g][j + i] = sums[g * KEYS + i] * scale;
   }
 }
 
-// out[g] += sum over j of p[g][j] * v[j], `wide` registers of every head at a time: the sums of few
-// heads would wait for each other.
-INLINE void gather_some(const void *v, long m, int G, int D, int d, int wide, int bf16, float p[MOST][BLOCK], float *out) {
-  vec o[MOST][2];
+// out[g] += sum over j of p[g][j] * value j, for tokens [start, start + m) of n, and `pairs` pairs of registers of
+// every head at a time (0: one register).
+INLINE void gather_some(Rows r, long start, long m, long n, int G, int D, int d, int pairs, int bf16, float p[MOST][BLOCK],
+                        float *out) {
+  int wide = pairs ? 2 * pairs : 1, size = bf16 ? 2 : 4;
+  vec o[MOST][4];
   for (int g = 0; g < G; g++)
     for (int w = 0; w < wide; w++) o[g][w] = load(out + g * D + d + w * LANES);
-  for (long j = 0; j < m; j++)
-    for (int w = 0; w < wide; w++) {
-      vec x = widened(v, j * D + d + w * LANES, bf16);
-      for (int g = 0; g < G; g++) o[g][w] += p[g][j] * x;
-    }
+  for (long j = 0; j < m; j++) {
+    const char *v = r.v + at(r, start + j);
+    vec x[4];
+    if (start + j + BLOCK < n) ask(r.k + at(r, start + j + BLOCK) + d * size, wide * LANES * size);
+    if (!pairs) x[0] = widened(v, d, bf16);
+    for (int w = 0; w < pairs; w++) pair(v, d + 2 * w * LANES, bf16, x + 2 * w, x + 2 * w + 1);
+    for (int g = 0; g < G; g++)
+      for (int w = 0; w < wide; w++) o[g][w] += p[g][j] * x[w];
+  }
   for (int g = 0; g < G; g++)
     for (int w = 0; w < wide; w++) memcpy(out + g * D + d + w * LANES, &o[g][w], sizeof(vec));
 }
 
-INLINE void gather(const void *v, long m, int G, int D, int bf16, float p[MOST][BLOCK], float *out) {
+INLINE void gather(Rows r, long start, long m, long n, int G, int D, int bf16, float p[MOST][BLOCK], float *out) {
   int d = 0;
-  for (; d + 2 * LANES <= D; d += 2 * LANES) gather_some(v, m, G, D, d, 2, bf16, p, out);
-  for (; d < D; d += LANES) gather_some(v, m, G, D, d, 1, bf16, p, out);
+  for (; d + 2 * PAIRS * LANES <= D; d += 2 * PAIRS * LANES) gather_some(r, start, m, n, G, D, d, PAIRS, bf16, p, out);
+  for (; d + 2 * LANES <= D; d += 2 * LANES) gather_some(r, start, m, n, G, D, d, 1, bf16, p, out);
+  for (; d < D; d += LANES) gather_some(r, start, m, n, G, D, d, 0, bf16, p, out);
 }
 
 // Online softmax: what was summed shrinks when a block brings a larger score (Milakov 2018).
@@ -128,49 +116,55 @@ INLINE void weigh(long m, int D, float *score, float *out, float *top, float *to
     memcpy(score + j, &e, sizeof e);
     s += e;
   }
-  *total = *total * shrink + sum(s);
+  float four[4];
+  sum4(s, s, s, s, four);
+  *total = *total * shrink + four[0];
   *top = best;
   for (int d = 0; d < D; d++) out[d] *= shrink;
 }
 
-INLINE void run(const float *q, const char *k, const char *v, long n, int G, int D, float scale,
-                int bf16, float *out, float *top, float *total) {
+INLINE void run(const float *q, Rows r, long n, int G, int D, float scale, int bf16, float *out, float *top,
+                float *total) {
   float score[MOST][BLOCK] __attribute__((aligned(64)));
-  long row = (long)D * (bf16 ? 2 : 4);
   for (int g = 0; g < G; g++) top[g] = -1e30f, total[g] = 0;
   memset(out, 0, sizeof(float) * G * D);
-  for (long at = 0; at < n; at += BLOCK) {
-    long m = n - at < BLOCK ? n - at : BLOCK;
-    scores(q, k + at * row, v + at * row, m, G, D, scale, bf16, score);
+  for (long start = 0; start < n; start += BLOCK) {
+    long m = n - start < BLOCK ? n - start : BLOCK;
+    scores(q, r, start, m, G, D, scale, bf16, score);
     for (int g = 0; g < G; g++) weigh(m, D, score[g], out + g * D, top + g, total + g);
-    gather(v + at * row, m, G, D, bf16, score, out);
+    gather(r, start, m, n, G, D, bf16, score, out);
   }
 }
 
 // The common sizes are compiled with their sizes known.
-static void some(const float *q, const char *k, const char *v, long n, int G, int D, float scale,
-                 int bf16, float *out, float *top, float *total) {
+static void some(const float *q, Rows r, long n, int G, int D, float scale, int bf16, float *out, float *top,
+                 float *total) {
 #define CASE(g, d, b) \
-  if (G == g && D == d && bf16 == b) { run(q, k, v, n, g, d, scale, b, out, top, total); return; }
+  if (G == g && D == d && bf16 == b) { run(q, r, n, g, d, scale, b, out, top, total); return; }
 #define CASES(g) CASE(g, 64, 0) CASE(g, 64, 1) CASE(g, 128, 0) CASE(g, 128, 1)
   CASES(1) CASES(2) CASES(3) CASES(4)
-  run(q, k, v, n, G, D, scale, bf16, out, top, total);
+  run(q, r, n, G, D, scale, bf16, out, top, total);
 }
 
-// q [Hk G D] fp32; k, v [Hk n D] with rows D apart and heads `kstride`, `vstride` bytes apart; out [Hk G D].
+// q [Hk G D] fp32, overwritten; k, v [Hk n D]: rows `row` bytes apart, heads `kstride`, `vstride` bytes apart; with ids
+// [Hk n], token j of head h is row ids[h][j]. out [Hk G D], lse [Hk G]: logarithm of the sum of exp(scores).
 // Each head's keys are cut into `parts`; work holds parts * Hk * G * (D + 2) floats.
-void attend_token(const float *q, const char *k, const char *v, long kstride, long vstride, long n, int Hk,
-                  int G, int D, float scale, int bf16, int parts, int threads, float *work, float *out) {
-  long rows = (long)Hk * parts * G, each = (n + parts - 1) / parts, row = (long)D * (bf16 ? 2 : 4);
+void attend_token(float *q, const char *k, const char *v, const int64_t *ids, long kstride, long vstride, long row,
+                  long n, int Hk, int G, int D, float scale, int bf16, int parts, int threads, float *work,
+                  float *out, float *lse) {
+  long rows = (long)Hk * parts * G, each = (n + parts - 1) / parts;
   float *top = work + rows * D, *total = top + rows;
+  for (long i = 0; i < (long)Hk * G; i++) split(q + i * D, out + i * D, D, bf16);
+  memcpy(q, out, sizeof(float) * Hk * G * D);
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
   for (int h = 0; h < Hk; h++)
     for (int p = 0; p < parts; p++)
       for (int g = 0; g < G; g += MOST) {
         long start = p * each < n ? p * each : n, stop = start + each < n ? start + each : n;
-        long i = ((long)h * parts + p) * G + g;
-        some(q + ((long)h * G + g) * D, k + h * kstride + start * row, v + h * vstride + start * row,
-             stop - start, G - g < MOST ? G - g : MOST, D, scale, bf16, work + i * D, top + i, total + i);
+        long i = ((long)h * parts + p) * G + g, skip = ids ? 0 : start * row;
+        Rows r = {k + h * kstride + skip, v + h * vstride + skip, row, ids ? ids + h * n + start : 0};
+        some(q + ((long)h * G + g) * D, r, stop - start, G - g < MOST ? G - g : MOST, D, scale, bf16, work + i * D,
+             top + i, total + i);
       }
   for (int h = 0; h < Hk; h++)
     for (int g = 0; g < G; g++) {
@@ -184,5 +178,7 @@ void attend_token(const float *q, const char *k, const char *v, long kstride, lo
         for (int d = 0; d < D; d++) o[d] += w * work[i * D + d];
       }
       for (int d = 0; d < D; d++) o[d] /= all;
+      joined(o, D, bf16);
+      lse[(long)h * G + g] = best + __builtin_logf(all);
     }
 }

@@ -4,16 +4,14 @@
 
 The softmax is online, in blocks that stay in the L1 cache (Milakov & Gimelshein 2018; the same
 idea as FlashAttention's). The definition is `engine.attention.attend_token_torch`.
-
-Two AVX2 cores, bf16, 8 KV heads of 128, 32k tokens: 5.5 ms with 16 query heads and 7.4 with 32,
-where SDPA with folded queries takes 12 and 14, and reading the bytes alone 5.
 """
 
 import ctypes
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from native.library import library
@@ -24,35 +22,81 @@ DTYPES = (torch.bfloat16, torch.float32)
 PART = 1024  # keys at least, where a head's keys are cut for more threads than heads
 
 
+class Partial(NamedTuple):
+    """Attention over a part of the context, and what it takes to merge it with other parts."""
+
+    out: Float[Tensor, "Hq D"]
+    lse: Float[Tensor, " Hq"]  # logarithm of the sum of exp(scale q . k); fp32
+
+
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attend_token_native` can take these tensors on this machine."""
     return (
-        k.device.type == "cpu"
-        and k.dtype == v.dtype
-        and k.dtype in DTYPES
-        and k.shape[-1] % LANES == 0
+        k.dtype == v.dtype
         and all(x.stride()[1:] == (x.shape[-1], 1) for x in (k, v))
-        and library(SOURCE) is not None
+        and can_attend(k.dtype, k.shape[-1], k.device)
     )
+
+
+def can_attend(dtype: torch.dtype, dim: int, device: torch.device) -> bool:
+    """Whether keys and values of this kind can be attended to by compiled code."""
+    known = device.type == "cpu" and dtype in DTYPES and dim % LANES == 0
+    return known and library(SOURCE) is not None
 
 
 def attend_token_native(
     q: Float[Tensor, "Hq D"], k: Float[Tensor, "Hk S D"], v: Float[Tensor, "Hk S D"], scale: float
-) -> Float[Tensor, "Hq D"]:
+) -> Partial:
     """Attention of the newest of S tokens, in compiled code; sums in fp32."""
+    strides = k.stride(0) * k.itemsize, v.stride(0) * v.itemsize, k.shape[-1] * k.itemsize
+    return _attend(q, k.data_ptr(), v.data_ptr(), None, strides, k.shape[:2], k.dtype, scale)
+
+
+def attend_rows_native(
+    q: Float[Tensor, "Hq D"],
+    rows: UInt8[Tensor, "N bytes"],
+    chosen: Int[Tensor, "Hk K"],
+    *,
+    dtype: torch.dtype,
+    k_at: int,
+    v_at: int,
+    scale: float,
+) -> Partial:
+    """Attention over chosen rows of a pool, where they lie; nothing is copied.
+
+    Args:
+        rows: of which each holds a key and a value of `dtype`, contiguous, at these offsets.
+        chosen: int64, contiguous: numbers of rows, for each KV head its own.
+    """
+    strides, at = (0, 0, rows.stride(0)), rows.data_ptr()
+    return _attend(q, at + k_at, at + v_at, chosen, strides, chosen.shape, dtype, scale)
+
+
+def _attend(
+    q: Tensor,
+    k: int,
+    v: int,
+    chosen: Tensor | None,
+    strides: tuple[int, int, int],
+    size: tuple[int, ...],
+    dtype: torch.dtype,
+    scale: float,
+) -> Partial:
     code = library(SOURCE)
     assert code is not None, "ask serves() first"
-    (hk, s, d), hq = k.shape, q.shape[0]
+    (hk, n), (hq, d) = size, q.shape
     threads = torch.get_num_threads()
-    parts = max(1, min(s // PART, -(-2 * threads // hk)))
-    query, out = q.float().contiguous(), torch.empty(hq, d)
+    parts = max(1, min(n // PART, -(-2 * threads // hk)))
+    query = q.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    out, lse = torch.empty(hq, d), torch.empty(hq)
     work = torch.empty(parts * hq * (d + 2))
     code.attend_token(
-        *(ctypes.c_void_p(x.data_ptr()) for x in (query, k, v)),
-        *(ctypes.c_long(n) for n in (k.stride(0) * k.itemsize, v.stride(0) * v.itemsize, s)),
-        *(ctypes.c_int(n) for n in (hk, hq // hk, d)),
+        *(ctypes.c_void_p(x) for x in (query.data_ptr(), k, v)),
+        ctypes.c_void_p(None if chosen is None else chosen.data_ptr()),
+        *(ctypes.c_long(x) for x in (*strides, n)),
+        *(ctypes.c_int(x) for x in (hk, hq // hk, d)),
         ctypes.c_float(scale),
-        *(ctypes.c_int(n) for n in (k.dtype == torch.bfloat16, parts, threads)),
-        *(ctypes.c_void_p(x.data_ptr()) for x in (work, out)),
+        *(ctypes.c_int(x) for x in (dtype == torch.bfloat16, parts, threads)),
+        *(ctypes.c_void_p(x.data_ptr()) for x in (work, out, lse)),
     )
-    return out.to(q.dtype)
+    return Partial(out.to(q.dtype), lse)

@@ -8,6 +8,7 @@ import torch
 from engine.check import _tokens, check
 from engine.errors import ModelError
 from engine.hf import HFLayer, HFModel
+from engine.kernels.attend_token import Partial
 from tests.engine.families import CASES, build
 
 
@@ -122,9 +123,18 @@ def test_a_grouping_of_heads_that_is_wrong_is_refused():
 
 def test_a_decode_kernel_that_is_wrong_is_refused(monkeypatch):
     monkeypatch.setattr("engine.attention.serves", lambda *_: True)
-    monkeypatch.setattr("engine.attention.attend_token_native", lambda q, *_: q + 7)
+    monkeypatch.setattr(
+        "engine.attention.attend_token_native", lambda q, *_: Partial(q + 7, q[:, 0])
+    )
     with pytest.raises(ModelError, match="layer 0"):
         check(HFModel(build("llama")))
+
+
+def test_a_product_of_few_rows_that_is_wrong_is_refused(monkeypatch):
+    monkeypatch.setattr("engine.check.serves", lambda *_: True)
+    monkeypatch.setattr("engine.check.project_native", lambda x, w: x @ w.T * 1.1)
+    with pytest.raises(ModelError, match="product"):
+        check(HFModel(build("llama", dtype=torch.bfloat16)))
 
 
 def test_nan_is_refused():

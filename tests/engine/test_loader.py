@@ -10,9 +10,9 @@ import torch
 from engine import Engine
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelError
-from native.folders import cache_folder
 from engine.loader import _dtype, locate, pick_device, weight_files
 from kvstore.identity import weights_digest
+from native.folders import cache_folder
 from tests.engine import oracle
 from tests.engine.families import build
 

@@ -40,9 +40,9 @@ def test_it_equals_its_definition(compiled, hq, hk, length, dtype):
         q, k, v = tensors(hq, hk, length, dim, dtype)
         assert serves(q, k, v)
         want, scale = exact(q, k, v, dim**-0.5), dim**-0.5
-        ours = (attend_token_native(q, k, v, scale).double() - want).abs().max()
+        ours = (attend_token_native(q, k, v, scale).out.double() - want).abs().max()
         torchs = attend_token_torch(q, k, v, AttentionSpec(scale=scale))
-        allowed = 2 * (torchs.double() - want).abs().max() + 2e-6
+        allowed = 2 * (torchs.double() - want).abs().max() + 4e-6  # of scores up to 12, in fp32
         assert ours <= allowed, (dim, ours, allowed)
 
 
@@ -53,7 +53,7 @@ def test_the_number_of_threads_changes_nothing_that_matters(compiled, threads):
     want = exact(q, k, v, 0.125)
     torch.set_num_threads(threads)
     try:
-        got = attend_token_native(q, k, v, 0.125)
+        got = attend_token_native(q, k, v, 0.125).out
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-6)
@@ -61,12 +61,12 @@ def test_the_number_of_threads_changes_nothing_that_matters(compiled, threads):
 
 def test_two_callers_at_once_do_not_disturb_each_other(compiled):
     asked = [tensors(8, 2, 3000 + i, 128, torch.bfloat16) for i in range(2)]
-    want = [attend_token_native(*a, 0.1) for a in asked]
+    want = [attend_token_native(*a, 0.1).out for a in asked]
     wrong = []
 
     def call(i):
         for _ in range(50):
-            if not torch.equal(attend_token_native(*asked[i], 0.1), want[i]):
+            if not torch.equal(attend_token_native(*asked[i], 0.1).out, want[i]):
                 wrong.append(i)
 
     threads = [threading.Thread(target=call, args=(i,)) for i in range(2)]
@@ -81,13 +81,13 @@ def test_scores_of_any_size_and_what_is_not_a_number(compiled):
     q, k, v = tensors(2, 1, 200, 64, torch.float32)
     for factor in (0.0, 1e3, 1e8):  # everything alike; one key takes all
         want = exact(q * factor, k, v, 1.0)
-        got = attend_token_native(q * factor, k, v, 1.0)
+        got = attend_token_native(q * factor, k, v, 1.0).out
         torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
     k, v = k.contiguous(), v.contiguous()
     v[0, 70, 3] = torch.nan
-    assert attend_token_native(q, k, v, 1.0)[:, 3].isnan().all()
+    assert attend_token_native(q, k, v, 1.0).out[:, 3].isnan().all()
     k[0, 70, 3] = torch.nan
-    assert attend_token_native(q, k, v, 1.0).isnan().all()
+    assert attend_token_native(q, k, v, 1.0).out.isnan().all()
 
 
 def test_it_leaves_to_torch_what_it_cannot_take(compiled):
