@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 State = Mapping[str, Tensor]  # what an index needs to be there again: plain tensors, no objects
@@ -55,6 +55,8 @@ class KVIndex(Protocol):
     def length(self) -> int: ...  # tokens
     @property
     def nbytes(self) -> int: ...  # of all tensors it holds
+    @property
+    def outliers(self) -> Int[Tensor, "Hk S"]: ...
     def append(self, keys: Float[Tensor, "Hk N D"]) -> None: ...
     def finalize(self) -> None: ...
     def score(self, query: Float[Tensor, "Hq D"]) -> Float[Tensor, "Hq U"]: ...

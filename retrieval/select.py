@@ -87,17 +87,17 @@ def top_tokens(
     grouped = grouped[:, :length]
     budget = min(policy.budget, length)
     if policy.top_p is not None:
-        budget = _needed(grouped, policy, budget)
+        kept = policy.sinks + policy.window + (0 if outliers is None else outliers.shape[1])
+        budget = _needed(grouped, policy, budget, kept)
     return _best(_forced(grouped, policy, outliers, budget), budget)
 
 
-def _needed(grouped: Tensor, policy: Policy, budget: int) -> int:
-    """How many tokens hold `top_p` of the estimated attention in every KV head."""
+def _needed(grouped: Tensor, policy: Policy, budget: int, kept: int) -> int:
+    """How many tokens hold `top_p` of the estimated attention in every KV head, besides `kept`."""
     assert policy.top_p is not None
     share = grouped.softmax(-1).sort(-1, descending=True).values.cumsum(-1)
     most = int((share < policy.top_p).sum(-1).max()) + 1
-    floor = max(policy.least, policy.sinks + policy.window)
-    return min(budget, max(floor, most + policy.sinks + policy.window))
+    return min(budget, max(policy.least, kept + most))
 
 
 def _forced(
@@ -105,13 +105,15 @@ def _forced(
 ) -> Float[Tensor, "Hk T"]:
     """Scores in which what must be taken is infinite."""
     length = grouped.shape[1]
-    forced = grouped.nan_to_num(nan=-torch.inf, neginf=torch.finfo(torch.float32).min)
+    forced = (
+        grouped.nan_to_num(nan=-torch.inf, neginf=torch.finfo(torch.float32).min) + 0.0
+    )  # no -0
     forced[:, : policy.sinks] = torch.inf
     forced[:, max(0, length - policy.window) :] = torch.inf
     if outliers is not None and outliers.shape[1]:
         forced.scatter_(1, outliers, torch.inf)
-        most = int(forced.isposinf().sum(-1).max())
-        if most > budget:
+        most = policy.sinks + policy.window + outliers.shape[1]
+        if most > budget and (most := int(forced.isposinf().sum(-1).max())) > budget:
             raise ValueError(
                 f"sinks, window and outliers take {most} tokens, the budget is {budget}: "
                 "raise budget, or lower outliers"
