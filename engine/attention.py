@@ -1,11 +1,13 @@
-"""Dense grouped-query attention: a chunk of a prompt, or one token of a running request."""
+"""Grouped-query attention: a chunk of a prompt, or one token over all or a part of its context."""
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.kernels.attend_token import attend_token_native, serves
+from engine.kernels.attend_token import Partial, attend_token_native, serves
 from engine.model import AttentionSpec
 
 MASK_ELEMENTS = 1 << 24  # a mask of at most 64 MiB in fp32, however long the context
@@ -60,6 +62,37 @@ def attend_token(
     if spec.softcap is None and serves(q, k, v):
         return attend_token_native(q, k, v, spec.scale).out
     return attend_token_torch(q, k, v, spec)
+
+
+def attend_part(
+    q: Float[Tensor, "Hq D"],
+    k: Float[Tensor, "Hk K D"],
+    v: Float[Tensor, "Hk K D"],
+    spec: AttentionSpec,
+) -> Partial:
+    """Attention of one token over some tokens, and what it takes to merge it with the others.
+
+    The spec's window is the caller's business: all of `k` is attended to.
+    """
+    if spec.softcap is None and serves(q, k, v):
+        return attend_token_native(q, k, v, spec.scale)
+    scores = (q.unflatten(0, (k.shape[0], -1)).float() @ k.float().mT) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    out = scores.softmax(-1) @ v.float()
+    return Partial(out.flatten(0, 1).to(q.dtype), scores.logsumexp(-1).flatten())
+
+
+def merge(parts: Sequence[Partial]) -> Partial:
+    """Attention over all tokens from that over disjoint parts of them, on whatever device each was.
+
+    Softmax is a weighted mean, so parts average by their shares of the sum of exponentials.
+    """
+    lses = torch.stack([part.lse for part in parts])
+    lse = lses.logsumexp(0)
+    outs = torch.stack([part.out.float() for part in parts])
+    out = ((lses - lse).exp()[..., None] * outs).sum(0)
+    return Partial(out.to(parts[0].out.dtype), lse)
 
 
 def attend_token_torch(

@@ -1,12 +1,88 @@
 """What one request attends to: rotated keys and values, layer by layer."""
 
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Protocol, runtime_checkable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from engine.model import Shape
+from engine.attention import attend_token
+from engine.model import AttentionSpec, Shape
 from engine.recorder import Recorder
 from kvstore.block import LayerKV
+
+
+class Query(NamedTuple):
+    """The query of one token in one layer, in the spaces that a choice may be made in."""
+
+    rotated: Float[Tensor, "Hq D"]
+    unrotated: Float[Tensor, "Hq D"]
+
+
+@dataclass(slots=True)
+class SparseStats:
+    """What sparse decode did, summed over steps, layers and KV heads."""
+
+    steps: int = 0  # tokens decoded
+    selected: int = 0  # rows attended to
+    hits: int = 0  # of these, those that were on the device already
+    guessed: int = 0  # hits that a prefetch had fetched since the step before
+    fetched_bytes: int = 0  # rows of misses and of guesses
+    host_key_rows: int = 0  # keys read in host memory
+    waited_s: float = 0.0  # for prefetches to end
+
+    def __iadd__(self, other: "SparseStats") -> "SparseStats":
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+        return self
+
+    @property
+    def hit_share(self) -> float:
+        return self.hits / self.selected if self.selected else 0.0
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """What the loops need of a request's cache.
+
+    append, write: as in `SequenceCache`. advance: so many more tokens are complete.
+    observe: unrotated queries of the prompt, chunk by chunk, for indexes that learn from them.
+    finalize: the prompt is complete; called once, before the first `attend`.
+    attend: attention of the token appended last, not yet advanced over.
+    wants_guess, look_ahead: whether guessed queries are of use, and one for a layer to come; None
+        where the loop has none. Changes when KV moves, never what is computed.
+    close: free what it holds; idempotent.
+    """
+
+    @property
+    def length(self) -> int: ...
+    @property
+    def recorder(self) -> Recorder | None: ...
+    @property
+    def stats(self) -> SparseStats | None: ...
+    @property
+    def wants_guess(self) -> bool: ...
+    def append(
+        self,
+        layer: int,
+        k: Float[Tensor, "Hk N D"],
+        rotated: Float[Tensor, "Hk N D"],
+        v: Float[Tensor, "Hk N D"],
+    ) -> LayerKV: ...
+    def write(
+        self,
+        layer: int,
+        start: int,
+        rotated: Float[Tensor, "Hk N D"],
+        v: Float[Tensor, "Hk N D"],
+    ) -> LayerKV: ...
+    def advance(self, count: int) -> None: ...
+    def observe(self, layer: int, queries: Float[Tensor, "Hq N D"]) -> None: ...
+    def finalize(self) -> None: ...
+    def attend(self, layer: int, query: Query, spec: AttentionSpec) -> Float[Tensor, "Hq D"]: ...
+    def look_ahead(self, layer: int, guess: Query | None) -> None: ...
+    def close(self) -> None: ...
 
 
 class SequenceCache:
@@ -54,11 +130,40 @@ class SequenceCache:
         self._reserve(stop)
         self._k[layer][:, start:stop] = rotated
         self._v[layer][:, start:stop] = v
-        return LayerKV(self._k[layer][:, :stop], self._v[layer][:, :stop])
+        return self.view(layer, stop)
 
     def advance(self, count: int) -> None:
         """Declare `count` more tokens complete in every layer."""
         self.length += count
+
+    def attend(self, layer: int, query: Query, spec: AttentionSpec) -> Float[Tensor, "Hq D"]:
+        """Attention of the token appended last, over all of them."""
+        kv = self.view(layer, self.length + 1)
+        return attend_token(query.rotated, kv.k, kv.v, spec)
+
+    def view(self, layer: int, stop: int) -> LayerKV:
+        """Tokens [0, stop) of a layer."""
+        return LayerKV(self._k[layer][:, :stop], self._v[layer][:, :stop])
+
+    def release(self, layer: int) -> None:
+        """Free the memory of a layer, which is used no more."""
+        empty = torch.empty(0, dtype=self._shape.dtype)
+        self._k[layer] = self._v[layer] = empty
+
+    wants_guess = False
+    stats = None
+
+    def observe(self, layer: int, queries: Float[Tensor, "Hq N D"]) -> None:
+        """Nothing: all tokens are attended to."""
+
+    def finalize(self) -> None:
+        """Nothing, as above."""
+
+    def look_ahead(self, layer: int, guess: Query | None) -> None:
+        """Nothing, as above."""
+
+    def close(self) -> None:
+        """Nothing: memory goes with the object."""
 
     def _buffer(self) -> Float[Tensor, "Hk capacity D"]:
         s = self._shape
@@ -71,5 +176,6 @@ class SequenceCache:
         self._capacity = max(tokens, self._capacity + self._capacity // 2)
         for buffers in (self._k, self._v):
             for i, old in enumerate(buffers):
-                buffers[i] = self._buffer()
-                buffers[i][:, : old.shape[1]] = old
+                if old.numel():  # else released
+                    buffers[i] = self._buffer()
+                    buffers[i][:, : old.shape[1]] = old

@@ -7,6 +7,7 @@ import msgspec
 import torch
 
 from engine.errors import ConfigError
+from engine.method import Method, preset
 from engine.model import Shape
 from kvstore.config import StoreConfig
 from kvstore.ledger import entry_cost
@@ -20,6 +21,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         block_tokens: tokens per stored block; a prompt's last, partial block is not stored.
         cache_bytes: budget of the keys and values of one call. Its prompts that do not fit
             together run one group after the other.
+        method: how a long context is attended to in decode; see `engine.method`.
+        pinned_bytes: budget of the KV of running requests in host memory, with a sparse method;
+            page-locked where there is a GPU, and asked for when the engine starts.
+        spill_path: folder for KV that finds no room there; None to keep all of it in memory.
+        spill_bytes: budget of that folder.
         tenant: secret of whoever owns the stored KV. Another tenant never gets it, not even by
             asking the same question.
         store: where KV rests between requests; see `kvstore.config`.
@@ -28,11 +34,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefill_chunk: int = 512
     block_tokens: int = 64
     cache_bytes: int = 8 << 30
+    method: Method = Method()
+    pinned_bytes: int = 8 << 30
+    spill_path: str | None = None
+    spill_bytes: int = 64 << 30
     tenant: str = "default"
     store: StoreConfig = StoreConfig()
 
     def __post_init__(self) -> None:
-        for name in ("prefill_chunk", "block_tokens", "cache_bytes"):
+        for name in ("prefill_chunk", "block_tokens", "cache_bytes", "pinned_bytes", "spill_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -52,13 +62,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "EngineConfig":
-        """Read a TOML file: top-level settings, and a `[store]` table.
+        """Read a TOML file: top-level settings, and the tables `[store]` and `[method]`.
+
+        A `preset` in `[method]` names what the table's other settings change.
 
         Raises:
             ConfigError: not readable, not TOML, an unknown key, a value of the wrong type.
         """
         try:
             settings = tomllib.loads(Path(path).read_text())
+            if "preset" in (method := settings.get("method", {})):
+                settings["method"] = msgspec.to_builtins(preset(method.pop("preset"), **method))
             return msgspec.convert(settings, cls)
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error

@@ -1,7 +1,7 @@
 """The engine: a model, a store, and the loops between them."""
 
 import logging
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from engine.errors import EngineError, PromptError
 from engine.hf import HFModel
 from engine.identity import identity
 from engine.loader import load_module, load_tokenizer, locate, pick_device, refuse_module
+from engine.memory import Memory
 from engine.prefill import hidden_states, prefill
 from engine.prefix import Prefix, PrefixLost
 from engine.recorder import Recorder
@@ -67,6 +68,7 @@ class Engine:
         check(self.model)
         self.config.check(self.model.shape)
         self.identity = identity(self.model, _folder)
+        self.memory = Memory(self.model, self.config)
         self.store = TieredStore.open(self.config.store)
 
     @classmethod
@@ -113,7 +115,7 @@ class Engine:
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
         runs = [self._running(p, max_new_tokens, sampling, stop) for p in listed(prompts)]
-        for group in list(self._groups(runs)):  # all, before the first runs
+        for group in list(self.memory.groups(runs)):  # all, before the first runs
             for _ in self._steps(group):
                 pass
         return [run.completion() for run in runs]
@@ -132,7 +134,7 @@ class Engine:
         """Token by token; the last event carries the completion. Closing it cancels the request."""
         sampling = Sampling(temperature, top_k, top_p, seed)
         run = self._running(prompt, max_new_tokens, sampling, stop)
-        list(self._groups([run]))  # refuse now what does not fit
+        list(self.memory.groups([run]))  # refuse now what does not fit
         return (event for _, event in self._steps([run]))
 
     def render(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -176,7 +178,10 @@ class Engine:
             StoreError: some blocks could not be written, e.g. because the disk is full.
         """
         self._closed = True
-        self.store.close()
+        try:
+            self.store.close()
+        finally:
+            self.memory.close()
 
     def __enter__(self) -> "Engine":
         return self
@@ -205,24 +210,6 @@ class Engine:
         limit = min(max_new_tokens, positions - len(tokens) + 1)  # the last one is not fed back
         return Running(request, eos=self.model.eos, limit=limit, tokenizer=self.tokenizer)
 
-    def _groups(self, runs: Iterable[Running]) -> Iterator[list[Running]]:
-        """Runs whose caches fit `cache_bytes` together, in order."""
-        group: list[Running] = []
-        for run in runs:
-            needed = run.capacity * self.model.shape.kv_bytes_per_token
-            if needed > self.config.cache_bytes:
-                raise PromptError(
-                    f"a request of up to {run.capacity} tokens needs {needed} bytes of KV, "
-                    f"cache_bytes is {self.config.cache_bytes}: raise it, or ask for less"
-                )
-            taken = sum(r.capacity for r in group) * self.model.shape.kv_bytes_per_token
-            if group and taken + needed > self.config.cache_bytes:
-                yield group
-                group = []
-            group.append(run)
-        if group:
-            yield group
-
     def _steps(self, runs: Sequence[Running]) -> Iterator[tuple[Running, Event]]:
         """Prefill each run, then decode all that are not finished, one token a step."""
         try:
@@ -237,14 +224,14 @@ class Engine:
                 self.store.promote(run.stored)
         finally:
             for run in runs:
-                run.cache = None
+                run.release()
 
     def _step(self, run: Running, logits: Float[Tensor, " vocab"]) -> Event:
         """Choose the next token; what the store may have goes there, and an ended run is freed."""
         self._save(run)
         event = run.step(logits)
         if run.finish_reason is not None:
-            run.cache = None
+            run.release()
         return event
 
     def _prefill(self, run: Running) -> Float[Tensor, " vocab"]:
@@ -265,12 +252,13 @@ class Engine:
         size, prefix = self.config.block_tokens, None
         start = len(stored) * size
         recorder = Recorder(self.model.shape, size=size, start=start)
-        run.cache = SequenceCache(self.model.shape, run.capacity, recorder)
+        run.release()  # what a lost prefix left
+        run.cache = self.memory.cache(run, recorder)
         run.stored, run.stats.cached_tokens = stored, start
         try:
             if stored:
                 prefix = Prefix(self.model, run.cache, self.store, stored)
-            return prefill(
+            logits = prefill(
                 self.model,
                 run.cache,
                 self._ids(run.request.prompt[start:]),
@@ -278,6 +266,8 @@ class Engine:
                 prefix=prefix,
                 after_chunk=lambda: self._save(run),
             )
+            run.cache.finalize()
+            return logits
         finally:
             if prefix is not None:
                 prefix.cancel()

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from engine.attention import attend_chunk
-from engine.cache import SequenceCache
+from engine.cache import Cache
 from engine.model import Model
 from engine.prefix import Prefix
 from engine.rope import Tables
@@ -16,7 +16,7 @@ from engine.rope import Tables
 @torch.inference_mode()
 def prefill(
     model: Model,
-    cache: SequenceCache,
+    cache: Cache,
     tokens: Int[Tensor, " T"],
     *,
     chunk: int = 512,
@@ -34,7 +34,7 @@ def prefill(
 @torch.inference_mode()
 def hidden_states(
     model: Model,
-    cache: SequenceCache,
+    cache: Cache,
     tokens: Int[Tensor, " T"],
     *,
     chunk: int,
@@ -50,7 +50,7 @@ def hidden_states(
 
 
 def _chunk(
-    model: Model, cache: SequenceCache, tokens: Int[Tensor, " N"], prefix: Prefix | None
+    model: Model, cache: Cache, tokens: Int[Tensor, " N"], prefix: Prefix | None
 ) -> Float[Tensor, "N E"]:
     x = model.embed(tokens)
     positions = torch.arange(cache.length, cache.length + len(tokens), device=x.device)
@@ -59,6 +59,7 @@ def _chunk(
         if prefix is not None:
             prefix.wait(i)
         q, k, v = layer.qkv(x)
+        cache.observe(i, q)
         table = tables[layer.rope]
         seen = cache.append(i, k, layer.rope.rotate(k, table), v)
         heads = attend_chunk(layer.rope.rotate(q, table), seen.k, seen.v, layer.attention)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from engine.cache import SequenceCache
+from engine.cache import Cache
 from engine.model import Model
 from engine.rope import RopeTable, Tables
 from kvstore.block import BlockKey
@@ -32,7 +32,7 @@ class Prefix:
     """
 
     def __init__(
-        self, model: Model, cache: SequenceCache, store: TieredStore, keys: Sequence[BlockKey]
+        self, model: Model, cache: Cache, store: TieredStore, keys: Sequence[BlockKey]
     ) -> None:
         assert cache.length == 0, "a prefix starts an empty cache"
         self._model, self._cache, self._store, self._keys = model, cache, store, keys

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from engine.cache import SequenceCache
+from engine.cache import Cache, SparseStats
 from engine.errors import PromptError
 from engine.sampling import Sampling, sample
 from engine.text import TextStream
@@ -27,6 +27,7 @@ class RequestStats:
     ttft_s: float = 0.0  # until the first token
     total_s: float = 0.0
     new_tokens: int = 0
+    sparse: SparseStats | None = None  # of a sparse method
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -98,7 +99,7 @@ class Running:
     ) -> None:
         self.request = request
         self.tokens: list[int] = []
-        self.cache: SequenceCache | None = None  # while it runs
+        self.cache: Cache | None = None  # while it runs
         self.keys: Sequence[BlockKey] = ()  # of the full blocks of its tokens, as far as needed yet
         self.stored: Sequence[BlockKey] = ()  # blocks its prompt took from the store
         self.stats = RequestStats(prompt_tokens=len(request.prompt))
@@ -133,6 +134,13 @@ class Running:
             text += self._text.finish()
         self._pieces.append(text)
         return Event(token, text, self.completion() if self.finish_reason else None)
+
+    def release(self) -> None:
+        """Free the cache; what it did stays in `stats`."""
+        if self.cache is not None:
+            self.stats.sparse = self.cache.stats
+            self.cache.close()
+            self.cache = None
 
     def completion(self) -> Completion:
         """The answer as it stands; complete once `finish_reason` is set."""

@@ -4,6 +4,7 @@ StoreError                  the store could not do what was asked
 ├── StoreFormatError        the folder holds something else than a store of this version
 ├── CorruptRecord           bytes that are not what was asked for; callers of the store see a miss
 ├── MissingParent           a block would rest on disk without the blocks before it
+├── PoolFull                a pool's byte budget does not suffice for the requests that run
 └── TierFull                a tier's byte budget does not suffice
     └── DeviceFull          the device below the tier is full, whatever the budget says
 """
@@ -23,6 +24,10 @@ class CorruptRecord(StoreError):
 
 class MissingParent(StoreError):
     """A block's parent is not in the tier, so no lookup could ever reach the block."""
+
+
+class PoolFull(StoreError):
+    """A pool has no room for more tokens; requests that end make some."""
 
 
 class TierFull(StoreError):

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from kvstore.rows import Raw, RowLayout
 from native.library import library
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -27,6 +28,22 @@ class Partial(NamedTuple):
 
     out: Float[Tensor, "Hq D"]
     lse: Float[Tensor, " Hq"]  # logarithm of the sum of exp(scale q . k); fp32
+
+
+class RowPlace(NamedTuple):
+    """Where in a row of a pool a key and a value stand, as numbers that need no decoding."""
+
+    dtype: torch.dtype
+    k_at: int  # bytes
+    v_at: int
+
+
+def row_place(layout: RowLayout) -> RowPlace | None:
+    """None where rows hold no keys, or anything that must be decoded."""
+    k, v = layout.k, layout.v
+    if isinstance(k, Raw) and isinstance(v, Raw) and k.dtype == v.dtype:
+        return RowPlace(k.dtype, layout.k_at, layout.v_at)
+    return None
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -56,20 +73,18 @@ def attend_rows_native(
     q: Float[Tensor, "Hq D"],
     rows: UInt8[Tensor, "N bytes"],
     chosen: Int[Tensor, "Hk K"],
-    *,
-    dtype: torch.dtype,
-    k_at: int,
-    v_at: int,
+    place: RowPlace,
     scale: float,
 ) -> Partial:
     """Attention over chosen rows of a pool, where they lie; nothing is copied.
 
     Args:
-        rows: of which each holds a key and a value of `dtype`, contiguous, at these offsets.
+        rows: each with a key and a value at these places.
         chosen: int64, contiguous: numbers of rows, for each KV head its own.
     """
     strides, at = (0, 0, rows.stride(0)), rows.data_ptr()
-    return _attend(q, at + k_at, at + v_at, chosen, strides, chosen.shape, dtype, scale)
+    k, v = at + place.k_at, at + place.v_at
+    return _attend(q, k, v, chosen, strides, chosen.shape, place.dtype, scale)
 
 
 def _attend(

@@ -53,7 +53,7 @@ def test_a_budget_for_one_request_at_a_time_changes_no_token(module):
     asked = [prompt(n) for n in (20, 70, 33)]
     one = EngineConfig(cache_bytes=80 * 3 * 2 * 2 * 64 * 4, block_tokens=16, store=BIG)
     with Engine(module, config=one) as small, Engine(module) as large:
-        assert [len(group) for group in small._groups(running(small, asked))] == [1, 1, 1]
+        assert [len(group) for group in small.memory.groups(running(small, asked))] == [1, 1, 1]
         assert tokens(small, *asked, max_new_tokens=9) == tokens(large, *asked, max_new_tokens=9)
         with pytest.raises(PromptError, match="cache_bytes"):
             small.generate([prompt(90).tolist()], max_new_tokens=9)

@@ -1,0 +1,116 @@
+"""How a long context is attended to in decode: settings, and the presets that name systems."""
+
+from typing import Any, Literal
+
+import msgspec
+
+from engine.errors import ConfigError
+from retrieval.select import Policy
+
+IndexName = Literal["dense", "exact", "landmarks", "quest", "vq", "pq", "scalar"]
+Numbers = Literal["exact", "int8", "int4"]
+
+
+class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of sparse decode. The default attends to everything.
+
+    Args:
+        index: what finds the tokens that matter; "dense" attends to all of them.
+        options: settings of the index, e.g. {"bits": 2}; see the classes in `retrieval`.
+        keys: what attended keys are: as they were computed, rebuilt from low-rank factors of the
+            whole layer (ShadowKV), or quantized in host memory.
+        rank: of low-rank keys, at most KV heads x head_dim.
+        values: as `keys`.
+        budget: tokens each KV head attends to, sinks and window included; below 1, the share of
+            the prompt's tokens.
+        sinks, window: leading and trailing tokens always attended to.
+        reduce: how the query heads of a KV head agree: "max" or "sum" of their probabilities.
+        top_p: see `retrieval.select.Policy`; None takes the whole budget.
+        dense_layers: so many first layers attend to everything.
+        attend_on: "host" attends where the KV lies; "device" fetches it to a buffer of `hot`
+            times the budget there. "auto" takes the host if that is the model's device, too.
+        prefetch: fetch ahead for the next layer with a guessed query: the next layer's own on
+            this layer's input ("layer"), or that of the step before ("step"), whose tokens are
+            there already unless the buffer is small: it spares the first step's fetches.
+        distance: at which windowed indexes place all keys (A2ATS, 2025).
+    """
+
+    index: IndexName = "dense"
+    options: dict[str, int | float | str] = {}
+    keys: Literal[Numbers, "lowrank"] = "exact"
+    rank: int = 160
+    values: Numbers = "exact"
+    budget: float = 2048
+    sinks: int = 4
+    window: int = 16
+    reduce: Literal["max", "sum"] = "max"
+    top_p: float | None = None
+    dense_layers: int = 0
+    attend_on: Literal["auto", "host", "device"] = "auto"
+    hot: float = 2.5
+    prefetch: Literal["none", "step", "layer"] = "none"
+    distance: int = 2048
+
+    def __post_init__(self) -> None:
+        if not self.budget > 0 or (self.budget >= 1 and self.budget != int(self.budget)):
+            raise ConfigError(
+                f"method.budget is a whole number of tokens, or a share below 1: {self.budget}"
+            )
+        if self.hot < 1:
+            raise ConfigError(f"method.hot must be at least 1 (times the budget), got {self.hot}")
+        for name in ("rank", "distance"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"method.{name} must be at least 1, got {getattr(self, name)}")
+        if self.dense_layers < 0:
+            raise ConfigError(f"method.dense_layers must not be negative: {self.dense_layers}")
+        if self.keys == "lowrank" and self.attend_on == "host":
+            raise ConfigError(
+                'method.keys = "lowrank" rebuilds keys on the device: attend_on cannot be "host"'
+            )
+        if self.budget >= 1:
+            self.policy(int(self.budget))
+
+    @property
+    def sparse(self) -> bool:
+        return self.index != "dense"
+
+    def tokens(self, prompt_tokens: int) -> int:
+        """The budget for a prompt of this length; never less than what is always attended to."""
+        asked = self.budget if self.budget >= 1 else self.budget * prompt_tokens
+        return max(round(asked), self.sinks + self.window + 1)
+
+    def policy(self, budget: int) -> Policy:
+        """How tokens are selected. ConfigError names the setting that does not fit."""
+        try:
+            return Policy(budget, self.sinks, self.window, self.reduce, self.top_p)
+        except ValueError as error:
+            raise ConfigError(f"method: {error}") from error
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "headrace": {"index": "scalar", "options": {"bits": 2}},
+    "oracle": {"index": "exact"},
+    "shadowkv": {
+        "index": "landmarks",
+        "options": {"chunk": 8, "outlier_chunks": 48},
+        "keys": "lowrank",
+        "attend_on": "device",
+    },
+    "a2ats": {"index": "vq"},
+    "quest": {"index": "quest", "options": {"page": 16}},
+    "pqcache": {"index": "pq", "options": {"subspaces": 16, "bits": 8}},
+}
+
+
+def preset(name: str, **changes: Any) -> Method:
+    """The settings that go by a system's name, with changes. ConfigError for an unknown name."""
+    if name not in PRESETS:
+        raise ConfigError(f"no method {name!r}; there are {', '.join(PRESETS)}")
+    unknown = changes.keys() - set(Method.__struct_fields__)
+    if unknown:
+        raise ConfigError(f"method has no setting {', '.join(sorted(unknown))}")
+    try:
+        return msgspec.convert(PRESETS[name] | changes, Method)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"method: {error}") from error

@@ -1,0 +1,289 @@
+"""One layer of one request in sparse decode: its KV, its index, and attention over a choice."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from engine.attention import attend_part
+from engine.cache import Query, SparseStats
+from engine.hot import HotBuffer
+from engine.indexes import make_index
+from engine.kernels.attend_token import Partial, attend_rows_native, can_attend, row_place
+from engine.method import Method
+from engine.model import AttentionSpec, Shape
+from engine.rope import FarTable, Rope
+from kvstore.block import LayerKV
+from kvstore.pool import Lease, Pool
+from kvstore.rows import Raw, RowLayout
+from retrieval.index import KVIndex
+from retrieval.lowrank import Gram, LowRankKeys
+from retrieval.scalar import ScalarIndex
+from retrieval.select import Policy, top_tokens
+from retrieval.vq import VQIndex
+
+RUN_TOKENS = 4096  # prompt tokens encoded at once
+
+
+class SparseLayer:
+    """KV of one layer in a pool, an index over its keys, and what is on the device of it.
+
+    `fill` takes the prompt, `append` the tokens that follow; `attend` what a query needs of them.
+
+    Args:
+        number: of the layer in its pool.
+        budget: tokens each KV head attends to; see `Method.tokens`.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        spec: AttentionSpec,
+        rope: Rope,
+        method: Method,
+        lease: Lease,
+        pool: Pool,
+        number: int,
+    ) -> None:
+        self.stats = SparseStats()
+        self.last: Query | None = None
+        self.index: KVIndex | None = None
+        self.lowrank: LowRankKeys | None = None
+        self.hot: HotBuffer | None = None
+        self.policy: Policy | None = None  # as the index: known once the prompt is
+        self._shape, self._spec, self._rope, self._method = shape, spec, rope, method
+        self._lease, self._pool, self._number = lease, pool, number
+        self._far: FarTable | None = None
+        self._fresh: Tensor | None = None  # slots that a prefetch filled, until they are used
+
+    @property
+    def length(self) -> int:
+        return self._lease.written(self._number)
+
+    @property
+    def device_bytes(self) -> int:
+        """Of everything but the pool."""
+        parts = (self.index, self.hot, self.lowrank, self._far)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    # what goes in
+
+    def fill(
+        self,
+        rotated: Float[Tensor, "Hk T D"],
+        v: Float[Tensor, "Hk T D"],
+        queries: Float[Tensor, "Hq N D"] | None = None,
+    ) -> None:
+        """Take the prompt's KV.
+
+        Args:
+            queries: unrotated queries of the prompt's last tokens, for indexes that learn from
+                queries (VQ) and for the first guess.
+        """
+        length = v.shape[1]
+        self.policy = self._method.policy(self._method.tokens(length))
+        self.index = make_index(self._method, self._shape, self.policy.budget)
+        if self._method.keys == "lowrank":
+            self._factor(rotated)
+        for start in range(0, length, RUN_TOKENS):
+            part = slice(start, min(start + RUN_TOKENS, length))
+            self._store(start, rotated[:, part], v[:, part])
+        if queries is not None:
+            self._learn(length, queries)
+        self.index.finalize()
+        if self._on_device:
+            self._warm(rotated, v)
+
+    def append(self, rotated: Float[Tensor, "Hk N D"], v: Float[Tensor, "Hk N D"]) -> None:
+        """Take the KV of tokens that follow."""
+        start = self.length
+        self._store(start, rotated, v)
+        if self.hot is not None:
+            tokens = torch.arange(start, start + v.shape[1], device=v.device)
+            self.hot.insert(tokens.expand(len(v), -1), rotated, v)
+
+    def _learn(self, length: int, queries: Tensor) -> None:
+        """From the prompt's last queries: what queries are like, and the first guess."""
+        if isinstance(self.index, VQIndex):
+            self.index.calibrate(self._placed(queries))
+        at = self._rope.table(torch.tensor([length - 1], device=queries.device))
+        newest = queries[:, -1:]
+        self.last = Query(self._rope.rotate(newest, at)[:, 0], newest[:, 0])
+
+    def _store(self, start: int, rotated: Tensor, v: Tensor) -> None:
+        stop, where = start + v.shape[1], self._pool.device
+        self._lease.reserve(stop)
+        self._lease.write(self._number, start, rotated.to(where), v.to(where))
+        if self.lowrank is not None:
+            self.lowrank.append(self._unrotated(start, rotated))
+        assert self.index is not None, "fill() comes first"
+        if self.index.spec.key_space == "rotated":
+            self.index.append(rotated)
+        else:
+            self.index.append(self._unrotated(start, rotated))
+
+    def _factor(self, rotated: Tensor) -> None:
+        """The basis of the prompt's keys; they are projected on it as they are stored."""
+        gram = Gram(self._shape.num_kv_heads, self._shape.head_dim, rotated.device)
+        for start in range(0, rotated.shape[1], RUN_TOKENS):
+            gram.accumulate(self._unrotated(start, rotated[:, start : start + RUN_TOKENS]))
+        self.lowrank = LowRankKeys.from_gram(gram, rank=self._method.rank, dtype=self._shape.dtype)
+        self._far = FarTable(self._rope, self._shape.max_positions)
+
+    def _warm(self, rotated: Tensor, v: Tensor) -> None:
+        """The buffer on the device, with what is attended to at every step: these are exact."""
+        assert self.policy is not None
+        assert self.index is not None
+        s, length = self._shape, v.shape[1]
+        layout = RowLayout(Raw(s.dtype), Raw(s.dtype), s.head_dim, s.dtype)
+        slots = round(self._method.hot * self.policy.budget) + self.policy.window
+        self.hot = HotBuffer(s.num_kv_heads, slots, layout, v.device)
+        sinks = torch.arange(min(self.policy.sinks, length), device=v.device)
+        ends = torch.arange(max(len(sinks), length - self.policy.window), length, device=v.device)
+        self._insert(sinks.expand(len(v), -1), rotated, v, pinned=True)
+        self._insert(self.index.outliers, rotated, v, pinned=True)
+        self._insert(ends.expand(len(v), -1), rotated, v, pinned=False)
+
+    def _insert(self, tokens: Tensor, rotated: Tensor, v: Tensor, *, pinned: bool) -> None:
+        assert self.hot is not None
+        heads = torch.arange(len(v), device=v.device)[:, None]
+        self.hot.insert(tokens, rotated[heads, tokens], v[heads, tokens], pinned=pinned)
+
+    # what comes out
+
+    @property
+    def _on_device(self) -> bool:
+        """Whether rows are fetched to the device: else attention goes where they are."""
+        if self._method.attend_on != "auto":
+            return self._method.attend_on == "device"
+        return self._method.keys == "lowrank" or self._shape.device != self._pool.device
+
+    def select(self, query: Query) -> Int[Tensor, "Hk K"]:
+        """Tokens that matter to a query, ascending."""
+        assert self.policy is not None
+        assert self.index is not None, "fill() comes first"
+        asked, scale = self._asked(query)
+        if isinstance(self.index, ScalarIndex):
+            return self.index.search(asked, self.policy, scale)
+        return top_tokens(
+            self.index.score(asked),
+            self.policy,
+            num_kv_heads=self._shape.num_kv_heads,
+            length=self.length,
+            scale=scale,
+            unit=self.index.spec.unit_tokens,
+            outliers=self.index.outliers,
+        )
+
+    def attend(self, query: Query) -> Float[Tensor, "Hq D"]:
+        """Attention of the newest token over what its query selects."""
+        tokens = self.select(query)
+        self.stats.steps += 1
+        self.stats.selected += tokens.numel()
+        self.last = query
+        if self.hot is None:
+            return self._attend_there(query.rotated, tokens).out
+        slots = self._fetch(tokens)
+        return self._attend_here(query.rotated, slots).out
+
+    def prefetch(self, query: Query) -> None:
+        """Bring here what a guessed query selects, and count what of it is used later."""
+        if self.hot is not None:
+            self._fetch(self.select(query), guess=True)
+        elif not self._pool.stationary:
+            self._lease.promote(self._number, self.select(query).to(self._pool.device))
+
+    def _attend_there(self, q: Tensor, tokens: Tensor) -> Partial:
+        """Where the KV lies: only the query and the result travel."""
+        there = self._pool.device
+        self.stats.host_key_rows += tokens.numel()
+        place, tokens = row_place(self._pool.shape.layout), tokens.to(there)
+        if place is not None and self._in_place(place.dtype, there):
+            with self._lease.held(self._number, tokens) as rows:
+                flat = self._pool.flat(self._number)
+                part = attend_rows_native(q.to(there), flat, rows, place, self._spec.scale)
+        else:
+            kv = self._lease.gather(self._number, tokens)
+            assert kv.k is not None
+            part = attend_part(q.to(there), kv.k, kv.v, self._spec)
+        return Partial(part.out.to(q.device), part.lse.to(q.device))
+
+    def _attend_here(self, q: Tensor, slots: Tensor) -> Partial:
+        assert self.hot is not None
+        place = row_place(self.hot.layout)
+        if place is not None and self._in_place(place.dtype, q.device):
+            return attend_rows_native(
+                q, self.hot.flat, self.hot.numbers(slots), place, self._spec.scale
+            )
+        kv = self.hot.read(slots)
+        assert kv.k is not None
+        return attend_part(q, kv.k, kv.v, self._spec)
+
+    def _in_place(self, dtype: torch.dtype, device: torch.device) -> bool:
+        return self._spec.softcap is None and can_attend(dtype, self._shape.head_dim, device)
+
+    def _fetch(self, tokens: Tensor, *, guess: bool = False) -> Int[Tensor, "Hk K"]:
+        """Slots of the hot buffer that hold these tokens; what misses comes from the pool."""
+        assert self.hot is not None
+        slots, miss = self.hot.resolve(tokens)
+        self._count(slots, miss, guess)
+        most = int(miss.sum(1).max())
+        if most:
+            order = miss.long().topk(most, 1).indices
+            wanted = tokens.gather(1, order)  # rows of heads that miss less are read in vain
+            kv = self._read(wanted)
+            real = miss.gather(1, order)
+            heads = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(real)[real]
+            rows = self.hot.layout.encode(kv.k, kv.v)
+            self.hot.write(slots.gather(1, order)[real], heads, rows[real])
+        return slots
+
+    def _count(self, slots: Tensor, miss: Tensor, guess: bool) -> None:
+        assert self.hot is not None
+        missed = int(miss.sum())
+        layout = self._pool.shape.layout
+        self.stats.fetched_bytes += missed * layout.row_bytes
+        self.stats.host_key_rows += missed if layout.k is not None else 0
+        size = (len(slots), self.hot.num_slots)
+        if self._fresh is None:
+            self._fresh = torch.zeros(size, dtype=torch.bool, device=slots.device)
+        heads = torch.arange(len(slots), device=slots.device)[:, None]
+        if guess:
+            self._fresh[heads, slots] |= miss
+            return
+        self.stats.hits += miss.numel() - missed
+        self.stats.guessed += int((self._fresh[heads, slots] & ~miss).sum())
+        self._fresh.zero_()
+
+    def _read(self, tokens: Int[Tensor, "Hk K"]) -> LayerKV:
+        """Rotated keys and values of tokens, on the device."""
+        kv = self._lease.gather(self._number, tokens.to(self._pool.device))
+        v = kv.v.to(self._shape.device)
+        if kv.k is not None:
+            return LayerKV(kv.k.to(self._shape.device), v)
+        assert self.lowrank is not None
+        assert self._far is not None
+        keys = self.lowrank.rows(tokens).to(v.dtype)
+        table = self._far.table(tokens.flatten())
+        return LayerKV(self._rope.rotate(keys.flatten(0, 1)[None], table)[0].view_as(v), v)
+
+    # key spaces
+
+    def _asked(self, query: Query) -> tuple[Float[Tensor, "Hq D"], float]:
+        """The query in the index's key space, and the factor on its scores."""
+        assert self.index is not None
+        if self.index.spec.key_space == "rotated":
+            return query.rotated, self._spec.scale
+        return self._placed(query.unrotated[:, None])[:, 0], self._spec.scale * self._rope.scaling
+
+    def _placed(self, queries: Float[Tensor, "Hq N D"]) -> Float[Tensor, "Hq N D"]:
+        """Queries at one constant distance from all keys."""
+        assert self.index is not None
+        if self.index.spec.key_space == "unrotated":
+            return queries
+        at = torch.full((queries.shape[1],), self._method.distance, device=queries.device)
+        return self._rope.rotate(queries, self._rope.table(at))
+
+    def _unrotated(self, start: int, rotated: Float[Tensor, "Hk N D"]) -> Float[Tensor, "Hk N D"]:
+        """Keys as they were before their rotation, to a rounding of their dtype."""
+        positions = torch.arange(start, start + rotated.shape[1], device=rotated.device)
+        return self._rope.rotate(rotated, self._rope.inverse(self._rope.table(positions)))

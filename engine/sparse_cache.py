@@ -1,0 +1,213 @@
+"""A request's cache that attends to what matters: a drop-in for `SequenceCache`."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from engine.cache import Query, SequenceCache, SparseStats
+from engine.errors import EngineError
+from engine.method import Method
+from engine.model import AttentionSpec, Model
+from engine.recorder import Recorder
+from engine.sparse import SparseLayer
+from kvstore.block import LayerKV
+from kvstore.pool import Lease, Pool
+from kvstore.rows import PoolShape, Raw, RowCodec, RowLayout, row_codec
+
+Predictor = Callable[[int, Query | None], Query | None]  # layer, the loop's guess -> ours
+OBSERVED = 128  # queries of the end of the prompt that indexes may learn from
+
+
+def sparse_layers(model: Model, method: Method) -> list[int]:
+    """The layers whose tokens are selected: not the first dense ones, none with a window."""
+    if not method.sparse:
+        return []
+    return [
+        i
+        for i, layer in enumerate(model.layers)
+        if i >= method.dense_layers and layer.attention.window is None
+    ]
+
+
+def pool_shape(model: Model, method: Method, block_tokens: int = 64) -> PoolShape:
+    """What the pool of a model's sparse layers holds."""
+    shape = model.shape
+    k = None if method.keys == "lowrank" else _codec(method.keys, shape.dtype)
+    layout = RowLayout(k, _codec(method.values, shape.dtype), shape.head_dim, shape.dtype)
+    return PoolShape(len(sparse_layers(model, method)), shape.num_kv_heads, layout, block_tokens)
+
+
+def _codec(name: str, dtype: torch.dtype) -> RowCodec:
+    return Raw(dtype) if name == "exact" else row_codec(name)
+
+
+class SparseCache:
+    """Dense while the prompt is read; then KV moves to a pool and each step attends to a choice.
+
+    Layers with a sliding window, and the method's dense layers, stay as they are.
+
+    Args:
+        predict: replaces guessed queries of `prefetch`; for tests.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        capacity: int,
+        method: Method,
+        pool: Pool,
+        recorder: Recorder | None = None,
+        predict: Predictor | None = None,
+    ) -> None:
+        self.method, self._predict = method, predict
+        self._dense = SequenceCache(model.shape, capacity, recorder)
+        self._lease = pool.lease()
+        self._layers = {
+            i: _layer(model, method, pool, self._lease, number, i)
+            for number, i in enumerate(sparse_layers(model, method))
+        }
+        self._queries: dict[int, Tensor] = {}
+        self._final = self._closed = False
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: dict[int, Future[None]] = {}
+
+    @property
+    def length(self) -> int:
+        return self._dense.length
+
+    @property
+    def recorder(self) -> Recorder | None:
+        return self._dense.recorder
+
+    @property
+    def stats(self) -> SparseStats:
+        """Of all layers; a step counts once."""
+        total = SparseStats()
+        for layer in self._layers.values():
+            total += layer.stats
+        total.steps //= max(1, len(self._layers))
+        return total
+
+    @property
+    def device_bytes(self) -> int:
+        """Of indexes, hot buffers and factors: what the device holds instead of the KV."""
+        return sum(layer.device_bytes for layer in self._layers.values())
+
+    def layer(self, number: int) -> SparseLayer:
+        """The sparse state of a layer of the model. KeyError if it is dense."""
+        return self._layers[number]
+
+    # the prompt
+
+    def write(
+        self, layer: int, start: int, rotated: Float[Tensor, "Hk N D"], v: Float[Tensor, "Hk N D"]
+    ) -> LayerKV:
+        """As `SequenceCache.write`; for prompts."""
+        return self._dense.write(layer, start, rotated, v)
+
+    def observe(self, layer: int, queries: Float[Tensor, "Hq N D"]) -> None:
+        """Keep the last unrotated queries of the prompt, where something comes of them."""
+        if layer in self._layers and (self.method.index == "vq" or self.method.prefetch == "step"):
+            self._queries[layer] = queries[:, -OBSERVED:].clone()
+
+    def finalize(self) -> None:
+        """Move the prompt's KV to the pool and build the indexes, a layer at a time."""
+        for i, layer in self._layers.items():
+            kv = self._dense.view(i, self.length)
+            layer.fill(kv.k, kv.v, self._queries.pop(i, None))
+            self._dense.release(i)
+        self._final = True
+
+    def fill(
+        self, layer: int, rotated: Float[Tensor, "Hk T D"], v: Float[Tensor, "Hk T D"]
+    ) -> None:
+        """Take a layer's prompt from elsewhere; after all layers, `adopt` the length."""
+        if layer in self._layers:
+            self._layers[layer].fill(rotated, v)
+            self._dense.release(layer)
+        else:
+            self._dense.write(layer, 0, rotated, v)
+
+    def adopt(self, length: int) -> None:
+        """The prompt that `fill` took is complete."""
+        self._dense.advance(length)
+        self._final = True
+
+    # the steps
+
+    def append(
+        self,
+        layer: int,
+        k: Float[Tensor, "Hk N D"],
+        rotated: Float[Tensor, "Hk N D"],
+        v: Float[Tensor, "Hk N D"],
+    ) -> LayerKV:
+        """Write N tokens after `length`; of a prompt, returns all tokens, else the new ones."""
+        if not (self._final and layer in self._layers):
+            return self._dense.append(layer, k, rotated, v)
+        if self.recorder is not None:
+            self.recorder.write(layer, self.length, k, v)
+        self._wait(layer)
+        self._layers[layer].append(rotated, v)
+        return LayerKV(rotated, v)
+
+    def advance(self, count: int) -> None:
+        """Declare `count` more tokens complete in every layer."""
+        self._dense.advance(count)
+
+    def attend(self, layer: int, query: Query, spec: AttentionSpec) -> Float[Tensor, "Hq D"]:
+        """Attention of the token appended last over what its query selects."""
+        if not self._final:
+            raise EngineError("finalize() comes between the prompt and the first step")
+        if layer not in self._layers:
+            return self._dense.attend(layer, query, spec)
+        return self._layers[layer].attend(query)
+
+    @property
+    def wants_guess(self) -> bool:
+        return self._final and self.method.prefetch == "layer"
+
+    def look_ahead(self, layer: int, guess: Query | None) -> None:
+        """Fetch in a thread what a guess selects, while the layers before are computed."""
+        if self.method.prefetch == "none" or layer not in self._layers or not self._final:
+            return
+        state = self._layers[layer]
+        guess = state.last if self.method.prefetch == "step" else guess
+        if self._predict is not None:
+            guess = self._predict(layer, guess)
+        if guess is None:
+            return
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "headrace-prefetch", torch.set_num_threads, (1,))
+        self._pending[layer] = self._thread.submit(_prefetch, state, guess)
+
+    def _wait(self, layer: int) -> None:
+        """Until nothing moves in a layer any more."""
+        if (pending := self._pending.pop(layer, None)) is not None:
+            start = time.perf_counter()
+            pending.result()
+            self._layers[layer].stats.waited_s += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Free the pool's blocks; returns when no thread uses them any more."""
+        if not self._closed:
+            self._closed = True
+            if self._thread is not None:
+                self._thread.shutdown(wait=True, cancel_futures=True)
+            self._lease.close()
+
+
+@torch.inference_mode()
+def _prefetch(layer: SparseLayer, guess: Query) -> None:
+    layer.prefetch(guess)
+
+
+def _layer(
+    model: Model, method: Method, pool: Pool, lease: Lease, number: int, i: int
+) -> SparseLayer:
+    piece, shape = model.layers[i], model.shape
+    return SparseLayer(shape, piece.attention, piece.rope, method, lease, pool, number)

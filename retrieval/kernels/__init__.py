@@ -1,0 +1,1 @@
+"""Kernels: one file each, with the maths beside the fast version."""
