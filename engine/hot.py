@@ -117,9 +117,9 @@ class HotBuffer:
         return slots
 
     def _reserve(self, tokens: int) -> None:
-        """Room in the table of tokens; grows by half."""
+        """Room in the table of tokens; grows by a sixteenth."""
         have = self._slot.shape[1]
         if tokens > have:
-            more = max(tokens, have + have // 2) - have
+            more = max(tokens, have + have // 16) - have
             fresh = self._slot.new_full((len(self._slot), more), FREE)
             self._slot = torch.cat([self._slot, fresh], 1)

@@ -13,7 +13,8 @@ from engine.method import Method
 from engine.model import AttentionSpec, Shape
 from engine.rope import FarTable, Rope
 from kvstore.block import LayerKV
-from kvstore.pool import Lease, Pool
+from kvstore.lease import Lease
+from kvstore.pool import Pool
 from kvstore.rows import Raw, RowLayout
 from retrieval.index import KVIndex
 from retrieval.lowrank import Gram, LowRankKeys
@@ -87,6 +88,7 @@ class SparseLayer:
         for start in range(0, length, RUN_TOKENS):
             part = slice(start, min(start + RUN_TOKENS, length))
             self._store(start, rotated[:, part], v[:, part])
+        self._index(0, rotated)  # at once: it is held until the index is final
         if queries is not None:
             self._learn(length, queries)
         self.index.finalize()
@@ -97,6 +99,7 @@ class SparseLayer:
         """Take the KV of tokens that follow."""
         start = self.length
         self._store(start, rotated, v)
+        self._index(start, rotated)
         if self.hot is not None:
             tokens = torch.arange(start, start + v.shape[1], device=v.device)
             self.hot.insert(tokens.expand(len(v), -1), rotated, v)
@@ -115,6 +118,8 @@ class SparseLayer:
         self._lease.write(self._number, start, rotated.to(where), v.to(where))
         if self.lowrank is not None:
             self.lowrank.append(self._unrotated(start, rotated))
+
+    def _index(self, start: int, rotated: Tensor) -> None:
         assert self.index is not None, "fill() comes first"
         if self.index.spec.key_space == "rotated":
             self.index.append(rotated)
@@ -181,7 +186,7 @@ class SparseLayer:
         self.stats.selected += tokens.numel()
         self.last = query
         if self.hot is None:
-            return self._attend_there(query.rotated, tokens).out
+            return self.attend_there(query.rotated, tokens).out
         slots = self._fetch(tokens)
         return self._attend_here(query.rotated, slots).out
 
@@ -192,15 +197,14 @@ class SparseLayer:
         elif not self._pool.stationary:
             self._lease.promote(self._number, self.select(query).to(self._pool.device))
 
-    def _attend_there(self, q: Tensor, tokens: Tensor) -> Partial:
+    def attend_there(self, q: Tensor, tokens: Tensor) -> Partial:
         """Where the KV lies: only the query and the result travel."""
         there = self._pool.device
         self.stats.host_key_rows += tokens.numel()
         place, tokens = row_place(self._pool.shape.layout), tokens.to(there)
-        if place is not None and self._in_place(place.dtype, there):
-            with self._lease.held(self._number, tokens) as rows:
-                flat = self._pool.flat(self._number)
-                part = attend_rows_native(q.to(there), flat, rows, place, self._spec.scale)
+        if place is not None and self._pool.stationary and self._in_place(place.dtype, there):
+            rows, flat = self._lease.rows(tokens), self._pool.flat(self._number)
+            part = attend_rows_native(q.to(there), flat, rows, place, self._spec.scale)
         else:
             kv = self._lease.gather(self._number, tokens)
             assert kv.k is not None
@@ -285,5 +289,10 @@ class SparseLayer:
 
     def _unrotated(self, start: int, rotated: Float[Tensor, "Hk N D"]) -> Float[Tensor, "Hk N D"]:
         """Keys as they were before their rotation, to a rounding of their dtype."""
-        positions = torch.arange(start, start + rotated.shape[1], device=rotated.device)
-        return self._rope.rotate(rotated, self._rope.inverse(self._rope.table(positions)))
+        out = torch.empty_like(rotated)
+        for at in range(0, rotated.shape[1], RUN_TOKENS):  # rotations are made in fp32
+            part = slice(at, min(at + RUN_TOKENS, rotated.shape[1]))
+            positions = torch.arange(start + part.start, start + part.stop, device=out.device)
+            table = self._rope.inverse(self._rope.table(positions))
+            out[:, part] = self._rope.rotate(rotated[:, part], table)
+        return out

@@ -15,7 +15,8 @@ from engine.model import AttentionSpec, Model
 from engine.recorder import Recorder
 from engine.sparse import SparseLayer
 from kvstore.block import LayerKV
-from kvstore.pool import Lease, Pool
+from kvstore.lease import Lease
+from kvstore.pool import Pool
 from kvstore.rows import PoolShape, Raw, RowCodec, RowLayout, row_codec
 
 Predictor = Callable[[int, Query | None], Query | None]  # layer, the loop's guess -> ours

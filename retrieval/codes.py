@@ -67,6 +67,12 @@ class Codes:
         """Of both, room to grow included."""
         return self._packed.nbytes + (0 if self._scales is None else self._scales.nbytes)
 
+    def reserve(self, tokens: int) -> None:
+        """Have room for so many tokens in all, and no more."""
+        self._packed.reserve(-(-tokens // BLOCK))
+        if self._scales is not None:
+            self._scales.reserve(tokens)
+
     def append(
         self, codes: UInt8[Tensor, "Hk N M"], scales: Float[Tensor, "Hk N"] | None = None
     ) -> None:

@@ -5,11 +5,13 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+LEAST_ROWS = 16
+GROWTH = 16  # a full buffer grows by this part of itself: memory is dearer than copies
 CAST_ELEMENTS = 1 << 18  # keys widened to fp32 at once: 1 MiB, which stays in a core's cache
 
 
 class Rows:
-    """A row per token (or unit) and KV head, in one buffer that grows by half.
+    """A row per token (or unit) and KV head, in one buffer that grows by a sixteenth.
 
     Keys that wait for `finalize`, codes, means: whatever an index holds per token.
 
@@ -62,7 +64,7 @@ class Rows:
                 f"the index takes [{len(old)}, N, {_list(old)}] in {old.dtype}, "
                 f"got [{heads}, {count}, {_list(rows)}] in {rows.dtype}"
             )
-        self._reserve(self.length + count)
+        self._make_room(self.length + count)
         self._buffer[:, self.length : self.length + count] = rows
         self.length += count
 
@@ -70,13 +72,19 @@ class Rows:
         """Forget rows from `length` on."""
         self.length = min(self.length, length)
 
-    def _reserve(self, length: int) -> None:
+    def reserve(self, length: int) -> None:
+        """Have room for so many rows in all, and no more."""
+        if length > self._buffer.shape[1]:
+            self._move(length)
+
+    def _make_room(self, length: int) -> None:
         capacity = self._buffer.shape[1]
-        if length <= capacity and self.length >= self._shared:
-            return
+        if length > capacity or self.length < self._shared:
+            self._move(max(length, capacity + max(LEAST_ROWS, capacity // GROWTH)))
+
+    def _move(self, capacity: int) -> None:
         old = self.view
-        size = (len(old), max(length, capacity + capacity // 2), *old.shape[2:])
-        self._buffer, self._shared = old.new_empty(size), 0
+        self._buffer, self._shared = old.new_empty(len(old), capacity, *old.shape[2:]), 0
         self._buffer[:, : self.length] = old
 
 

@@ -25,7 +25,7 @@ LEVELS: dict[int, tuple[float, ...]] = {  # positive ones, for variance 1 (Max 1
     2: (0.4528, 1.5104),
     4: (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326),
 }
-RUN_KEYS = 4096  # encoded at once: what that takes stays in the cache
+RUN_KEYS = 1024  # encoded at once: what that takes stays in the cache
 
 
 class ScalarIndex:
@@ -127,8 +127,12 @@ class ScalarIndex:
         if self._waiting is None:
             raise RuntimeError("the index is final: finalize comes once")
         keys, self._waiting = self._waiting.view, None
-        if keys.shape[1]:
-            self._mean = keys.mean(1, keepdim=True, dtype=torch.float32)
+        if keys.shape[1]:  # run by run: a copy of all keys in fp32 would be twice their size
+            sums = [
+                run.sum(1, keepdim=True, dtype=torch.float32) for run in keys.split(RUN_KEYS, 1)
+            ]
+            self._mean = torch.stack(sums).sum(0) / keys.shape[1]
+        self._codes.reserve(keys.shape[1])
         self.append(keys)
 
     def score(self, query: Float[Tensor, "Hq D"]) -> Float[Tensor, "Hq U"]:
@@ -192,10 +196,10 @@ def encoded(keys: Float[Tensor, "Hk N D"], bits: Bits) -> Encoded:
     rms = keys.square().mean(-1, keepdim=True).sqrt()
     unit = keys / rms.clamp_min(torch.finfo(torch.float32).tiny)
     table = levels(bits).to(keys.device)
-    digits = torch.bucketize(unit, (table[1:] + table[:-1]) / 2)
+    digits = torch.bucketize(unit, (table[1:] + table[:-1]) / 2, out_int32=True)
     factor = keys.shape[-1] / (unit * table[digits]).sum(-1)
     scales = (rms[..., 0] * factor).nan_to_num(0).clamp(max=torch.finfo(torch.float16).max)
-    shifts = torch.arange(0, 4, bits, device=keys.device)
+    shifts = torch.arange(0, 4, bits, dtype=torch.int32, device=keys.device)
     codes = (digits.unflatten(-1, (-1, len(shifts))) << shifts).sum(-1)
     return Encoded(codes.to(torch.uint8), scales.half())
 

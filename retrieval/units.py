@@ -11,6 +11,8 @@ from retrieval.pending import Rows, products, unit_max
 
 Summarise = Callable[[Float[Tensor, "Hk U N D"]], Float[Tensor, "Hk U E"]]
 
+RUN_UNITS = 512  # summarised at once: in fp32, all of them would be twice the keys
+
 
 class Units:
     """What an index of chunks or pages holds of its keys.
@@ -83,6 +85,7 @@ class Units:
         if self._keys is None:
             raise RuntimeError("the index is finalized: what it chose stays, append further keys")
         keys, self._keys = self._keys.view, None
+        self._summaries.reserve(-(-keys.shape[1] // self._unit))
         self._summarised(keys)
 
     def exact(self, query: Float[Tensor, "Hq D"]) -> Float[Tensor, "Hq U"]:
@@ -102,7 +105,8 @@ class Units:
         units = keys.shape[1] // self._unit
         full, rest = keys[:, : units * self._unit], keys[:, units * self._unit :]
         self._summaries.rewind(self._full)
-        self._summaries.append(self._summarise(full.unflatten(1, (units, self._unit))))
+        for run in full.unflatten(1, (units, self._unit)).split(RUN_UNITS, 1):
+            self._summaries.append(self._summarise(run))
         self._full += units
         self._open = rest.clone()  # not a view, which would keep all keys
         if rest.shape[1]:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +44,23 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_cpuinfo('model name') or platform.processor()}, {os.cpu_count()} cores"
+
+
+def reset_peak(device: torch.device) -> int:
+    """Start to measure peak memory anew; what is in use now, in bytes."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM back to what is resident now
+    return peak_bytes(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory in use since `reset_peak`: of the device, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
 
 
 def save(name: str, record: dict[str, Any]) -> Path:

@@ -10,7 +10,6 @@ per contender: weights, cache and everything a step allocates, after the cache w
 import argparse
 import gc
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import facts, save
+from bench_common import facts, peak_bytes, reset_peak, save
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -263,20 +262,6 @@ def peak_alone(name: str, module: PreTrainedModel, lengths: list[int]) -> dict[i
         del runner
         gc.collect()
     return peaks
-
-
-def reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM back to what is resident now
-
-
-def peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
 
 
 def add_memory(record: dict[str, Any], options: argparse.Namespace) -> None:

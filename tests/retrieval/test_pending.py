@@ -39,9 +39,9 @@ def test_a_token_at_a_time_moves_rows_a_few_times_only():
     for i in range(1000):
         rows.append(torch.full((2, 1, 4), float(i)))
         places.add(rows.view.data_ptr())
-    assert len(places) < 20
+    assert len(places) < 50
     assert rows.view[1, :, 3].tolist() == list(range(1000))
-    assert rows.nbytes == rows.view.nbytes / 1000 * rows._buffer.shape[1] < 1.5 * 1000 * 2 * 16
+    assert rows.nbytes == rows.view.nbytes / 1000 * rows._buffer.shape[1] < 1.2 * 1000 * 2 * 16
 
 
 def test_rows_of_another_kind_are_refused():

@@ -1,0 +1,213 @@
+#!/usr/bin/env python3
+"""One layer's sparse attention against dense attention: time, by part, and what it finds.
+
+    python scripts/bench_sparse_decode.py [--json] [--save] [--quick]
+
+32 query heads on 8 KV heads of 128 dimensions in bf16, a budget of 2,048 tokens. Ours is a
+`SparseLayer` of the default method, as the engine uses it: score and select, find the rows, attend
+where they lie. Against it stand the dense formulations that torch has (grouped matrix products,
+and SDPA with folded query groups; the faster one of the two is the baseline), and the project's
+own compiled dense kernel. All take the same keys, values and queries and run in turn; medians over
+rounds, and medians of the rounds' ratios. Recall is the share of attention that the selected tokens
+hold, over that of the best 2,048, mean over query heads.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_common import facts, save
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from engine.attention import attend_token, attend_token_torch
+from engine.cache import Query
+from engine.method import preset
+from engine.model import AttentionSpec, Shape
+from engine.rope import Rope
+from engine.sparse import SparseLayer
+from kvstore.device import DeviceTier
+from kvstore.rows import PoolShape, Raw, RowLayout
+
+HQ, HK, DIM, BUDGET = 32, 8, 128, 2048
+LENGTHS = (8192, 32768, 131072)
+SPEC = AttentionSpec(scale=DIM**-0.5)
+METHOD = preset("headrace", budget=BUDGET)
+TORCH = ("grouped matmul", "SDPA, folded groups")
+CONSOLE = Console(stderr=True, soft_wrap=True)
+
+
+def make_data(length: int, seed: int = 0) -> tuple[Tensor, Tensor, list[Query]]:
+    """Keys with a common mean and a decaying spectrum, and queries that look for some of them.
+
+    Each query of a group is drawn to 64 keys of its KV head, anywhere in the context.
+    """
+    generator = torch.Generator().manual_seed(seed + length)
+    spectrum = torch.arange(1, DIM + 1).float().pow(-0.3)
+    spectrum *= DIM**0.5 / spectrum.norm()
+    k = torch.randn(HK, length, DIM, generator=generator) * spectrum
+    k += 2 * torch.randn(HK, 1, DIM, generator=generator)
+    v = torch.randn(HK, length, DIM, generator=generator)
+    queries = [_query(k, generator) for _ in range(4)]
+    return k.bfloat16(), v.bfloat16(), queries
+
+
+def _query(k: Tensor, generator: torch.Generator) -> Query:
+    hot = torch.randint(k.shape[1], (HK, 64), generator=generator)
+    heads = torch.arange(HK)[:, None]
+    drawn = (k[heads, hot] - k.mean(1, keepdim=True)).mean(1)
+    q = drawn.repeat_interleave(HQ // HK, 0) * 4 + torch.randn(HQ, DIM, generator=generator)
+    return Query(q.bfloat16(), q.bfloat16())
+
+
+def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense attention as two batched matrix products."""
+    scores = torch.matmul(q.view(HK, -1, DIM), k.mT) * SPEC.scale
+    return torch.matmul(scores.float().softmax(-1).to(v.dtype), v).view(HQ, DIM)
+
+
+class Ours:
+    """A filled layer, and the times of its parts."""
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        length = k.shape[1]
+        shape = Shape(1, HQ, HK, DIM, 100, length + 1, torch.bfloat16, torch.device("cpu"))
+        layout = RowLayout(Raw(torch.bfloat16), Raw(torch.bfloat16), DIM, torch.bfloat16)
+        pools = PoolShape(1, HK, layout)
+        blocks = -(-length // pools.block_tokens)
+        pool = DeviceTier(pools, blocks * pools.block_bytes)
+        rope = Rope(torch.ones(DIM // 2, dtype=torch.float64))  # keys come rotated
+        self.layer = SparseLayer(shape, SPEC, rope, METHOD, pool.lease(), pool, 0)
+        start = time.perf_counter()
+        self.layer.fill(k, v)
+        self.fill_s = time.perf_counter() - start
+
+    def attend(self, query: Query) -> Tensor:
+        return self.layer.attend(query)
+
+    def parts(self, query: Query) -> dict[str, float]:
+        """Seconds of selecting alone, and of attending to what was selected."""
+        start = time.perf_counter()
+        tokens = self.layer.select(query)
+        middle = time.perf_counter()
+        self.layer.attend_there(query.rotated, tokens)
+        return {
+            "score and select": middle - start,
+            "gather and attend": time.perf_counter() - middle,
+        }
+
+
+def recall(layer: SparseLayer, k: Tensor, queries: list[Query]) -> dict[str, float]:
+    """Attention that the selected tokens hold, by itself and over the most so many can hold."""
+    held, most = [], []
+    for query in queries:
+        tokens = layer.select(query)
+        scores = torch.matmul(query.rotated.view(HK, -1, DIM).float(), k.float().mT) * SPEC.scale
+        weights = scores.softmax(-1)  # [Hk G T]
+        own = tokens[:, None].expand(-1, weights.shape[1], -1)
+        held.append(weights.gather(-1, own).sum(-1))
+        most.append(weights.topk(BUDGET, -1).values.sum(-1))
+    share = torch.stack(held) / torch.stack(most)
+    return {"mass": float(torch.stack(held).mean()), "of_oracle": float(share.mean())}
+
+
+@torch.inference_mode()
+def measure(length: int, rounds: int) -> dict[str, Any]:
+    """Alternating rounds of all contenders at one context length."""
+    k, v, queries = make_data(length)
+    ours = Ours(k, v)
+    runners: dict[str, Callable[[Query], Tensor]] = {
+        "headrace": ours.attend,
+        TORCH[0]: lambda q: grouped(q.rotated, k, v),
+        TORCH[1]: lambda q: attend_token_torch(q.rotated, k, v, SPEC),
+        "headrace, dense kernel": lambda q: attend_token(q.rotated, k, v, SPEC),
+    }
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    parts: dict[str, list[float]] = {}
+    for turn in range(rounds + 2):  # two to warm up
+        query = queries[turn % len(queries)]
+        for name, run in runners.items():
+            start = time.perf_counter()
+            run(query)
+            times[name].append(time.perf_counter() - start)
+        for name, seconds in ours.parts(query).items():
+            parts.setdefault(name, []).append(seconds)
+    CONSOLE.print(f"{length} tokens: {rounds} rounds done")
+    return report(times, parts) | recall(ours.layer, k, queries) | {"fill_s": ours.fill_s}
+
+
+def report(times: dict[str, list[float]], parts: dict[str, list[float]]) -> dict[str, Any]:
+    kept = {name: values[2:] for name, values in times.items()}
+    medians = {name: statistics.median(values) for name, values in kept.items()}
+    best = min(TORCH, key=medians.__getitem__)
+    dense = "headrace, dense kernel"
+    return {
+        "best_dense": best,
+        "speedup": ratio(kept[best], kept["headrace"]),
+        "speedup_over_own_dense": ratio(kept[dense], kept["headrace"]),
+        "ms": {name: seconds * 1e3 for name, seconds in medians.items()},
+        "p90_ms": {name: sorted(x)[int(0.9 * (len(x) - 1))] * 1e3 for name, x in kept.items()},
+        "parts_ms": {name: statistics.median(x[2:]) * 1e3 for name, x in parts.items()},
+    }
+
+
+def ratio(theirs: list[float], ours: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
+def summary(record: dict[str, Any]) -> dict[str, float]:
+    return {f"speedup_{n // 1024}k": round(x["speedup"], 2) for n, x in record["lengths"].items()}
+
+
+def show(record: dict[str, Any]) -> None:
+    """The table of one run, on stdout."""
+    table = Table("context", "contender", "ms, median", "ms, p90", "× headrace")
+    for length, at in record["lengths"].items():
+        for name, ms in at["ms"].items():
+            mark = " *" if name == at["best_dense"] else ""
+            times = f"{ms:.2f}", f"{at['p90_ms'][name]:.2f}", f"{ms / at['ms']['headrace']:.1f}"
+            table.add_row(str(length), name + mark, *times)
+        table.add_section()
+    out = Console(width=110, soft_wrap=True)
+    out.print(table)
+    for length, at in record["lengths"].items():
+        parts = ", ".join(f"{name} {ms:.2f} ms" for name, ms in at["parts_ms"].items())
+        out.print(
+            f"{length}: {at['speedup']:.1f}× the fastest dense of torch (*), "
+            f"{at['speedup_over_own_dense']:.1f}× our own; {parts}; the selected hold "
+            f"{at['mass']:.3f} of the attention, {at['of_oracle']:.3f} of the most possible"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="end with one JSON line")
+    parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
+    parser.add_argument("--quick", action="store_true", help="5 rounds, 8k and 32k only")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--lengths", type=int, nargs="+")
+    options = parser.parse_args()
+    rounds = options.rounds or (5 if options.quick else 21)
+    lengths = options.lengths or (LENGTHS[:2] if options.quick else LENGTHS)
+    record = facts(torch.device("cpu")) | {"benchmark": "sparse_decode", "dtype": "bfloat16"}
+    record |= {"heads": [HQ, HK], "head_dim": DIM, "budget": BUDGET, "method": "headrace"}
+    record |= {"rounds": rounds, "lengths": {n: measure(n, rounds) for n in lengths}}
+    record["summary"] = summary(record)
+    if options.save:
+        CONSOLE.print(f"saved to {save('sparse_decode', record)}")
+    if options.json:
+        print(json.dumps(record["summary"]))
+    else:
+        show(record)
+
+
+if __name__ == "__main__":
+    main()
