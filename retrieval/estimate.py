@@ -12,7 +12,7 @@ from retrieval.pending import products
 from retrieval.units import Units
 
 RUN_TOKENS = 4096  # summarised at once
-MOST_WIDENING = 1.0  # in a logit; unbounded, one strange key made its cluster take all attention
+MOST_WIDENING = 2.0  # of a cluster's logit: one strange key must not widen it without end
 
 
 class Estimate(NamedTuple):
@@ -25,12 +25,12 @@ class Estimate(NamedTuple):
 class Tail:
     """A stand-in for all tokens of one layer and request, of which any may be left out.
 
-    Clusters are runs of consecutive tokens, so that no table says which token is where; each is
-    attended to as one token with the mean key and value of those that are not selected (the
+    Clusters are runs of consecutive tokens, so that no table says which token is where. Each is
+    attended to as so many tokens with one key and value, the means of those not selected (the
     estimation zone of RetroInfer, 2025, which clusters by k-means). A last, partial run counts.
 
     Args:
-        cluster_tokens: 1 makes the estimate exact. A cluster takes 8 D + 4 bytes.
+        cluster_tokens: 1 makes the estimate exact. A cluster takes 8 D + 4 bytes a KV head.
         dtype: of the keys and values that will come.
     """
 
@@ -39,7 +39,7 @@ class Tail:
         num_kv_heads: int,
         head_dim: int,
         *,
-        cluster_tokens: int = 16,
+        cluster_tokens: int = 32,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -47,9 +47,8 @@ class Tail:
             raise ValueError(f"need cluster_tokens >= 1, got {cluster_tokens}")
         self._cluster = cluster_tokens
         rows = torch.empty(num_kv_heads, 0, 2 * head_dim, dtype=dtype, device=device)
-        empty = {"summaries": _summarised(rows[:, None]), "open": rows}
-        empty["summaries"] = empty["summaries"][:, :0]
-        self._units = Units.of(cluster_tokens, _summarised, empty)
+        nothing = _summarised(rows.unflatten(1, (0, 1)))
+        self._units = Units.of(cluster_tokens, _summarised, {"summaries": nothing, "open": rows})
 
     @property
     def length(self) -> int:
@@ -76,7 +75,7 @@ class Tail:
         """Attention over every token that is not selected, estimated.
 
         Args:
-            ids: the selected tokens, ascending and without repetition.
+            ids: the selected tokens, none twice.
             keys, values: theirs, which are taken out of their clusters. Where they come from a
                 codec they differ a little from what `append` took, and so does what is left.
             scale: factor on q · k.
@@ -152,11 +151,10 @@ def draw(
     """
     heads, selected = ids.shape
     size = (heads, count if length > selected else 0)
-    ranks = torch.randint(
-        max(1, length - selected), size, generator=generator, device=ids.device, dtype=ids.dtype
-    )
-    before = ids - torch.arange(selected, device=ids.device)  # not selected, below each
-    return ranks + torch.searchsorted(before, ranks, right=True).to(ids.dtype)
+    most = max(1, length - selected)
+    ranks = torch.randint(most, size, generator=generator, device=ids.device)
+    before = ids.long() - torch.arange(selected, device=ids.device)  # not selected, below each
+    return ranks + torch.searchsorted(before.contiguous(), ranks, right=True)
 
 
 def certificate(

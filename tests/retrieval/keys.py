@@ -23,6 +23,19 @@ def make_query(heads, dim, dtype=torch.float32, seed=1):
     return torch.randn(heads, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def selected_ids(heads, count, length, seed=0):
+    """[heads, count] of tokens, ascending."""
+    generator = torch.Generator().manual_seed(seed)
+    picks = [torch.randperm(length, generator=generator)[:count] for _ in range(heads)]
+    return torch.stack(picks).sort(-1).values
+
+
+def others(ids, length):
+    """[heads, length - count] of tokens that are not selected, ascending."""
+    every = torch.ones(len(ids), length, dtype=torch.bool).scatter_(1, ids, False)
+    return every.nonzero()[:, 1].view(len(ids), -1)
+
+
 def plain_scores(query, keys):
     """q · k by definition, in double precision: [Hq, T]."""
     group = len(query) // len(keys)
