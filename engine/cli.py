@@ -142,6 +142,14 @@ def _add_model_options(parser: Parser) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="the checkpoint's if not given"
     )
     parser.add_argument("--device", help="cpu or cuda[:N]; a GPU if there is one")
+    parser.add_argument(
+        "--method", metavar="NAME",
+        help="how decode attends: dense, headrace, shadowkv, ... (the config's, else dense)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget", type=float, metavar="N",
+        help="tokens a sparse method attends to; below 1, the share of the prompt's",
+    )  # fmt: skip
     _add_store_options(parser)
     parser.add_argument("--no-store", action="store_true", help="keep no KV on disk")
 

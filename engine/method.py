@@ -26,6 +26,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         sinks, window: leading and trailing tokens always attended to.
         reduce: how the query heads of a KV head agree: "max" or "sum" of their probabilities.
         top_p: see `retrieval.select.Policy`; None takes the whole budget.
+        tail: estimate what is not selected by clusters of 32 tokens (RetroInfer, 2025): 33 bytes a
+            token and KV head more, and less error where attention is spread.
         dense_layers: so many first layers attend to everything.
         attend_on: "host" attends where the KV lies; "device" fetches it to a buffer of `hot`
             times the budget there. "auto" takes the host if that is the model's device, too.
@@ -45,6 +47,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     window: int = 16
     reduce: Literal["max", "sum"] = "max"
     top_p: float | None = None
+    tail: bool = False
     dense_layers: int = 0
     attend_on: Literal["auto", "host", "device"] = "auto"
     hot: float = 2.5
@@ -113,4 +116,5 @@ def preset(name: str, **changes: Any) -> Method:
     try:
         return msgspec.convert(PRESETS[name] | changes, Method)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"method: {error}") from error
+        said = str(error)  # ours name the method already
+        raise ConfigError(said if said.startswith("method") else f"method: {said}") from error

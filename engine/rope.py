@@ -15,6 +15,9 @@ class RopeTable(NamedTuple):
     sin: Float[Tensor, "T half"]
 
 
+RUN_TOKENS = 4096  # turned at once where that needs tables of its own: fp32, and in float64 before
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Rope:
     """Rotation by the model's own frequencies, with our angles (RoFormer, Su et al. 2021).
@@ -43,6 +46,15 @@ class Rope:
         """What takes a rotation by `table` back, its scaling too."""
         factor = self.scaling**-2
         return RopeTable(table.cos * factor, table.sin * -factor)
+
+    def unrotate(self, x: Float[Tensor, "H T D"], start: int) -> Float[Tensor, "H T D"]:
+        """What was rotated to positions from `start` on, as it was: to a rounding of its dtype."""
+        out = torch.empty_like(x)
+        for at in range(0, x.shape[1], RUN_TOKENS):
+            part = slice(at, min(at + RUN_TOKENS, x.shape[1]))
+            positions = torch.arange(start + part.start, start + part.stop, device=x.device)
+            out[:, part] = self.rotate(x[:, part], self.inverse(self.table(positions)))
+        return out
 
     def rotate(self, x: Float[Tensor, "H T D"], table: RopeTable) -> Float[Tensor, "H T D"]:
         """Rotate token t of every head by row t of `table`; in float32, rounded once."""

@@ -4,25 +4,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from engine.attention import attend_part
+from engine.attention import attend_part, merge
 from engine.cache import Query, SparseStats
+from engine.choice import Choice
+from engine.errors import ConfigError
 from engine.hot import HotBuffer
-from engine.indexes import make_index
 from engine.kernels.attend_token import Partial, attend_rows_native, can_attend, row_place
 from engine.method import Method
 from engine.model import AttentionSpec, Shape
-from engine.rope import FarTable, Rope
+from engine.rope import RUN_TOKENS, FarTable, Rope
 from kvstore.block import LayerKV
 from kvstore.lease import Lease
 from kvstore.pool import Pool
 from kvstore.rows import Raw, RowLayout
-from retrieval.index import KVIndex
+from retrieval.estimate import Tail
 from retrieval.lowrank import Gram, LowRankKeys
-from retrieval.scalar import ScalarIndex
-from retrieval.select import Policy, top_tokens
-from retrieval.vq import VQIndex
-
-RUN_TOKENS = 4096  # prompt tokens encoded at once
 
 
 class SparseLayer:
@@ -47,10 +43,10 @@ class SparseLayer:
     ) -> None:
         self.stats = SparseStats()
         self.last: Query | None = None
-        self.index: KVIndex | None = None
+        self.choice: Choice | None = None  # once there is a prompt
         self.lowrank: LowRankKeys | None = None
         self.hot: HotBuffer | None = None
-        self.policy: Policy | None = None  # as the index: known once the prompt is
+        self.tail: Tail | None = None
         self._shape, self._spec, self._rope, self._method = shape, spec, rope, method
         self._lease, self._pool, self._number = lease, pool, number
         self._far: FarTable | None = None
@@ -63,7 +59,7 @@ class SparseLayer:
     @property
     def device_bytes(self) -> int:
         """Of everything but the pool."""
-        parts = (self.index, self.hot, self.lowrank, self._far)
+        parts = (self.choice, self.hot, self.tail, self.lowrank, self._far)
         return sum(part.nbytes for part in parts if part is not None)
 
     # what goes in
@@ -81,17 +77,14 @@ class SparseLayer:
                 queries (VQ) and for the first guess.
         """
         length = v.shape[1]
-        self.policy = self._method.policy(self._method.tokens(length))
-        self.index = make_index(self._method, self._shape, self.policy.budget)
         if self._method.keys == "lowrank":
             self._factor(rotated)
         for start in range(0, length, RUN_TOKENS):
             part = slice(start, min(start + RUN_TOKENS, length))
             self._store(start, rotated[:, part], v[:, part])
-        self._index(0, rotated)  # at once: it is held until the index is final
+        self.choice = Choice(self._method, self._shape, self._spec, self._rope, rotated, queries)
         if queries is not None:
-            self._learn(length, queries)
-        self.index.finalize()
+            self.last = self._guess(length, queries)
         if self._on_device:
             self._warm(rotated, v)
 
@@ -99,53 +92,48 @@ class SparseLayer:
         """Take the KV of tokens that follow."""
         start = self.length
         self._store(start, rotated, v)
-        self._index(start, rotated)
+        assert self.choice is not None, "fill() comes first"
+        self.choice.append(rotated)
         if self.hot is not None:
             tokens = torch.arange(start, start + v.shape[1], device=v.device)
             self.hot.insert(tokens.expand(len(v), -1), rotated, v)
 
-    def _learn(self, length: int, queries: Tensor) -> None:
-        """From the prompt's last queries: what queries are like, and the first guess."""
-        if isinstance(self.index, VQIndex):
-            self.index.calibrate(self._placed(queries))
+    def _guess(self, length: int, queries: Tensor) -> Query:
+        """The prompt's last query: the first step's will be like it."""
         at = self._rope.table(torch.tensor([length - 1], device=queries.device))
         newest = queries[:, -1:]
-        self.last = Query(self._rope.rotate(newest, at)[:, 0], newest[:, 0])
+        return Query(self._rope.rotate(newest, at)[:, 0], newest[:, 0])
 
     def _store(self, start: int, rotated: Tensor, v: Tensor) -> None:
         stop, where = start + v.shape[1], self._pool.device
         self._lease.reserve(stop)
         self._lease.write(self._number, start, rotated.to(where), v.to(where))
+        if self._method.tail:
+            self.tail = self.tail or self._new_tail()
+            self.tail.append(rotated, v)
         if self.lowrank is not None:
-            self.lowrank.append(self._unrotated(start, rotated))
-
-    def _index(self, start: int, rotated: Tensor) -> None:
-        assert self.index is not None, "fill() comes first"
-        if self.index.spec.key_space == "rotated":
-            self.index.append(rotated)
-        else:
-            self.index.append(self._unrotated(start, rotated))
+            self.lowrank.append(self._rope.unrotate(rotated, start))
 
     def _factor(self, rotated: Tensor) -> None:
         """The basis of the prompt's keys; they are projected on it as they are stored."""
         gram = Gram(self._shape.num_kv_heads, self._shape.head_dim, rotated.device)
         for start in range(0, rotated.shape[1], RUN_TOKENS):
-            gram.accumulate(self._unrotated(start, rotated[:, start : start + RUN_TOKENS]))
+            gram.accumulate(self._rope.unrotate(rotated[:, start : start + RUN_TOKENS], start))
         self.lowrank = LowRankKeys.from_gram(gram, rank=self._method.rank, dtype=self._shape.dtype)
         self._far = FarTable(self._rope, self._shape.max_positions)
 
     def _warm(self, rotated: Tensor, v: Tensor) -> None:
         """The buffer on the device, with what is attended to at every step: these are exact."""
-        assert self.policy is not None
-        assert self.index is not None
+        assert self.choice is not None
+        policy = self.choice.policy
         s, length = self._shape, v.shape[1]
         layout = RowLayout(Raw(s.dtype), Raw(s.dtype), s.head_dim, s.dtype)
-        slots = round(self._method.hot * self.policy.budget) + self.policy.window
+        slots = round(self._method.hot * policy.budget) + policy.window
         self.hot = HotBuffer(s.num_kv_heads, slots, layout, v.device)
-        sinks = torch.arange(min(self.policy.sinks, length), device=v.device)
-        ends = torch.arange(max(len(sinks), length - self.policy.window), length, device=v.device)
+        sinks = torch.arange(min(policy.sinks, length), device=v.device)
+        ends = torch.arange(max(len(sinks), length - policy.window), length, device=v.device)
         self._insert(sinks.expand(len(v), -1), rotated, v, pinned=True)
-        self._insert(self.index.outliers, rotated, v, pinned=True)
+        self._insert(self.choice.index.outliers, rotated, v, pinned=True)
         self._insert(ends.expand(len(v), -1), rotated, v, pinned=False)
 
     def _insert(self, tokens: Tensor, rotated: Tensor, v: Tensor, *, pinned: bool) -> None:
@@ -164,20 +152,8 @@ class SparseLayer:
 
     def select(self, query: Query) -> Int[Tensor, "Hk K"]:
         """Tokens that matter to a query, ascending."""
-        assert self.policy is not None
-        assert self.index is not None, "fill() comes first"
-        asked, scale = self._asked(query)
-        if isinstance(self.index, ScalarIndex):
-            return self.index.search(asked, self.policy, scale)
-        return top_tokens(
-            self.index.score(asked),
-            self.policy,
-            num_kv_heads=self._shape.num_kv_heads,
-            length=self.length,
-            scale=scale,
-            unit=self.index.spec.unit_tokens,
-            outliers=self.index.outliers,
-        )
+        assert self.choice is not None, "fill() comes first"
+        return self.choice.select(query)
 
     def attend(self, query: Query) -> Float[Tensor, "Hq D"]:
         """Attention of the newest token over what its query selects."""
@@ -185,10 +161,26 @@ class SparseLayer:
         self.stats.steps += 1
         self.stats.selected += tokens.numel()
         self.last = query
+        if self.tail is not None:
+            return self._attend_all(query.rotated, tokens, self.tail)
         if self.hot is None:
             return self.attend_there(query.rotated, tokens).out
-        slots = self._fetch(tokens)
-        return self._attend_here(query.rotated, slots).out
+        return self._attend_here(query.rotated, self._fetch(tokens)).out
+
+    def _attend_all(self, q: Tensor, tokens: Tensor, tail: Tail) -> Tensor:
+        """What is selected exactly, and an estimate of all else."""
+        kv = self._read(tokens) if self.hot is None else self.hot.read(self._fetch(tokens))
+        assert kv.k is not None
+        rest = tail.estimate(q, tokens, kv.k, kv.v, self._spec.scale)
+        return merge([attend_part(q, kv.k, kv.v, self._spec), Partial(*rest)]).out
+
+    def _new_tail(self) -> Tail:
+        if self._spec.softcap is not None:
+            raise ConfigError(
+                "method.tail cannot estimate capped attention (Gemma 2): leave it out"
+            )
+        s = self._shape
+        return Tail(s.num_kv_heads, s.head_dim, dtype=s.dtype, device=s.device)
 
     def prefetch(self, query: Query) -> None:
         """Bring here what a guessed query selects, and count what of it is used later."""
@@ -269,30 +261,3 @@ class SparseLayer:
         keys = self.lowrank.rows(tokens).to(v.dtype)
         table = self._far.table(tokens.flatten())
         return LayerKV(self._rope.rotate(keys.flatten(0, 1)[None], table)[0].view_as(v), v)
-
-    # key spaces
-
-    def _asked(self, query: Query) -> tuple[Float[Tensor, "Hq D"], float]:
-        """The query in the index's key space, and the factor on its scores."""
-        assert self.index is not None
-        if self.index.spec.key_space == "rotated":
-            return query.rotated, self._spec.scale
-        return self._placed(query.unrotated[:, None])[:, 0], self._spec.scale * self._rope.scaling
-
-    def _placed(self, queries: Float[Tensor, "Hq N D"]) -> Float[Tensor, "Hq N D"]:
-        """Queries at one constant distance from all keys."""
-        assert self.index is not None
-        if self.index.spec.key_space == "unrotated":
-            return queries
-        at = torch.full((queries.shape[1],), self._method.distance, device=queries.device)
-        return self._rope.rotate(queries, self._rope.table(at))
-
-    def _unrotated(self, start: int, rotated: Float[Tensor, "Hk N D"]) -> Float[Tensor, "Hk N D"]:
-        """Keys as they were before their rotation, to a rounding of their dtype."""
-        out = torch.empty_like(rotated)
-        for at in range(0, rotated.shape[1], RUN_TOKENS):  # rotations are made in fp32
-            part = slice(at, min(at + RUN_TOKENS, rotated.shape[1]))
-            positions = torch.arange(start + part.start, start + part.stop, device=out.device)
-            table = self._rope.inverse(self._rope.table(positions))
-            out[:, part] = self._rope.rotate(rotated[:, part], table)
-        return out

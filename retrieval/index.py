@@ -7,6 +7,8 @@ from typing import Literal, Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from retrieval.select import Policy
+
 State = Mapping[str, Tensor]  # what an index needs to be there again: plain tensors, no objects
 KeySpace = Literal["rotated", "unrotated", "windowed"]
 
@@ -62,6 +64,15 @@ class KVIndex(Protocol):
     def score(self, query: Float[Tensor, "Hq D"]) -> Float[Tensor, "Hq U"]: ...
     def relocate(self, delta: int, turn: Callable[[Tensor], Tensor]) -> "KVIndex": ...
     def state(self) -> State: ...
+
+
+@runtime_checkable
+class Searching(Protocol):
+    """An index that finds tokens without writing scores: the ids of `top_tokens` of its scores."""
+
+    def search(
+        self, query: Float[Tensor, "Hq D"], policy: Policy, scale: float
+    ) -> Int[Tensor, "Hk K"]: ...
 
 
 class NotRelocatable(ValueError):

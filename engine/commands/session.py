@@ -15,6 +15,7 @@ from rich.console import Console
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, PromptError
+from engine.method import Method, preset
 from kvstore.config import StoreConfig
 from native.folders import cache_folder
 
@@ -34,7 +35,7 @@ def default_store() -> Path:
 
 
 def engine_config(args: Namespace) -> EngineConfig:
-    """Settings of `--config`, changed by `--store` and `--no-store`."""
+    """Settings of `--config`, changed by the options for the store and the method."""
     config = EngineConfig.from_toml(args.config) if args.config else EngineConfig()
     changes: dict[str, Any] = {"disk_path": _disk_path(args, config)}
     if changes["disk_path"] is None and not config.store.host_bytes:
@@ -43,7 +44,21 @@ def engine_config(args: Namespace) -> EngineConfig:
         store = msgspec.structs.replace(config.store, **changes)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return msgspec.structs.replace(config, store=store)
+    return msgspec.structs.replace(config, store=store, method=_method(args, config))
+
+
+def _method(args: Namespace, config: EngineConfig) -> Method:
+    """The method of `--method`, or of the configuration, with `--budget`."""
+    name, budget = getattr(args, "method", None), getattr(args, "budget", None)
+    changes = {} if budget is None else {"budget": budget}
+    if name is not None:
+        return preset(name, **changes)
+    if budget is not None and not config.method.sparse:
+        raise ConfigError("--budget is for sparse methods: name one with --method, e.g. headrace")
+    try:
+        return msgspec.structs.replace(config.method, **changes)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"method: {error}") from error
 
 
 def _disk_path(args: Namespace, config: EngineConfig) -> str | None:

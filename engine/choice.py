@@ -1,0 +1,82 @@
+"""Which tokens of a layer a query attends to: an index, in the key space that it asks for."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from engine.cache import Query
+from engine.indexes import make_index
+from engine.method import Method
+from engine.model import AttentionSpec, Shape
+from engine.rope import Rope
+from retrieval.index import Searching
+from retrieval.select import top_tokens
+from retrieval.vq import VQIndex
+
+
+class Choice:
+    """The index over a prompt's keys and those that follow, and the policy that takes the best.
+
+    Args:
+        rotated: the prompt's keys, rotated; read while this is made.
+        queries: unrotated queries of the prompt's last tokens, for indexes that learn from them.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        shape: Shape,
+        spec: AttentionSpec,
+        rope: Rope,
+        rotated: Float[Tensor, "Hk T D"],
+        queries: Float[Tensor, "Hq N D"] | None,
+    ) -> None:
+        self._method, self._spec, self._rope = method, spec, rope
+        self.length = 0
+        self.policy = method.policy(method.tokens(rotated.shape[1]))
+        self.index = make_index(method, shape, self.policy.budget)
+        if queries is not None and isinstance(self.index, VQIndex):
+            self.index.calibrate(self._placed(queries))
+        self.append(rotated)  # at once: keys are held until the index is final
+        self.index.finalize()
+
+    @property
+    def nbytes(self) -> int:
+        return self.index.nbytes
+
+    def append(self, rotated: Float[Tensor, "Hk N D"]) -> None:
+        """The keys of the next N tokens."""
+        if self.index.spec.key_space == "rotated":
+            self.index.append(rotated)
+        else:
+            self.index.append(self._rope.unrotate(rotated, self.length))
+        self.length += rotated.shape[1]
+
+    def select(self, query: Query) -> Int[Tensor, "Hk K"]:
+        """Tokens that matter to a query, ascending."""
+        asked, scale = self._asked(query)
+        if isinstance(self.index, Searching):
+            return self.index.search(asked, self.policy, scale)
+        outliers = self.index.outliers
+        return top_tokens(
+            self.index.score(asked),
+            self.policy,
+            num_kv_heads=len(outliers),
+            length=self.length,
+            scale=scale,
+            unit=self.index.spec.unit_tokens,
+            outliers=outliers,
+        )
+
+    def _asked(self, query: Query) -> tuple[Float[Tensor, "Hq D"], float]:
+        """The query in the index's key space, and the factor on its scores."""
+        if self.index.spec.key_space == "rotated":
+            return query.rotated, self._spec.scale
+        return self._placed(query.unrotated[:, None])[:, 0], self._spec.scale * self._rope.scaling
+
+    def _placed(self, queries: Float[Tensor, "Hq N D"]) -> Float[Tensor, "Hq N D"]:
+        """Queries at one constant distance from all keys."""
+        if self.index.spec.key_space == "unrotated":
+            return queries
+        at = torch.full((queries.shape[1],), self._method.distance, device=queries.device)
+        return self._rope.rotate(queries, self._rope.table(at))
