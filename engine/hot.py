@@ -100,11 +100,11 @@ class HotBuffer:
     def _give(self, tokens: Tensor, slots: Tensor, miss: Tensor) -> Int[Tensor, "Hk K"]:
         """Slots for what is missing: in each head those used longest ago."""
         most = int(miss.sum(1).max())
-        victims = self._used.topk(most, 1, largest=False).indices
-        rank = miss.long().cumsum(1).sub_(1).clamp_min_(0)
+        victims = self._used.topk(min(most, self.num_slots), 1, largest=False).indices
+        rank = miss.long().cumsum(1).sub_(1).clamp_(0, self.num_slots - 1)
         slots = torch.where(miss, victims.gather(1, rank), slots)
         heads, mine, new = self._heads.expand_as(slots)[miss], slots[miss], tokens[miss]
-        if bool((self._used[heads, mine] >= self._now).any()):
+        if most > self.num_slots or bool((self._used[heads, mine] >= self._now).any()):
             raise ValueError(
                 f"more than {self.num_slots} slots are needed at once: raise method.hot"
             )

@@ -1,0 +1,83 @@
+"""The engine with a sparse method, as its users see it."""
+
+import msgspec
+import pytest
+
+from engine import Engine, EngineConfig, PromptError
+from engine.errors import ConfigError
+from engine.method import preset
+from engine.sampling import Sampling
+from kvstore.config import StoreConfig
+from tests.engine.families import build, prompt
+
+BIG = StoreConfig(host_bytes=1 << 26)
+
+
+@pytest.mark.parametrize("name", ["headrace", "shadowkv"])
+def test_an_engine_with_a_sparse_method_at_full_budget_answers_as_a_dense_one(name):
+    module, asked = build("llama"), [prompt(150), prompt(64), prompt(301)]
+    changes = dict(budget=10_000, hot=1.0, prefetch="layer", rank=1000)
+    method = preset(name, **changes, options={"outlier_chunks": 0} if name == "shadowkv" else {})
+    config = EngineConfig(block_tokens=16, store=BIG, method=method, pinned_bytes=64 << 20)
+    with Engine(module, None, EngineConfig(block_tokens=16, store=BIG)) as plain:
+        want = [x.tokens for x in plain.generate([t.tolist() for t in asked], max_new_tokens=30)]
+    with Engine(module, None, config) as engine:
+        for warm in (False, True):  # the second time the prompts' KV comes from the store
+            answers = engine.generate([t.tolist() for t in asked], max_new_tokens=30)
+            assert [x.tokens for x in answers] == want
+            assert all((x.stats.cached_tokens > 0) == warm for x in answers)
+            assert all(x.stats.sparse.steps == 29 for x in answers)
+        assert engine.memory.pool.used_bytes == 0
+
+
+def test_a_cancelled_sparse_request_frees_its_blocks():
+    config = EngineConfig(store=BIG, method=preset("headrace", prefetch="layer"))
+    config = msgspec.structs.replace(config, pinned_bytes=8 << 20)
+    with Engine(build("llama"), None, config) as engine:
+        stream = engine.stream(prompt(200).tolist(), max_new_tokens=50)
+        next(stream)
+        next(stream)
+        assert engine.memory.pool.used_bytes > 0
+        stream.close()
+        assert engine.memory.pool.used_bytes == 0
+
+
+def test_a_pool_too_small_for_a_request_is_refused_by_its_setting_and_one_with_a_spill_is_not(
+    tmp_path,
+):
+    module, asked = build("llama"), prompt(400).tolist()
+    small = EngineConfig(store=BIG, method=preset("headrace", budget=5000), pinned_bytes=1 << 20)
+    with Engine(module, None, small) as engine, pytest.raises(PromptError, match="pinned_bytes"):
+        engine.generate(asked, max_new_tokens=5)
+    spilling = msgspec.structs.replace(small, spill_path=str(tmp_path / "s"), spill_bytes=1 << 26)
+    with Engine(module, None, spilling) as engine, Engine(module) as plain:
+        want = plain.generate(asked, max_new_tokens=5)[0].tokens
+        assert engine.generate(asked, max_new_tokens=5)[0].tokens == want
+        assert engine.memory.pool.stats().promotions > 0
+
+
+def test_small_pools_run_one_group_of_requests_after_the_other():
+    config = EngineConfig(store=BIG, method=preset("headrace"), pinned_bytes=2 << 20)
+    with Engine(build("llama"), None, config) as engine:
+        asked = [prompt(150 + i).tolist() for i in range(5)]
+        groups = list(engine.memory.groups([engine._running(p, 5, Sampling(), ()) for p in asked]))
+        assert 1 < len(groups) < 5
+        assert len(engine.generate(asked, max_new_tokens=5)) == 5
+
+
+def test_the_method_is_read_from_toml_as_a_preset_with_changes(tmp_path):
+    file = tmp_path / "headrace.toml"
+    file.write_text('[method]\npreset = "shadowkv"\nbudget = 0.05\nrank = 32\n')
+    method = EngineConfig.from_toml(file).method
+    assert (method.index, method.keys, method.budget, method.rank) == (
+        "landmarks",
+        "lowrank",
+        0.05,
+        32,
+    )
+    file.write_text('[method]\nindex = "quest"\n[method.options]\npage = 8\n')
+    assert EngineConfig.from_toml(file).method.options == {"page": 8}
+    for bad in ('preset = "shadow"', "budgets = 3", 'preset = "quest"\nbudget = "many"'):
+        file.write_text(f"[method]\n{bad}\n")
+        with pytest.raises(ConfigError):
+            EngineConfig.from_toml(file)
