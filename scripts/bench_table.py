@@ -70,7 +70,121 @@ def store(record: dict[str, Any]) -> str:
     return "\n".join([about, "", *rows, "", *summary])
 
 
-PARTS: dict[str, Callable[[dict[str, Any]], str]] = {"decode": decode, "store": store}
+def sparse_decode(record: dict[str, Any]) -> str:
+    """Time of one sparse layer beside dense ones."""
+    rows = ["| context | contender | ms, median | ms, p90 |", "|" + " --- |" * 4]
+    notes = []
+    for length, at in record["lengths"].items():
+        for name, ms in at["ms"].items():
+            mark = " (fastest dense of torch)" if name == at["best_dense"] else ""
+            rows.append(f"| {length} | {name}{mark} | {ms:.2f} | {at['p90_ms'][name]:.2f} |")
+        notes.append(
+            f"- {length} tokens: **{at['speedup']:.1f} ×** the fastest dense of torch, "
+            f"{at['speedup_over_own_dense']:.1f} × our own; what is selected holds "
+            f"{at['mass']:.3f} of the attention, {at['of_oracle']:.3f} of the most possible"
+        )
+    about = (
+        f"One layer, 32 query and 8 KV heads of 128, bf16, {record['budget']} tokens of evidence "
+        "scattered over the\ncontext: score, select, gather and attend with the default index, "
+        "against all of it.\n`scripts/bench_sparse_decode.py`"
+    )
+    return "\n".join([about, "", *rows, "", *notes])
+
+
+def end_to_end(record: dict[str, Any]) -> str:
+    """Tokens/s of whole models."""
+    found = record["result"]
+    rows = ["| contender | tokens/s | hits | of a guess | MiB fetched | ms waited |"]
+    rows.append("|" + " --- |" * 6)
+    for name, rate in found["tokens_per_s"].items():
+        stats, rest = found["stats"].get(name), " | | | "
+        if stats is not None and "device" in name:
+            rest = f"{stats['hit_share']:.2f} | {stats['guessed_share']:.2f} | "
+            rest += f"{stats['fetched_mib_per_step']:.1f} | {stats['waited_ms_per_step']:.1f}"
+        label = "headrace, dense" if name == "headrace" else name
+        rows.append(f"| {label} | {rate:.1f} | {rest} |")
+    about = (
+        f"Decode at {record['tokens']} tokens, the model and KV of the dense bench, budget 2,048. "
+        "Hits, fetches and waits are a step's,\nwhere rows go to a buffer on the device; here "
+        "that is the same memory, so the buffer only costs.\n`scripts/bench_end_to_end.py`"
+    )
+    ratio = (
+        f"- **{found['speedup_over_theirs']:.2f} ×** the best of transformers "
+        f"({found['best_of_theirs']}), {found['speedup_over_own_dense']:.2f} × our own dense decode"
+    )
+    return "\n".join([about, "", *rows, "", ratio])
+
+
+def memory(record: dict[str, Any]) -> str:
+    """Bytes on the device and in the host's pool."""
+    rows = ["| method | device MiB | share of the KV | pool MiB | peak RSS ÷ granted |"]
+    rows.append("|" + " --- |" * 5)
+    for name, at in record["cases"].items():
+        sizes = f"{at['device_bytes'] / 2**20:.0f} | 1/{1 / at['device_share']:.1f}"
+        pool = f"{at['pool_bytes'] / 2**20:.0f} | {at['peak_over_granted']:.2f}"
+        rows.append(f"| {name} | {sizes} | {pool} |")
+    about = (
+        f"A context of {record['tokens']} tokens, 2 layers of 8 KV heads of 128, bf16 (1,024 MiB "
+        "of KV): what stands in for it\non the device, hot buffer included. Granted: the process "
+        "before, the pool, these bytes, and one and a half layers'\nKV while a prompt is taken "
+        "in. `scripts/bench_memory.py`"
+    )
+    return "\n".join([about, "", *rows])
+
+
+INPUTS = ("real", "clustered", "scattered", "flat", "sink", "drift")
+
+
+def indexes(record: dict[str, Any]) -> str:
+    """Attention mass that indexes find, at equal bytes and equal tokens."""
+    rows = [f"| index | B/token | {' | '.join(INPUTS)} |", "|" + " --- |" * (2 + len(INPUTS))]
+    for name, row in record["summary"].items():
+        if name != "default":
+            mark = "**" if name == record["summary"]["default"] else ""
+            masses = " | ".join(f"{row[x]:.3f}" for x in INPUTS)
+            rows.append(f"| {mark}{name}{mark} | {row['bytes_per_token']:g} | {masses} |")
+    about = (
+        "Attention mass of what is selected over that of the best selection, 2 % of the tokens, "
+        f"{record['seeds']} seeds of planted\nevidence in {record['tokens']} tokens, and real "
+        "text through both needle models. Bytes are a token's and KV head's.\n"
+        "`scripts/bench_indexes.py`"
+    )
+    return "\n".join([about, "", *rows, "", "![mass by bytes](indexes.png)"])
+
+
+def needles(record: dict[str, Any]) -> str:
+    """Answers right, by method and budget."""
+    parts = []
+    for model, at in record["models"].items():
+        cells = {(c["method"], c["budget"]): c for c in at["cells"]}
+        dense = cells.pop(("dense", 1.0))
+        budgets = list(dict.fromkeys(budget for _, budget in cells))
+        rows = [f"| {model} | {' | '.join(f'{b:.1%}' for b in budgets)} |"]
+        rows.append("|" + " --- |" * (1 + len(budgets)))
+        for method in dict.fromkeys(name for name, _ in cells):
+            mine = [cells[method, b] for b in budgets]
+            shares = (f"{c['right'] / c['asked']:.2f} ({c['attended']:.0f})" for c in mine)
+            rows.append(f"| {method} | {' | '.join(shares)} |")
+        share = f"dense: {dense['right'] / dense['asked']:.2f} of {dense['asked']} questions"
+        rank = f"; rank of shadowkv and lowrank+scalar+int4: {at['rank']} of 128"
+        parts.append("\n".join([*rows, "", share + rank]))
+    about = (
+        "Share of answers right (tokens attended to per KV head): 32 needles in 4,096 tokens of "
+        "real text, read densely,\nquestions and answers decoded sparsely, sinks (4) and window "
+        "(16) inside the budget. `scripts/bench_needles.py`"
+    )
+    return "\n\n".join([about, *parts])
+
+
+PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "decode": decode,
+    "store": store,
+    "sparse_decode": sparse_decode,
+    "end_to_end": end_to_end,
+    "indexes": indexes,
+    "needles": needles,
+    "memory": memory,
+}
 
 
 def page() -> str:
@@ -83,7 +197,8 @@ def page() -> str:
         )
         where = f"{record['device']}, {' '.join(record.get('flags', []))}".rstrip(", ")
         source = f"{where}; {versions}; commit {record['commit'][:8]}; {record['date'][:10]}"
-        parts.append(f"## {name.capitalize()}\n\n{table(record)}\n\n{source}\n")
+        title = name.replace("_", " ").capitalize()
+        parts.append(f"## {title}\n\n{table(record)}\n\n{source}\n")
     return "\n".join(parts)
 
 
