@@ -80,8 +80,8 @@ class Job(NamedTuple):
     model: str
     seed: int
     setup: Setup
-    methods: tuple[str, ...]
-    budgets: tuple[float, ...]
+    methods: Sequence[str]
+    budgets: Sequence[float]
 
 
 class Cell(NamedTuple):
@@ -234,7 +234,7 @@ def record(results: list[Result], seconds: float) -> dict[str, Any]:
     found = facts(torch.device("cpu")) | {"benchmark": "needles", "seconds": round(seconds)}
     found |= {"sinks": Method().sinks, "window": Method().window, "tolerance": TOLERANCE}
     found["threads"] = 1  # of each document's process
-    found["summary"], found["models"] = summary(results), {}
+    found |= {"summary": summary(results), "models": {}}
     for model, mine in by_model(results):
         found["models"][model] = mine[0].job.setup._asdict() | {
             "seeds": [result.job.seed for result in mine],
@@ -256,8 +256,7 @@ def main() -> None:
     ends: dict[str, Any] = {}
     for setup in setups:
         start = time.perf_counter()
-        what = setup, tuple(options.methods), tuple(options.budgets)
-        seeds = range(setup.documents)
+        what, seeds = (setup, options.methods, options.budgets), range(setup.documents)
         results = run_all([Job(m, seed, *what) for m in options.models for seed in seeds])
         line = record(results, time.perf_counter() - start)
         if not options.json:
@@ -283,14 +282,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, help="of each document")
     parser.add_argument("--documents", type=int)
     options = parser.parse_args()
-    brief = options.quick
-    names = list(SETTINGS)[:3] if brief else [x for x in SETTINGS if x not in ON_REQUEST]
-    options.methods = options.methods or names
+    usual = [name for name in SETTINGS if name not in ON_REQUEST]
+    options.methods = options.methods or (usual[:3] if options.quick else usual)
     if "all" in options.methods:
         options.methods = list(SETTINGS)
-    options.budgets = options.budgets or (BUDGETS[1:4:2] if brief else BUDGETS)
-    options.questions = options.questions or (8 if brief else 20)
-    options.documents = options.documents or (1 if brief else 2)
+    options.budgets = options.budgets or (BUDGETS[1:4:2] if options.quick else BUDGETS)
+    options.questions = options.questions or (8 if options.quick else 20)
+    options.documents = options.documents or (1 if options.quick else 2)
     counts = options.questions, options.documents
     if min(counts) < 1 or not all(0 < budget < 1 for budget in options.budgets):
         parser.error("--questions and --documents are at least 1, --budgets between 0 and 1")
