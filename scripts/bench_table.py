@@ -176,6 +176,23 @@ def needles(record: dict[str, Any]) -> str:
     return "\n\n".join([about, *parts])
 
 
+def kvpress(record: dict[str, Any]) -> str:
+    """Answers right after eviction."""
+    rows = []
+    for model, presses in record["summary"].items():
+        shares = list(next(iter(presses.values())))
+        rows += [f"| {model} | {' | '.join(f'{float(x):.0%}' for x in shares)} |"]
+        rows += ["|" + " --- |" * (1 + len(shares))]
+        rows += [f"| {name} | {' | '.join(map(str, x.values()))} |" for name, x in presses.items()]
+        rows += [""]
+    about = (
+        f"The same texts and {record['questions']} questions through kvpress {record['kvpress']}, "
+        "which evicts before it knows the questions:\nshare of answers right, by the share of the "
+        "KV that is kept. `scripts/bench_kvpress.py`"
+    )
+    return "\n".join([about, "", *rows]).rstrip()
+
+
 PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode": decode,
     "store": store,
@@ -183,6 +200,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "end_to_end": end_to_end,
     "indexes": indexes,
     "needles": needles,
+    "kvpress": kvpress,
     "memory": memory,
 }
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from engine import Engine
+from engine import Engine, EngineConfig
+from engine.method import preset
 from tests.engine import oracle
 from tests.engine.families import CASES, build, prompt
 from tests.engine.reader import settings
@@ -46,3 +47,17 @@ def test_bf16_on_a_gpu_stays_within_twice_the_error_of_torch():
     with Engine(narrow) as engine:
         ours = (engine.logits(text).float().cpu() - want).abs().max()
     assert ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("name", ["headrace", "shadowkv", "quest"])
+def test_a_sparse_method_on_a_gpu_at_full_budget_is_dense(name):
+    module, asked = build("llama"), [prompt(n).tolist() for n in (5, 64, 300)]
+    options = {"outlier_chunks": 0} if name == "shadowkv" else {}
+    method = preset(name, budget=10_000, hot=1.0, rank=1000, prefetch="layer", options=options)
+    with Engine(module) as engine:
+        want = engine.generate(asked, max_new_tokens=60)
+    config = EngineConfig(method=method, pinned_bytes=64 << 20)
+    with Engine(module.to("cuda"), None, config) as engine:
+        done = engine.generate(asked, max_new_tokens=60)
+    for text, ours, theirs in zip(asked, done, want):
+        oracle.assert_same_answer(module, torch.tensor(text), ours.tokens, theirs.tokens)
