@@ -84,9 +84,9 @@ def sparse_decode(record: dict[str, Any]) -> str:
             f"{at['mass']:.3f} of the attention, {at['of_oracle']:.3f} of the most possible"
         )
     about = (
-        f"One layer, 32 query and 8 KV heads of 128, bf16, {record['budget']} tokens of evidence "
-        "scattered over the\ncontext: score, select, gather and attend with the default index, "
-        "against all of it.\n`scripts/bench_sparse_decode.py`"
+        f"One layer, 32 query and 8 KV heads of 128, bf16, a budget of {record['budget']} tokens, "
+        "evidence scattered over\nthe context: score, select, gather and attend with the default "
+        "index, against dense attention.\n`scripts/bench_sparse_decode.py`"
     )
     return "\n".join([about, "", *rows, "", *notes])
 
