@@ -1,5 +1,7 @@
 """Sparse decode: at full budget it is dense, whatever finds, holds or moves the KV."""
 
+import threading
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from engine.rope import FarTable
 from engine.sparse_cache import SparseCache, pool_shape, sparse_layers
 from kvstore.device import DeviceTier
 from kvstore.spill import Spill
+from retrieval.select import top_tokens
 from tests.engine.families import CASES, build, prompt
 
 SPARSE = [name for name in PRESETS if name != "dense"]
@@ -251,6 +254,68 @@ def test_with_low_rank_keys_no_key_is_read_in_host_memory():
         assert cache.stats.host_key_rows == 0
         assert cache.stats.fetched_bytes > 0
         assert s.pool.shape.layout.k is None
+
+
+@torch.inference_mode()
+def test_with_low_rank_keys_sinks_and_outliers_stay_exact_on_the_device():
+    module = build("llama")
+    method = preset("shadowkv", budget=200, rank=4, hot=1.0, options={"outlier_chunks": 2})
+    with Sparse(module, method) as s, Sparse(module, preset("oracle")) as exact:
+        ours, theirs = s.cache(), exact.cache()
+        generated(exact.model, [theirs], [prompt(500)], 1)
+        generated(s.model, [ours], [prompt(500)], 30)
+        for i in range(3):
+            layer = ours.layer(i)
+            sinks = torch.arange(4).expand(2, -1)
+            for kept in (sinks, layer.choice.index.outliers):
+                assert kept.shape[1]
+                slots, miss = layer.hot.resolve(kept)
+                assert not miss.any()
+                torch.testing.assert_close(
+                    layer.hot.read(slots).k, theirs._lease.gather(i, kept).k, rtol=0, atol=1e-5
+                )
+
+
+@torch.inference_mode()
+def test_a_windowed_index_is_asked_with_the_query_at_its_distance():
+    module = build("qwen2-yarn")
+    method = preset("a2ats", budget=40, distance=77, options={"centroids": 1024})
+    with Sparse(module, method) as s, Sparse(module, preset("oracle")) as exact:
+        ours, theirs = s.cache(), exact.cache()
+        generated(exact.model, [theirs], [prompt(300)], 1)
+        generated(s.model, [ours], [prompt(300)], 1)
+        layer, rope = ours.layer(0), s.model.layers[0].rope
+        keys = rope.unrotate(theirs._lease.read(0, 0, 301).k, 0)  # one key, one code: exact scores
+        at = rope.table(torch.tensor([77]))
+        query = rope.rotate(layer.last.unrotated[:, None], at)[:, 0]
+        scores = (query.unflatten(0, (2, -1)) @ keys.mT).flatten(0, 1)[:, :300]
+        torch.testing.assert_close(
+            layer.choice.index.score(query)[:, :300], scores, rtol=0, atol=1e-3
+        )
+        want = top_tokens(
+            layer.choice.index.score(query), layer.choice.policy, num_kv_heads=2, length=301,
+            scale=s.model.layers[0].attention.scale * rope.scaling,
+        )  # fmt: skip
+        assert torch.equal(layer.select(layer.last), want)
+
+
+def test_nothing_of_a_layer_is_used_before_its_prefetch_has_ended():
+    module = build("llama")
+    ended, waits = [], threading.Event()
+    with Sparse(module, preset("headrace", attend_on="device", prefetch="layer")) as s:
+        cache = s.cache()
+        generated(s.model, [cache], [prompt(100)], 1)
+        layer, before = cache.layer(1), cache.layer(1).append
+        cache.look_ahead(1, layer.last)
+        cache._wait(1)
+        layer.prefetch = lambda _: (waits.wait(5), ended.append("prefetch"))
+        layer.append = lambda *a: (ended.append("append"), before(*a))
+        timer = threading.Timer(0.2, waits.set)
+        timer.start()
+        decode(s.model, [cache], torch.tensor([5]))
+        timer.join()
+    assert ended == ["prefetch", "append"]
+    assert cache.stats.waited_s > 0
 
 
 def test_sliding_window_layers_keep_their_own_attention():
