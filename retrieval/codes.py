@@ -63,6 +63,11 @@ class Codes:
         return None if self._scales is None else self._scales.view
 
     @property
+    def subspaces(self) -> int:
+        """Codes per token."""
+        return self._packed.view.shape[2]
+
+    @property
     def nbytes(self) -> int:
         """Of both, room to grow included."""
         return self._packed.nbytes + (0 if self._scales is None else self._scales.nbytes)

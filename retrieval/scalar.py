@@ -1,8 +1,10 @@
 """A few bits for every dimension of every key: the default index.
 
-Keys less their mean, rotated so that all dimensions hold alike much, each dimension rounded to
-the best levels for a Gaussian, and one scale per token. Token-level codes of 2 bits are what YAKV
-(2026) and Adamas (2025) arrive at; unlike means or bounds of chunks they find a single token.
+Keys less their mean, on axes of their own (`retrieval.axes`): more bits where keys vary more, each
+number rounded to the best levels for a Gaussian, and one scale per token. Token-level codes
+of 2 bits are what YAKV (2026) and Adamas (2025) arrive at; unlike means or bounds of chunks they
+find a single token. Bits by variance find more with as many bytes where no token stands out
+(`flat`, `scripts/bench_indexes.py`), and no less elsewhere.
 """
 
 from collections.abc import Callable
@@ -12,8 +14,8 @@ import torch
 from jaxtyping import Float, Float16, Int, UInt8
 from torch import Tensor
 
+from retrieval.axes import Axes, groups
 from retrieval.codes import Codes
-from retrieval.hadamard import rotation
 from retrieval.index import IndexSpec, KeySpace, NotRelocatable, State
 from retrieval.kernels.scan import scan, search
 from retrieval.pending import Rows, products
@@ -26,21 +28,21 @@ LEVELS: dict[int, tuple[float, ...]] = {  # positive ones, for variance 1 (Max 1
     4: (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326),
 }
 RUN_KEYS = 1024  # encoded at once: what that takes stays in the cache
+SAMPLED = 8192  # keys that directions are taken from at most, evenly spread
 
 
 class ScalarIndex:
-    """Codes of 1, 2 or 4 bits for every dimension; the score of a token is q · (mean + its code).
+    """Codes of 1, 2 or 4 bits a dimension on average; a token's score is q · (mean + its code).
 
-    `finalize` fixes the mean of the prompt's keys, of each KV head. It is no matter to a softmax,
-    as q · mean is the same for all tokens, but codes of what is left of the keys are finer. They
-    can be relocated freely unless their keys are rotated. A token whose key equals the mean, or
-    is not finite, scores as the mean does.
+    `finalize` fixes the mean of the prompt's keys, of each KV head, and the axes they are coded in.
+    The mean is no matter to a softmax, as q · mean is the same for all tokens, but codes of what is
+    left of the keys are finer. They can be relocated freely unless their keys are rotated. A token
+    whose key equals the mean, or is not finite, scores as the mean does.
 
     Args:
         dtype: of the keys.
-        bits: of a dimension; 4 / bits of them, neighbours, share a code, so that their number
-            must divide `head_dim`.
-        seed: of the rotation.
+        bits: of a dimension, on average: `head_dim` times them must fill codes of 4.
+        seed: of the rotations.
     Raises:
         ValueError: for a setting out of range.
     """
@@ -64,6 +66,7 @@ class ScalarIndex:
         self._waiting: Rows | None = Rows(num_kv_heads, (head_dim,), dtype, device)
         self._codes = Codes(num_kv_heads, head_dim * bits // 4, scaled=True, device=device)
         self._mean = torch.zeros(num_kv_heads, 1, head_dim, dtype=torch.float32, device=device)
+        self._axes: Axes | None = None  # until it is final
         self._bits, self._seed = bits, seed
         self.spec = IndexSpec(
             unit_tokens=1,
@@ -71,7 +74,7 @@ class ScalarIndex:
             score="estimate",
             relocatable="rebuild" if key_space == "rotated" else "free",
             bytes_per_token=head_dim * bits / 8 + 2,
-            shared_bytes=4 * head_dim,
+            shared_bytes=4 * head_dim * (head_dim + 2),
         )
 
     @classmethod
@@ -87,7 +90,7 @@ class ScalarIndex:
         )
         index._mean, index._waiting = mean, None if keys is None else Rows.of(keys)
         if keys is None:
-            index._codes = Codes.from_state(state)
+            index._codes, index._axes = Codes.from_state(state), Axes.from_state(state)
         return index
 
     @property
@@ -97,12 +100,10 @@ class ScalarIndex:
 
     @property
     def nbytes(self) -> int:
-        """Of codes, scales, means, and keys that wait, room to grow included.
-
-        Without the rotation, which all indexes share.
-        """
+        """Of codes, scales, means, axes, and keys that wait, room to grow included."""
         waiting = 0 if self._waiting is None else self._waiting.nbytes
-        return waiting + self._codes.nbytes + self._mean.nbytes
+        axes = 0 if self._axes is None else self._axes.nbytes
+        return waiting + self._codes.nbytes + self._mean.nbytes + axes
 
     @property
     def outliers(self) -> Int[Tensor, "Hk S"]:
@@ -114,12 +115,12 @@ class ScalarIndex:
         if self._waiting is not None:
             self._waiting.append(keys)
             return
+        assert self._axes is not None
         for run in keys.split(RUN_KEYS, 1):
-            centred = (run.float() - self._mean) @ self._rotation
-            self._codes.append(*encoded(centred, self._bits))
+            self._codes.append(*encoded(run.float() - self._mean, self._axes))
 
     def finalize(self) -> None:
-        """Fix the mean; codes take the place of keys.
+        """Fix the mean and the axes; codes take the place of keys.
 
         Raises:
             RuntimeError: if it was called before.
@@ -127,11 +128,11 @@ class ScalarIndex:
         if self._waiting is None:
             raise RuntimeError("the index is final: finalize comes once")
         keys, self._waiting = self._waiting.view, None
+        sample = keys[:, :: -(-keys.shape[1] // SAMPLED) or 1]
         if keys.shape[1]:  # run by run: a copy of all keys in fp32 would be twice their size
-            sums = [
-                run.sum(1, keepdim=True, dtype=torch.float32) for run in keys.split(RUN_KEYS, 1)
-            ]
+            sums = [run.float().nan_to_num(0, 0, 0).sum(1, True) for run in keys.split(RUN_KEYS, 1)]
             self._mean = torch.stack(sums).sum(0) / keys.shape[1]
+        self._axes = Axes.fit(sample.float() - self._mean, self._codes.subspaces, self._seed)
         self._codes.reserve(keys.shape[1])
         self.append(keys)
 
@@ -167,17 +168,22 @@ class ScalarIndex:
         """Settings, and keys that wait or codes; views, not copies."""
         space = get_args(KeySpace).index(self.spec.key_space)
         settings = torch.tensor([self._bits, self._seed, space])
-        held = self._codes.state() if self._waiting is None else {"keys": self._waiting.view}
-        return {"settings": settings, "mean": self._mean, **held}
-
-    @property
-    def _rotation(self) -> Float[Tensor, "D D"]:
-        return rotation(self._mean.shape[2], self._seed, self._mean.device)
+        state = {"settings": settings, "mean": self._mean}
+        if self._waiting is not None:
+            return {**state, "keys": self._waiting.view}
+        assert self._axes is not None
+        return {**state, **self._axes.state(), **self._codes.state()}
 
     def _table(self, query: Float[Tensor, "Hq D"]) -> Float[Tensor, "Hq M 16"]:
         """What each of the 16 codes of a sub-space adds to a score."""
-        rows = patterns(self._bits).to(query.device)
-        return (query.float() @ self._rotation).unflatten(1, (-1, rows.shape[1])) @ rows.mT
+        assert self._axes is not None
+        axes, folded = self._axes, query.float().unflatten(0, (len(self._mean), -1))
+        along = ((folded @ axes.basis) * axes.spread[:, None]).flatten(0, 1)
+        tables = []
+        for start, stop, bits in groups(axes.sizes):
+            rows = patterns(bits).to(query.device)
+            tables.append(along[:, start:stop].unflatten(1, (-1, rows.shape[1])) @ rows.mT)
+        return torch.cat(tables, 1)
 
 
 class Encoded(NamedTuple):
@@ -185,32 +191,43 @@ class Encoded(NamedTuple):
     scales: Float16[Tensor, "Hk N"]
 
 
-def encoded(keys: Float[Tensor, "Hk N D"], bits: Bits) -> Encoded:
-    """Every dimension as the nearest level, and the factor on levels of each token.
+def encoded(keys: Float[Tensor, "Hk N D"], axes: Axes) -> Encoded:
+    """Keys, less their mean, as the nearest levels on their axes, and each token's factor on them.
 
     The factor is that which makes <key, code> equal <key, key>, so that scores of queries along
-    the key are not too small (RaBitQ, Gao and Long 2024). Least squares, <key, code> / <code,
-    code>, finds less: 0.916 instead of 0.936 of the oracle's attention with 2 bits (Gaussian keys
-    of 128 dimensions, one length, 2% budget), 0.9748 and 0.9751 with scattered evidence.
+    the key are not too small (RaBitQ, Gao and Long 2024), unlike that of least squares.
     """
-    rms = keys.square().mean(-1, keepdim=True).sqrt()
-    unit = keys / rms.clamp_min(torch.finfo(torch.float32).tiny)
-    table = levels(bits).to(keys.device)
-    digits = torch.bucketize(unit, (table[1:] + table[:-1]) / 2, out_int32=True)
-    factor = keys.shape[-1] / (unit * table[digits]).sum(-1)
+    along = keys @ axes.basis / axes.spread[:, None]
+    rms = along.square().mean(-1, keepdim=True).sqrt()
+    unit = along / rms.clamp_min(torch.finfo(torch.float32).tiny)
+    found = [
+        _rounded(unit[..., group.start : group.stop], group.bits) for group in groups(axes.sizes)
+    ]
+    weights = axes.spread.square()[:, None]  # of a product of two coordinates
+    product = (unit * torch.cat([values for _, values in found], -1) * weights).sum(-1)
+    factor = (unit.square() * weights).sum(-1) / product
     scales = (rms[..., 0] * factor).nan_to_num(0).clamp(max=torch.finfo(torch.float16).max)
-    shifts = torch.arange(0, 4, bits, dtype=torch.int32, device=keys.device)
+    return Encoded(torch.cat([codes for codes, _ in found], -1), scales.half())
+
+
+def _rounded(
+    unit: Float[Tensor, "Hk N E"], bits: int
+) -> tuple[UInt8[Tensor, "Hk N M"], Float[Tensor, "Hk N E"]]:
+    """Codes of numbers of variance 1, and the levels that they stand for."""
+    table = levels(bits).to(unit.device)
+    digits = torch.bucketize(unit.contiguous(), (table[1:] + table[:-1]) / 2, out_int32=True)
+    shifts = torch.arange(0, 4, bits, dtype=torch.int32, device=unit.device)
     codes = (digits.unflatten(-1, (-1, len(shifts))) << shifts).sum(-1)
-    return Encoded(codes.to(torch.uint8), scales.half())
+    return codes.to(torch.uint8), table[digits]
 
 
-def levels(bits: Bits) -> Float[Tensor, " levels"]:
+def levels(bits: int) -> Float[Tensor, " levels"]:
     """The 2^bits values that a number with the normal distribution is rounded to, ascending."""
     positive = torch.tensor(LEVELS[bits], dtype=torch.float32)
     return torch.cat([-positive.flip(0), positive])
 
 
-def patterns(bits: Bits) -> Float[Tensor, "16 dims"]:
+def patterns(bits: int) -> Float[Tensor, "16 dims"]:
     """The levels that each of the 16 codes stands for; the first dimension has the lowest bits."""
     digits = torch.arange(16)[:, None] >> torch.arange(0, 4, bits)
     return levels(bits)[digits % (1 << bits)]

@@ -139,7 +139,8 @@ def test_bytes_are_those_that_the_index_holds():
     assert 64 * 4 <= found.nbytes <= 64 * 4 * 1.5
     scalar = ScalarIndex(2, 64)
     fill(scalar, trace, calibrated=False)
-    assert asked(scalar, trace, 0.1).nbytes < 40
+    shared = scalar.spec.shared_bytes / 300
+    assert asked(scalar, trace, 0.1).nbytes < 22 + shared
 
 
 def test_landmarks_miss_scattered_evidence_that_token_codes_find():

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from native import library as native
+from retrieval.axes import Axes, groups
 from retrieval.index import KVIndex, NotRelocatable
 from retrieval.kernels.scan import SOURCE
 from retrieval.pending import products
@@ -44,6 +45,17 @@ def scattered(t=8192, d=128, g=4):
     return queries, keys + 2 * torch.randn(d, generator=generator)
 
 
+def decoded(found, axes):
+    """The keys, less their mean, that codes stand for."""
+    codes, parts, at = found.codes.long(), [], 0
+    for start, stop, bits in groups(axes.sizes):
+        count = (stop - start) * bits // 4
+        parts.append(patterns(bits)[codes[..., at : at + count]].flatten(-2))
+        at += count
+    rows = torch.cat(parts, -1) * axes.spread[:, None] * found.scales.float()[..., None]
+    return rows @ axes.basis.mT
+
+
 def mass(query, keys, ids):
     """Attention on the tokens that were taken."""
     p = (products(query, keys) * query.shape[1] ** -0.5).softmax(-1).unflatten(0, (len(keys), -1))
@@ -71,7 +83,7 @@ def test_a_pattern_is_the_levels_of_its_digits():
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize(("hk", "g", "d"), SIZES)
 def test_scores_are_close_to_exact_ones(bits, hk, g, d):
-    error = {1: 1.0, 2: 0.45, 4: 0.15}[bits]  # of what keys differ by
+    error = {1: 0.9, 2: 0.45, 4: 0.15}[bits]  # of what keys differ by
     for t in (1, 127, 300):
         query, keys = tensors(hk, g, d, t)
         index = built(keys, bits=bits)
@@ -91,13 +103,13 @@ def test_more_bits_err_less():
 
 def test_the_score_of_a_key_with_itself_is_exact():
     _, keys = tensors(1, 1, 128, 200, offset=0.0)
-    for bits in LEVELS:
-        codes, scales = encoded(keys, bits)
-        digits = codes[0].long()
-        rows = patterns(bits)[digits].flatten(1) * scales[0].float()[:, None]
-        torch.testing.assert_close(
-            (rows * keys[0]).sum(-1), keys[0].square().sum(-1), rtol=1e-3, atol=0
-        )
+    for subspaces in (32, 64, 128):
+        axes = Axes.fit(keys, subspaces)
+        if sum(axes.sizes) < 128:  # what has no bits cannot be known
+            keys = keys @ axes.basis @ axes.basis.mT
+        rows = decoded(encoded(keys, axes), axes)
+        want = keys.square().sum(-1)
+        torch.testing.assert_close((rows * keys).sum(-1), want, rtol=1e-3, atol=0)
 
 
 def test_keys_at_levels_are_coded_without_loss():
@@ -105,9 +117,24 @@ def test_keys_at_levels_are_coded_without_loss():
     generator = torch.Generator().manual_seed(0)
     digits = torch.stack([torch.randperm(128, generator=generator) % 4 for _ in range(50)])
     keys = table[digits][None] * torch.linspace(0.5, 4, 50)[:, None]  # unit variance, nearly
-    codes, scales = encoded(keys, 2)
-    got = patterns(2)[codes.long()].flatten(2) * scales.float()[..., None]
-    torch.testing.assert_close(got, keys, rtol=2e-3, atol=0)
+    axes = Axes(torch.eye(128)[None], torch.ones(1, 128), (0, 128, 0))
+    torch.testing.assert_close(decoded(encoded(keys, axes), axes), keys, rtol=2e-3, atol=0)
+
+
+def test_keys_of_few_directions_are_coded_finer_with_as_many_bytes():
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(2, 128, 128, generator=generator)).Q
+    white = torch.randn(2, 2000, 128, generator=generator)
+    falling = torch.arange(1, 129).rsqrt()
+    steep = white * (falling / falling.square().mean().sqrt()) @ turn  # as long as white ones
+    errors = []
+    for keys in (white, steep, steep * torch.tensor([100.0, 1.0])[:, None, None]):
+        axes = Axes.fit(keys, 64)
+        off = (decoded(encoded(keys, axes), axes) - keys).square().sum((1, 2))
+        errors.append(off / keys.square().sum((1, 2)))
+    assert (errors[0] < 0.14).all()  # 0.1175 / (1 - 0.1175): no score along a key is too small
+    assert (errors[1] < 0.5 * errors[0]).all()
+    torch.testing.assert_close(errors[2], errors[1], rtol=0.01, atol=0)  # whatever a head's scale
 
 
 def test_scores_are_exact_before_finalize():
@@ -165,9 +192,8 @@ def test_a_mean_of_all_keys_changes_no_id_and_is_in_the_score():
     policy = Policy(100)
     got, want = far.search(query, policy, 0.125), near.search(query, policy, 0.125)
     assert len(set(got.flatten().tolist()) ^ set(want.flatten().tolist())) <= 4
-    torch.testing.assert_close(
-        far.score(query), near.score(query) + products(query, shift), rtol=0, atol=0.1
-    )
+    off = far.score(query) - near.score(query) - products(query, shift)
+    assert (off.abs() > 0.1).sum() <= 4  # numbers that are rounded another way
 
 
 def test_generated_tokens_are_scored_with_what_the_prompt_chose():
@@ -199,7 +225,9 @@ def test_long_prompts_are_encoded_in_runs(monkeypatch):
     query, keys = tensors(2, 2, 64, 1000)
     want = built(keys).score(query)
     monkeypatch.setattr("retrieval.scalar.RUN_KEYS", 100)  # not a multiple of a block
-    torch.testing.assert_close(built(keys).score(query), want)
+    assert (
+        (built(keys).score(query) - want).abs() > 1e-3
+    ).float().mean() < 0.02  # rounded another way
 
 
 @pytest.mark.parametrize("final", [True, False])
