@@ -11,6 +11,7 @@ from engine.attention import attend_token
 from engine.model import AttentionSpec, Shape
 from engine.recorder import Recorder
 from kvstore.block import LayerKV
+from native.pages import large_pages
 
 
 class Query(NamedTuple):
@@ -168,7 +169,7 @@ class SequenceCache:
     def _buffer(self) -> Float[Tensor, "Hk capacity D"]:
         s = self._shape
         size = (s.num_kv_heads, self._capacity, s.head_dim)
-        return torch.empty(size, dtype=s.dtype, device=s.device)
+        return large_pages(torch.empty(size, dtype=s.dtype, device=s.device))
 
     def _reserve(self, tokens: int) -> None:
         if tokens <= self._capacity:
