@@ -76,11 +76,17 @@ def attend_part(
     """
     if spec.softcap is None and serves(q, k, v):
         return attend_token_native(q, k, v, spec.scale)
-    scores = (q.unflatten(0, (k.shape[0], -1)).float() @ k.float().mT) * spec.scale
-    if spec.softcap is not None:
-        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    scores = attend_scores(q, k, spec)
     out = scores.softmax(-1) @ v.float()
     return Partial(out.flatten(0, 1).to(q.dtype), scores.logsumexp(-1).flatten())
+
+
+def attend_scores(
+    q: Float[Tensor, "Hq D"], k: Float[Tensor, "Hk K D"], spec: AttentionSpec
+) -> Float[Tensor, "Hk G K"]:
+    """What attention takes the softmax of, in fp32."""
+    scores = (q.unflatten(0, (k.shape[0], -1)).float() @ k.float().mT) * spec.scale
+    return scores if spec.softcap is None else spec.softcap * torch.tanh(scores / spec.softcap)
 
 
 def merge(parts: Sequence[Partial]) -> Partial:

@@ -27,6 +27,7 @@ class SparseStats:
 
     steps: int = 0  # tokens decoded
     selected: int = 0  # rows attended to
+    escalated: int = 0  # times that a layer's budget was doubled for a step
     hits: int = 0  # of these, those that were on the device already
     guessed: int = 0  # hits that a prefetch had fetched since the step before
     fetched_bytes: int = 0  # rows of misses and of guesses

@@ -1,5 +1,7 @@
 """Which tokens of a layer a query attends to: an index, in the key space that it asks for."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -52,15 +54,20 @@ class Choice:
             self.index.append(self._rope.unrotate(rotated, self.length))
         self.length += rotated.shape[1]
 
-    def select(self, query: Query) -> Int[Tensor, "Hk K"]:
-        """Tokens that matter to a query, ascending."""
+    def select(self, query: Query, budget: int | None = None) -> Int[Tensor, "Hk K"]:
+        """Tokens that matter to a query, ascending.
+
+        Args:
+            budget: takes the place of the policy's, and there is no top-p.
+        """
         asked, scale = self._asked(query)
+        policy = self.policy if budget is None else replace(self.policy, budget=budget, top_p=None)
         if isinstance(self.index, Searching):
-            return self.index.search(asked, self.policy, scale)
+            return self.index.search(asked, policy, scale)
         outliers = self.index.outliers
         return top_tokens(
             self.index.score(asked),
-            self.policy,
+            policy,
             num_kv_heads=len(outliers),
             length=self.length,
             scale=scale,

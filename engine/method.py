@@ -28,6 +28,9 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         top_p: see `retrieval.select.Policy`; None takes the whole budget.
         tail: estimate what is not selected by clusters of 32 tokens (RetroInfer, 2025): 33 bytes a
             token and KV head more, and less error where attention is spread.
+        certify: the share of attention that may be missed: where a sample does not rule out, with
+            confidence 0.95, that a query head misses more, the step's budget in this layer is
+            doubled, until it does (`engine.certified`). None looks at no sample.
         dense_layers: so many first layers attend to everything.
         attend_on: "host" attends where the KV lies; "device" fetches it to a buffer of `hot`
             times the budget there. "auto" takes the host if that is the model's device, too.
@@ -48,6 +51,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     reduce: Literal["max", "sum"] = "max"
     top_p: float | None = None
     tail: bool = False
+    certify: float | None = None
     dense_layers: int = 0
     attend_on: Literal["auto", "host", "device"] = "auto"
     hot: float = 2.5
@@ -64,6 +68,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         for name in ("rank", "distance"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"method.{name} must be at least 1, got {getattr(self, name)}")
+        if self.certify is not None and not 0 < self.certify < 1:
+            raise ConfigError(f"method.certify is a share between 0 and 1, got {self.certify}")
         if self.dense_layers < 0:
             raise ConfigError(f"method.dense_layers must not be negative: {self.dense_layers}")
         if self.keys == "lowrank" and self.attend_on == "host":

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from engine.attention import attend_part, merge
 from engine.cache import Query, SparseStats
+from engine.certified import SAMPLED, most_missed
 from engine.choice import Choice
 from engine.errors import ConfigError
 from engine.hot import HotBuffer
@@ -17,7 +18,7 @@ from kvstore.block import LayerKV
 from kvstore.lease import Lease
 from kvstore.pool import Pool
 from kvstore.rows import Raw, RowLayout
-from retrieval.estimate import Tail
+from retrieval.estimate import Tail, draw
 from retrieval.lowrank import Gram, LowRankKeys
 
 
@@ -50,6 +51,7 @@ class SparseLayer:
         self._shape, self._spec, self._rope, self._method = shape, spec, rope, method
         self._lease, self._pool, self._number = lease, pool, number
         self._far: FarTable | None = None
+        self._dice = torch.Generator(shape.device).manual_seed(number)  # what `certify` looks at
         self._fresh: Tensor | None = None  # slots that a prefetch filled, until they are used
 
     @property
@@ -157,22 +159,57 @@ class SparseLayer:
 
     def attend(self, query: Query) -> Float[Tensor, "Hq D"]:
         """Attention of the newest token over what its query selects."""
-        tokens = self.select(query)
+        tokens, kv = self.select(query), None
+        if self._method.certify is not None:
+            tokens, kv = self._enough(query, tokens, self._method.certify)
         self.stats.steps += 1
         self.stats.selected += tokens.numel()
         self.last = query
-        if self.tail is not None:
-            return self._attend_all(query.rotated, tokens, self.tail)
-        if self.hot is None:
-            return self.attend_there(query.rotated, tokens).out
-        return self._attend_here(query.rotated, self._fetch(tokens)).out
+        if kv is None and self.tail is None:
+            if self.hot is None:
+                return self.attend_there(query.rotated, tokens).out
+            return self._attend_here(query.rotated, self._fetch(tokens)).out
+        return self._attend_held(query.rotated, tokens, kv or self._held(tokens)).out
 
-    def _attend_all(self, q: Tensor, tokens: Tensor, tail: Tail) -> Tensor:
-        """What is selected exactly, and an estimate of all else."""
-        kv = self._read(tokens) if self.hot is None else self.hot.read(self._fetch(tokens))
+    def _attend_held(self, q: Tensor, tokens: Tensor, kv: LayerKV) -> Partial:
+        """What is selected exactly, and with a tail an estimate of all else."""
+        part = attend_part(q, kv.k, kv.v, self._spec)
+        if self.tail is None:
+            return part
+        rest = self.tail.estimate(q, tokens, kv.k, kv.v, self._spec.scale)
+        return merge([part, Partial(*rest)])
+
+    def _enough(
+        self, query: Query, tokens: Tensor, tolerated: float
+    ) -> tuple[Int[Tensor, "Hk K"], LayerKV]:
+        """These tokens, or twice as many, or more: until a sample says that they are enough."""
+        assert self.choice is not None
+        while True:
+            hits, guessed = self.stats.hits, self.stats.guessed
+            kv = self._held(tokens)
+            more = min(2 * tokens.shape[1], self.length)
+            if more == tokens.shape[1] or self._missed(query.rotated, tokens, kv.k) <= tolerated:
+                return tokens, kv
+            self.stats.hits, self.stats.guessed = hits, guessed  # of the last try alone
+            self.stats.escalated += 1
+            tokens = self.choice.select(query, more)
+
+    def _missed(self, q: Tensor, tokens: Tensor, chosen: Tensor) -> float:
+        """The most that a query head may miss of its attention with these tokens."""
+        assert self.choice is not None
+        policy, length = self.choice.policy, self.length
+        sample = self._read(draw(tokens, length, SAMPLED, self._dice))
+        ruled = (tokens < policy.sinks) | (tokens >= length - policy.window)
+        best = (~ruled[0]).nonzero()[:, 0]  # rules put tokens at the same places in all heads
+        return most_missed(q, chosen, sample.k, length - tokens.shape[1], self._spec, best)
+
+    def _held(self, tokens: Tensor) -> LayerKV:
+        """Rotated keys and values of what is selected, from the buffer if they fit there."""
+        if self.hot is None or tokens.shape[1] > self.hot.num_slots:
+            return self._read(tokens)
+        kv = self.hot.read(self._fetch(tokens))
         assert kv.k is not None
-        rest = tail.estimate(q, tokens, kv.k, kv.v, self._spec.scale)
-        return merge([attend_part(q, kv.k, kv.v, self._spec), Partial(*rest)]).out
+        return LayerKV(kv.k, kv.v)
 
     def _new_tail(self) -> Tail:
         if self._spec.softcap is not None:
