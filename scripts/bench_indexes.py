@@ -256,7 +256,7 @@ def plot(inputs: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
 def main() -> int:
     options = _options()
     if options.plot and importlib.util.find_spec("matplotlib") is None:
-        CONSOLE.print("drawing needs matplotlib: pip install headrace[dev], or leave out --plot")
+        CONSOLE.print("drawing needs matplotlib: pip install headrace[evals], or leave out --plot")
         return 1
     start = time.perf_counter()
     record = facts(torch.device("cpu")) | {"benchmark": "indexes", "budget": BUDGET}

@@ -1,0 +1,48 @@
+"""Running text to hide needles in: a text of the user's, or one that every machine has."""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pydoc_data.topics import topics
+
+from engine.errors import ConfigError
+
+# RULER cuts with nltk's trained model; here a needle stands wherever a sentence may have ended
+SENTENCE_END = re.compile(r"(?<=[.!?]) |(?<=[.!?][\"')\]]) ")
+WORD = re.compile(r"[a-z]{3,}")
+
+
+@dataclass(frozen=True, slots=True)
+class Essay:
+    """A text as a run of words, which begins again where it ends.
+
+    Args:
+        text: with single blanks between its words.
+        words: all of them, in order.
+    """
+
+    text: str
+    words: tuple[str, ...]
+
+    @classmethod
+    def of(cls, text: str) -> "Essay":
+        """Raises ConfigError where the text has no words."""
+        words = tuple(text.split())
+        if not words:
+            raise ConfigError("the haystack is empty: name a file with text in it")
+        return cls(" ".join(words), words)
+
+    def sentences(self, count: int) -> list[str]:
+        """The first `count` words, cut into sentences."""
+        repeats = -(-count // len(self.words))
+        return SENTENCE_END.split(" ".join((self.words * repeats)[:count]))
+
+    def vocabulary(self) -> list[str]:
+        """Its different lower-case words, sorted."""
+        return sorted(set(WORD.findall(self.text)))
+
+
+@cache
+def default_essay() -> Essay:
+    """Reference pages of the Python language: text of Python's own library."""
+    return Essay.of(" ".join(topics[name] for name in sorted(topics)))
