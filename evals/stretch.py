@@ -1,0 +1,106 @@
+"""A stretch of running text with needles in it, as long as a prompt may be."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any, NamedTuple
+
+from engine.errors import ConfigError
+from evals.ruler import prompt_tokens
+from evals.ruler.draft import insert
+from evals.ruler.essay import Essay, default_essay
+from evals.ruler.fit import DoesNotFit, fit
+from evals.task import Sample, Turn
+
+LEAST = 16  # words around each needle
+CLOSERS = "\"')]"
+
+
+class Needle(NamedTuple):
+    """A sentence to be hidden.
+
+    Args:
+        depth: share of the text before it, 0..1.
+    """
+
+    depth: float
+    text: str
+
+
+def essay_of(haystack: str | None) -> Essay:
+    """The text of a user, or the one that every machine has."""
+    return default_essay() if haystack is None else Essay.of(haystack)
+
+
+def stretch(essay: Essay, rng: Random, needles: Sequence[Needle]) -> Callable[[int], str]:
+    """Text of any number of words with the needles in it; it begins with a random sentence."""
+    start = _sentence(essay.words, rng.randrange(len(essay.words)))
+    words = essay.words[start:] + essay.words[:start]
+
+    def text(count: int) -> str:
+        return hide((words * -(-count // len(words)))[:count], needles)
+
+    return text
+
+
+def hide(words: Sequence[str], needles: Sequence[Needle]) -> str:
+    """Words with needles at their depths, each moved back to the end of a sentence or the start.
+
+    One at depth 1 stands at the very end, wherever the text breaks off (gkamradt's needle in a
+    haystack, 2023).
+    """
+    ordered = sorted(needles, key=lambda needle: needle.depth)
+    places = [_place(words, needle.depth) for needle in ordered]
+    return " ".join(insert(words, [needle.text for needle in ordered], places))
+
+
+def _place(words: Sequence[str], depth: float) -> int:
+    return len(words) if depth == 1 else _sentence(words, int(depth * len(words)))
+
+
+def _sentence(words: Sequence[str], place: int) -> int:
+    """The last beginning of a sentence up to `place`."""
+    ends = (
+        i for i in range(place, 0, -1) if words[i - 1].rstrip(CLOSERS).endswith((".", "!", "?"))
+    )
+    return next(ends, 0)
+
+
+def fitted(
+    tokenizer: Any, make: Callable[[int], Sample], needles: int, guess: int | None
+) -> tuple[Sample, int]:
+    """The sample with as many words as its length has room for, and that number.
+
+    Args:
+        make: a sample with so many words around its needles.
+        guess: words that fit a sample of the same task.
+    Raises:
+        ConfigError: there is no room for `LEAST` words a needle.
+    """
+    smallest = make(LEAST * needles)
+
+    def cost(words: int) -> int:
+        return longest(tokenizer, make(words))
+
+    try:
+        words = fit(cost, smallest.length, LEAST * needles, None, guess)
+    except DoesNotFit as error:
+        raise ConfigError(
+            f"{smallest.id} needs {error.tokens:,} tokens at the least by this tokenizer: "
+            "raise the length"
+        ) from error
+    return make(words), words
+
+
+def longest(tokenizer: Any, sample: Sample) -> int:
+    """Tokens of the longest prompt of a sample and of its answer.
+
+    Its turns are compared by their own tokens: all of them follow the same text.
+    """
+
+    def own(turn: Turn) -> int:
+        text = turn.question + turn.prefix
+        return len(tokenizer(text, verbose=False)["input_ids"]) + turn.max_new_tokens
+
+    turn = max(sample.turns, key=own)
+    return prompt_tokens(tokenizer, replace(sample, turns=(turn,))) + turn.max_new_tokens

@@ -1,0 +1,112 @@
+"""Hits of a cache of blocks under a policy of the store, and the most that any policy can have.
+
+A request's hits are its leading blocks that are all there: a block is of use only with all before
+it. What a request missed is stored after it, as `kvstore.level` does: victims make room, the
+request's own blocks are none of them, and what has no room beside those is not stored.
+"""
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import islice, pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.eviction import EvictionPolicy
+
+
+def named(chains: Sequence[NDArray[np.int32]]) -> list[list[bytes]]:
+    """Chains with names as the store has them, each one object."""
+    count = max(int(chain.max()) for chain in chains) + 1
+    names = [number.to_bytes(4, "big") for number in range(count)]
+    return [[names[x] for x in chain.tolist()] for chain in chains]
+
+
+def replay(chains: Sequence[list[bytes]], policy: EvictionPolicy, capacity: int) -> list[int]:
+    """Hits of each request, with room for `capacity` blocks; the policy is an empty one."""
+    return [_serve(chain, policy, capacity) for chain in chains]
+
+
+def _serve(chain: list[bytes], policy: EvictionPolicy, capacity: int) -> int:
+    # what is there of a chain is always its beginning
+    hits = bisect_left(chain, True, key=lambda block: block not in policy)
+    policy.touch(chain[:hits])
+    missing = chain[hits:]
+    if (excess := len(policy) + len(missing) - capacity) > 0:
+        for block in list(islice(policy.victims(set(chain)), excess)):
+            policy.remove(block)
+    before = chain[hits - 1] if hits else None
+    for block in missing[: capacity - len(policy)]:
+        policy.add(block, before, 1)
+        before = block
+    return hits
+
+
+class Reuse(NamedTuple):
+    """Blocks [first, stop) of a request's chain are next used by another request, all of them."""
+
+    first: int
+    stop: int
+    request: int
+
+
+def reuses(chains: Sequence[NDArray[np.int32]], distinct: int) -> list[list[Reuse]]:
+    """For each request, which of its blocks are used again, and by which request next."""
+    never = len(chains)
+    following = np.full(distinct, never, np.int64)
+    found: list[list[Reuse]] = []
+    for number in range(never - 1, -1, -1):
+        chain = chains[number]
+        later = following[chain]
+        following[chain] = number
+        edges = [0, *(np.flatnonzero(np.diff(later)) + 1).tolist(), len(chain)]
+        runs = (Reuse(a, b, int(later[a])) for a, b in pairwise(edges))
+        found.append([run for run in runs if run.request < never])
+    return found[::-1]
+
+
+def optimum(reused: Sequence[Sequence[Reuse]], capacity: int) -> list[int]:
+    """Hits of each request under Belady's rule: the block whose next use is farthest goes.
+
+    That is the most hits that any policy can have, also one that knows the future, evicts what it
+    likes, and stores only what it likes. Take the references to blocks one by one, those of a
+    request from its head on. Whatever a policy does is a schedule of this sequence, if blocks are
+    stored when referred to; and there Belady's rule, which here may pass a new block over too, has
+    the most hits (Belady 1966; Mattson et al. 1970), even if a block counted without those before
+    it. They are there anyway: who uses a block uses those before it, earlier, so their next use is
+    nearer and they stay longer. So the bound is reached, and is that of the prefix rule as well.
+    It is not one of a single request's hits, only of their sum.
+
+    Args:
+        reused: of `reuses`. What is never used again is not kept.
+    """
+    kept: dict[int, tuple[int, int]] = {}  # request: which of its blocks wait for it
+    farthest: list[int] = []  # these requests, negative, as a heap; some have been served
+    size, hits = 0, []
+    for number, runs in enumerate(reused):
+        first, stop = kept.pop(number, (0, 0))
+        hits.append(stop - first)
+        size -= stop - first
+        for run in runs:
+            if run.request not in kept:
+                heapq.heappush(farthest, -run.request)
+            # deeper blocks that wait for the same request follow at run.stop, if still kept
+            kept[run.request] = run.first, kept.get(run.request, (0, run.stop))[1]
+            size += run.stop - run.first
+        while size > capacity:
+            size -= _cut(kept, farthest, size - capacity)
+    return hits
+
+
+def _cut(kept: dict[int, tuple[int, int]], farthest: list[int], excess: int) -> int:
+    """Drop up to `excess` blocks of the request that is farthest off, the last ones; how many."""
+    request = -farthest[0]
+    first, stop = kept[request]
+    if stop - first > excess:
+        kept[request] = first, stop - excess
+        return excess
+    del kept[request]
+    heapq.heappop(farthest)
+    return stop - first

@@ -1,0 +1,73 @@
+"""`headrace-eval traces`: the table, its numbers, and what is wrong in one line."""
+
+import json
+
+import pytest
+
+from evals.cli import main
+from evals.traces.read import trace
+from evals.traces.table import measure
+
+LINES = [[0, 1], [0, 2], [0, 1], [0, 2]]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    lines = [json.dumps({"hash_ids": ids}) for ids in LINES]
+    (tmp_path / "chat.jsonl").write_text("\n".join(lines))
+    return str(tmp_path)
+
+
+def test_rates_count_the_shared_block_or_not():
+    made = measure(trace("x", LINES), ["lru"], [2, 3])
+    found = {(x.policy, x.capacity): (x.hit_rate, x.hit_rate_unshared) for x in made.rates}
+    assert made.shared == 1
+    assert found["lru", 2] == (3 / 8, 0.0)
+    assert found["belady", 2] == (4 / 8, 1 / 4)
+    assert found["lru", 3] == found["belady", 3] == found["belady", None] == (5 / 8, 2 / 4)
+
+
+def test_where_requests_share_all_there_is_no_rate_without():
+    made = measure(trace("x", [[1], [1]]), ["fifo"], [1])
+    assert [(x.hit_rate, x.hit_rate_unshared) for x in made.rates] == [(0.5, None)] * 3
+
+
+def test_the_table_has_policies_down_and_capacities_across(folder, capsys):
+    assert main(["traces", "--data", folder, "--capacity", "3", "2", "1k"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1][-4:] == ["2", "3", "1,000", "all"]
+    assert lines[2] == ["lru", "37.50", "62.50", "62.50"]
+    assert lines[4] == ["belady", "50.00", "62.50", "62.50", "62.50"]
+    assert lines[5] == ["lru,", "without", "shared", "0.00", "50.00", "50.00"]
+
+
+def test_json_has_a_line_for_each_trace(folder, capsys, monkeypatch, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "traces").symlink_to(folder)
+    monkeypatch.setenv("HEADRACE_DATA", str(data))
+    assert main(["traces", "--policy", "fifo", "--capacity", "2", "--limit", "2", "--json"]) == 0
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (line["trace"], line["requests"], line["distinct"], line["shared"]) == ("chat", 2, 3, 1)
+    assert [x["policy"] for x in line["rates"]] == ["fifo", "belady", "belady"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--policy", "mru"], "no policy 'mru': --policy takes lru, fifo"),
+        (["--capacity", "0"], "--capacity must be 1 block or more"),
+        (["--limit", "0"], "--limit must be 1 request or more"),
+        (["--data", "/nowhere"], "no traces in /nowhere"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(folder, capsys, options, words):
+    assert main(["traces", "--data", folder, *options]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+def test_without_data_the_setting_is_named(capsys, monkeypatch):
+    monkeypatch.delenv("HEADRACE_DATA", raising=False)
+    assert main(["traces"]) == 1
+    assert "give --data DIR, or set HEADRACE_DATA" in capsys.readouterr().err
