@@ -9,25 +9,19 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 
-import msgspec
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from engine.cache import Cache, SequenceCache, SparseStats
+from engine.cache import Cache, SparseStats
 from engine.decode import decode
 from engine.engine import Engine
 from engine.errors import PromptError
 from engine.haystack import Fact, Haystack
-from engine.indexes import INDEXES
 from engine.method import Method
 from engine.model import Model
-from engine.prefill import prefill
 from engine.question import prompt
-from engine.sparse_cache import OBSERVED, SparseCache, pool_shape
+from engine.sparse_cache import pool_shape
+from evals.context import Context
 from kvstore.device import DeviceTier
-from kvstore.pool import Pool
-from retrieval.index import State
 from retrieval.lowrank import Gram, RankChoice, choose_rank
 from retrieval.select import Policy
 
@@ -84,80 +78,6 @@ def _question(engine: Engine, text: str, context: list[int], fact: Fact) -> Ques
         raise PromptError("the model's chat template does not put the question behind the text")
     value = engine.tokenizer(f" {fact.value}", add_special_tokens=False)["input_ids"]
     return Question(fact, tuple(whole[len(context) :]), len(value))
-
-
-class Context(SequenceCache):
-    """A text that was read densely: its KV, its last queries, and the indexes made of them."""
-
-    def __init__(self, model: Model, tokens: Sequence[int]) -> None:
-        super().__init__(model.shape, len(tokens))
-        self.model = model
-        self.queries: dict[int, Float[Tensor, "Hq N D"]] = {}
-        self._states: dict[str, list[State]] = {}
-        self.read(tokens)
-
-    def read(self, tokens: Sequence[int]) -> None:
-        """Tokens that follow; indexes are made of what was read before the first is asked for."""
-        prefill(self.model, self, torch.tensor(tokens, device=self.model.shape.device))
-
-    def observe(self, layer: int, queries: Float[Tensor, "Hq N D"]) -> None:
-        """Keep the last ones, as `SparseCache` does."""
-        self.queries[layer] = queries[:, -OBSERVED:].clone()
-
-    def dense(self, room: int) -> SequenceCache:
-        """A copy that attends to everything, with room for so many more tokens."""
-        copy = SequenceCache(self.model.shape, self.length + room)
-        for i in range(self.model.shape.num_layers):
-            copy.write(i, 0, *self.view(i, self.length))
-        copy.advance(self.length)
-        return copy
-
-    @torch.inference_mode()
-    def sparse(self, method: Method, pool: Pool, policy: Policy | None = None) -> SparseCache:
-        """A cache in `pool` as if it had read the text.
-
-        Its indexes start from the state of those that were built for the first such cache:
-        building them for every question would take most of the time. Landmarks are built for
-        each: their outliers are a matter of the budget, and are on the device from the start.
-
-        Args:
-            method: without dense layers.
-            policy: takes the place of the method's.
-        """
-        states = self._index_states(method, pool) if method.index != "landmarks" else None
-        bare = msgspec.structs.replace(method, index="exact", options={}) if states else method
-        cache = self._filled(bare, pool)
-        for i in range(self.model.shape.num_layers):
-            choice = cache.layer(i).choice
-            assert choice is not None
-            choice.policy = policy or choice.policy
-            if states:
-                choice.index = INDEXES[method.index].from_state(states[i])
-        return cache
-
-    @torch.inference_mode()
-    def unrotated(self, layer: int, stop: int) -> Float[Tensor, "Hk T D"]:
-        """Keys of tokens [0, stop) before their rotation."""
-        return self.model.layers[layer].rope.unrotate(self.view(layer, stop).k, 0)
-
-    def _index_states(self, method: Method, pool: Pool) -> list[State]:
-        """Of the indexes of all layers; built once, whatever is asked with them."""
-        name = repr((method.index, method.options, method.distance))
-        if name not in self._states:
-            with closing(self._filled(method, pool)) as cache:
-                layers = map(cache.layer, range(self.model.shape.num_layers))
-                self._states[name] = [
-                    x.choice.index.state() for x in layers if x.choice is not None
-                ]
-        return self._states[name]
-
-    def _filled(self, method: Method, pool: Pool) -> SparseCache:
-        cache = SparseCache(self.model, 1, method, pool)
-        for i in range(self.model.shape.num_layers):
-            kv = self.view(i, self.length)
-            cache.layer(i).fill(kv.k, kv.v, self.queries[i])
-        cache.adopt(self.length)
-        return cache
 
 
 @torch.inference_mode()

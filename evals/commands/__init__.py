@@ -1,0 +1,1 @@
+"""What `headrace-eval` can be asked for, one file each."""

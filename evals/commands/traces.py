@@ -1,0 +1,89 @@
+"""`headrace-eval traces`: hit rates of the store's eviction policies on recorded requests."""
+
+import os
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from engine.errors import ConfigError
+from evals.traces.read import RequestTrace, read_traces
+from evals.traces.table import OPTIMUM, POLICIES, Rate, Rates, by_policy, measure
+
+CAPACITIES = (1000, 3000, 10000, 30000, 100000)
+
+
+def add(parser: ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument(
+        "--data", metavar="DIR", type=Path,
+        help="a trace, or a folder with some: .jsonl or .jsonl.gz, in Mooncake's format (hash_ids) "
+        "or as agentic sessions (s, i, t, n, p, k) ($HEADRACE_DATA/traces)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--capacity", metavar="N", type=_blocks, nargs="+", default=CAPACITIES,
+        help="blocks that there is room for, as 3000 or 3k "
+        f"({' '.join(f'{x // 1000}k' for x in CAPACITIES)})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--policy", metavar="NAME", nargs="+", default=tuple(POLICIES),
+        help=f"{', '.join(POLICIES)} (all); {OPTIMUM}, the best there can be, is always shown",
+    )  # fmt: skip
+    parser.add_argument("--limit", metavar="N", type=int, help="only the first N requests")
+    parser.add_argument("--json", action="store_true", help="a JSON line for each trace")
+
+
+def _blocks(text: str) -> int:
+    return int(text[:-1]) * 1000 if text[-1:] in ("k", "K") else int(text)
+
+
+def run(args: Namespace) -> int:
+    """Replay and print, a trace at a time."""
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError(f"--limit must be 1 request or more, got {args.limit}")
+    progress, console = Console(stderr=True), Console(highlight=False)
+    for trace in read_traces(args.data or _data(), args.limit):
+        with progress.status(f"replaying {trace.name}"):
+            rates = _measure(trace, args.policy, args.capacity)
+        if args.json:
+            print(msgspec.json.encode(rates).decode(), flush=True)
+        else:
+            _print(console, rates)
+    return 0
+
+
+def _data() -> Path:
+    folder = os.environ.get("HEADRACE_DATA")
+    if not folder:
+        raise ConfigError("there are no traces: give --data DIR, or set HEADRACE_DATA")
+    return Path(folder, "traces")
+
+
+def _measure(trace: RequestTrace, policies: Sequence[str], capacities: Sequence[int]) -> Rates:
+    return measure(trace, list(dict.fromkeys(policies)), sorted(set(capacities)))
+
+
+def _print(console: Console, rates: Rates) -> None:
+    console.print(
+        f"[bold]{rates.trace}[/]: {rates.requests:,} requests, {rates.blocks:,} blocks, "
+        f"{rates.distinct:,} of them different, the first {rates.shared:,} of every request"
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("hit rate, %")
+    for rate in by_policy(rates)[OPTIMUM]:
+        room = "all" if rate.capacity is None else f"{rate.capacity:,}"
+        table.add_column(room, justify="right")
+    _add_rows(table, rates, "", lambda rate: rate.hit_rate)
+    if rates.shared:
+        _add_rows(table, rates, ", without shared", lambda rate: rate.hit_rate_unshared)
+    console.print(table)
+    console.print()
+
+
+def _add_rows(table: Table, rates: Rates, note: str, value: Callable[[Rate], float | None]) -> None:
+    for name, row in by_policy(rates).items():
+        cells = ["-" if (x := value(rate)) is None else f"{100 * x:.2f}" for rate in row]
+        table.add_row(name + note, *cells, style="dim" if name == OPTIMUM else "")

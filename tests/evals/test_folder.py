@@ -1,0 +1,100 @@
+"""The folder of a run: says how it was made, and takes nothing that was made otherwise."""
+
+import json
+
+import pytest
+
+from engine.engine import Engine
+from engine.errors import ConfigError
+from evals import registry
+from evals.folder import RUN, facts, open_folder
+from evals.record import Journal, Record
+from tests.evals import toy
+from tests.evals.toy import settings
+
+
+@pytest.fixture(autouse=True)
+def _toy(monkeypatch):
+    monkeypatch.setitem(registry.SUITES, "toy", toy.KIND)
+    monkeypatch.delenv("HEADRACE_DATA", raising=False)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with Engine.from_pretrained("needle-tiny", device="cpu") as made:
+        yield made
+
+
+def test_a_folder_says_how_it_was_made(engine, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("A haystack.")
+    made = facts(engine, settings(haystack=str(text)))
+    open_folder(tmp_path, made).close()
+    found = json.loads((tmp_path / RUN).read_bytes())
+    assert found["model"] == "needle-tiny"
+    assert found["settings"]["budget"] == [0.2]
+    assert found["versions"]["torch"]
+    assert found["hardware"]["device"]
+    assert len(found["weights"]) == len(found["tokenizer"]) == 64
+    [start] = found["starts"]
+    assert start["commit"] == found["commit"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(budget=(0.1,)), r"budget is \[0.1\], was \[0.2\]"),
+        (dict(seed=7), "seed is 7, was 42"),
+        (dict(limit=3, lengths=(300,)), r"lengths is \[300\], was \[200\]; limit is 3, was 2"),
+        (dict(model="needle-smear"), "weights is"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused_in_one_line(engine, tmp_path, changes, said):
+    open_folder(tmp_path, facts(engine, settings())).close()
+    made = facts(engine, settings(**changes))
+    if made["model"] != "needle-tiny":
+        made |= {"weights": "other"}
+    with pytest.raises(ConfigError, match=said) as error:
+        open_folder(tmp_path, made)
+    assert "\n" not in str(error.value)
+    assert "starts" not in str(error.value)
+    open_folder(tmp_path, facts(engine, settings())).close()  # it is as it was, and free
+
+
+def test_memory_may_be_given_later(engine, tmp_path):
+    open_folder(tmp_path, facts(engine, settings())).close()
+    open_folder(tmp_path, facts(engine, settings(pinned_bytes=1 << 30))).close()
+
+
+def test_other_data_under_the_same_name_is_another_run(engine, tmp_path, monkeypatch):
+    kind = registry.Kind("tests.evals.toy", "ToySuite", ("seed", "haystack"))
+    monkeypatch.setitem(registry.SUITES, "toy", kind)
+    text, copy = tmp_path / "text.txt", tmp_path / "copy.txt"
+    text.write_text("One.")
+    copy.write_text("One.")
+    open_folder(tmp_path, facts(engine, settings(haystack=str(text)))).close()
+    open_folder(tmp_path, facts(engine, settings(haystack=str(copy)))).close()
+    text.write_text("Two.")
+    with pytest.raises(ConfigError, match="data haystack is"):
+        open_folder(tmp_path, facts(engine, settings(haystack=str(text))))
+
+
+def test_records_without_a_word_how_they_were_made_are_refused(engine, tmp_path):
+    journal = Journal(tmp_path)
+    journal.add(
+        [
+            Record(
+                id="a",
+                suite="s",
+                task="t",
+                family="f",
+                length=1,
+                turn=0,
+                method="dense",
+                budget=None,
+            )
+        ]
+    )
+    journal.close()
+    with pytest.raises(ConfigError, match=r"no run\.json"):
+        open_folder(tmp_path, facts(engine, settings()))

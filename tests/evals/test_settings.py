@@ -1,0 +1,50 @@
+"""Settings of a run: from a file, from options, and what is wrong with them in words."""
+
+import pytest
+
+from engine.errors import ConfigError
+from evals.settings import RunSettings, read_settings, tokens
+
+
+def test_options_go_before_the_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(
+        'suite = ["toy"]\nlengths = ["4k", 300]\nbudget = [64, 0.1]\nlimit = 3\n'
+        "[settings.shadowkv]\nrank = 8\n"
+    )
+    read = read_settings(str(path), {"limit": 5, "method": ["dense", "shadowkv"]})
+    assert read == RunSettings(
+        suite=("toy",),
+        lengths=(4096, 300),
+        budget=(64.0, 0.1),
+        limit=5,
+        method=("dense", "shadowkv"),
+        settings={"shadowkv": {"rank": 8}},
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sute = 3", "unknown field `sute`; known settings: model, suite"),
+        ('suite = ["toy"]\nlimit = "x"', "limit"),
+        ('suite = ["toy"]\nlengths = ["4x"]', "got 4x"),
+        ('suite = ["toy"', "is not TOML"),
+        ("", "suite is missing"),
+    ],
+)
+def test_a_file_that_says_something_else_is_refused(tmp_path, text, said):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        read_settings(str(path), {})
+
+
+def test_a_file_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match=r"cannot read nowhere\.toml"):
+        read_settings("nowhere.toml", {})
+
+
+@pytest.mark.parametrize(("said", "want"), [("4k", 4096), ("4K", 4096), (300, 300), ("17", 17)])
+def test_lengths_are_read_as_people_write_them(said, want):
+    assert tokens(said) == want
