@@ -13,6 +13,7 @@ from kvstore.errors import StoreError
 from kvstore.rows import PoolShape, TokenKV, words
 from kvstore.slots import Numbers, Slots
 
+WRITE_NUMBERS = 1 << 20  # of K encoded at once, and of V: at most 4 MiB where that takes fp32
 Found = tuple[Int64[Tensor, " some"] | None, Int64[Tensor, " some"]]
 
 
@@ -79,7 +80,10 @@ class Lease:
     def write(
         self, layer: int, start: int, k: Float[Tensor, "Hk N D"] | None, v: Float[Tensor, "Hk N D"]
     ) -> None:
-        """Encode N tokens from `start` on. Raises ValueError for a gap, or without room."""
+        """Encode N tokens from `start` on. Raises ValueError for a gap, or without room.
+
+        Run by run, so that the memory it takes meanwhile does not grow with N.
+        """
         self._check_open()
         stop = start + v.shape[1]
         if not 0 <= start <= self._written[layer] or stop > self.reserved:
@@ -87,11 +91,10 @@ class Lease:
                 f"{self.name}: tokens {start} to {stop} of layer {layer} must follow the "
                 f"{self._written[layer]} written, within the {self.reserved} reserved"
             )
-        encoded = words(self._pool.shape.layout.encode(k, v).flatten(0, 1))
-        flat = words(self._pool.flat(layer))
-        with self._at_rest(layer):
-            for chosen, rows in self._passes(layer, self._run(start, stop), writing=True):
-                flat.index_copy_(0, rows, encoded if chosen is None else encoded[chosen])
+        run = max(1, WRITE_NUMBERS // (len(v) * v.shape[2]))
+        for lo in range(0, stop - start, run):
+            part = slice(lo, lo + run)
+            self._put(layer, start + lo, None if k is None else k[:, part], v[:, part])
         self._written[layer] = max(self._written[layer], stop)
 
     def rows(self, ids: Int[Tensor, "Hk K"]) -> Int64[Tensor, "Hk K"]:
@@ -161,6 +164,13 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _put(self, layer: int, start: int, k: Tensor | None, v: Tensor) -> None:
+        encoded = words(self._pool.shape.layout.encode(k, v).flatten(0, 1))
+        flat, ids = words(self._pool.flat(layer)), self._run(start, start + v.shape[1])
+        with self._at_rest(layer):
+            for chosen, rows in self._passes(layer, ids, writing=True):
+                flat.index_copy_(0, rows, encoded if chosen is None else encoded[chosen])
 
     def _at_rest(self, layer: int) -> AbstractContextManager[object]:
         """In which no block of the layer moves but by `_passes`."""

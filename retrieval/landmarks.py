@@ -136,7 +136,10 @@ def least_cosines(keys: Float[Tensor, "Hk N D"], chunk: int) -> Float[Tensor, "H
     units = keys.shape[1] // chunk
     chunks = keys[:, : units * chunk].unflatten(1, (units, chunk))
     run = max(1, RUN_ELEMENTS // chunks[:, :1].numel()) if units else 1
-    return torch.cat([_least_cosines(part.float()) for part in chunks.split(run, 1)], 1)
+    least = torch.empty(chunks.shape[:2], device=keys.device)
+    for out, part in zip(least.split(run, 1), chunks.split(run, 1), strict=True):
+        out[:] = _least_cosines(part.float())
+    return least
 
 
 def _least_cosines(chunks: Float[Tensor, "Hk U N D"]) -> Float[Tensor, "Hk U"]:

@@ -138,7 +138,9 @@ class LowRankKeys:
             raise ValueError(f"rank must be at least 1, got {rank}")
         mean = gram.mean() if centred else torch.zeros_like(gram.mean())
         basis = directions.vectors[:, :rank].unflatten(0, (gram.num_kv_heads, -1)).mT.contiguous()
-        return cls(basis, mean, dtype=dtype, fitted=gram.count)
+        keys = cls(basis, mean, dtype=dtype, fitted=gram.count)
+        keys._coords.reserve(gram.count)  # at once: what outgrown buffers leave, glibc keeps
+        return keys
 
     @classmethod
     def from_state(cls, state: State) -> "LowRankKeys":

@@ -104,8 +104,10 @@ def products(query: Float[Tensor, "Hq D"], keys: Float[Tensor, "Hk N D"]) -> Flo
     if keys.dtype == torch.float32 or keys.is_cuda:
         return (folded @ keys.float().mT).flatten(0, 1)
     run = max(1, CAST_ELEMENTS // (heads * keys.shape[2]))
-    found = [folded @ part.float().mT for part in keys.split(run, 1)]
-    return torch.cat(found, -1).flatten(0, 1)
+    scores = folded.new_empty(*folded.shape[:2], keys.shape[1])
+    for out, part in zip(scores.split(run, 2), keys.split(run, 1), strict=True):
+        out[:] = folded @ part.float().mT
+    return scores.flatten(0, 1)
 
 
 def unit_max(scores: Float[Tensor, "Hq N"], unit: int) -> Float[Tensor, "Hq U"]:

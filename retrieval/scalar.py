@@ -130,8 +130,10 @@ class ScalarIndex:
         keys, self._waiting = self._waiting.view, None
         sample = keys[:, :: -(-keys.shape[1] // SAMPLED) or 1]
         if keys.shape[1]:  # run by run: a copy of all keys in fp32 would be twice their size
-            sums = [run.float().nan_to_num(0, 0, 0).sum(1, True) for run in keys.split(RUN_KEYS, 1)]
-            self._mean = torch.stack(sums).sum(0) / keys.shape[1]
+            total = torch.zeros_like(self._mean)  # one: many small sums would cut up the heap
+            for run in keys.split(RUN_KEYS, 1):
+                total += run.float().nan_to_num(0, 0, 0).sum(1, True)
+            self._mean = total / keys.shape[1]
         self._axes = Axes.fit(sample.float() - self._mean, self._codes.subspaces, self._seed)
         self._codes.reserve(keys.shape[1])
         self.append(keys)

@@ -1,0 +1,42 @@
+"""What it takes to move a prompt to the pool and to index it, besides what stays."""
+
+from contextlib import closing
+
+import pytest
+import torch
+
+from engine.hf import HFModel
+from engine.method import preset
+from engine.sparse_cache import SparseCache, pool_shape
+from kvstore.pool import Pool
+from tests.alive import taken
+from tests.engine.families import build
+
+METHODS = {
+    "headrace": preset("headrace"),
+    "lowrank + scalar + int4": preset("headrace", keys="lowrank", values="int4"),
+    "shadowkv": preset("shadowkv"),
+    "quest": preset("quest"),
+}
+
+
+def filled(method, tokens):
+    """What filling a layer takes, and what it may: its keys once, and what stays."""
+    model = HFModel(build("llama", num_key_value_heads=4, head_dim=128))
+    with closing(Pool(pool_shape(model, method), 2 * tokens * model.shape.kv_bytes_per_token)) as p:
+        cache = SparseCache(model, 1, method, p)
+        k, v = torch.randn(2, model.shape.num_kv_heads, tokens, model.shape.head_dim)
+        memory = taken(lambda: cache.fill(0, k, v))
+        granted = k.nbytes + cache.device_bytes
+        cache.close()
+    return memory, granted
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_what_filling_a_layer_takes_more_for_a_longer_prompt_is_what_it_keeps_more(method):
+    """Nor may the heap be cut up: a small result that outlives each of many large temporaries,
+    or a buffer that is outgrown again and again, leaves holes that add up to hundreds of MiB.
+    """
+    (few, least), (many, granted) = filled(method, 4096), filled(method, 16384)
+    assert many.most - few.most <= 1.1 * (granted - least)
+    assert many.heap - few.heap <= 1.5 * (granted - least)
