@@ -6,12 +6,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LEAST_ROWS = 16
-GROWTH = 16  # a full buffer grows by this part of itself: memory is dearer than copies
+GROWTH = 32  # a full buffer grows by this part of itself: memory is dearer than copies
 CAST_ELEMENTS = 1 << 18  # keys widened to fp32 at once: 1 MiB, which stays in a core's cache
 
 
 class Rows:
-    """A row per token (or unit) and KV head, in one buffer that grows by a sixteenth.
+    """A row per token (or unit) and KV head, in one buffer that grows by a thirty-second.
 
     Keys that wait for `finalize`, codes, means: whatever an index holds per token.
 

@@ -7,6 +7,7 @@ find a single token. Bits by variance find more with as many bytes where no toke
 (`flat`, `scripts/bench_indexes.py`), and no less elsewhere.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
@@ -183,7 +184,7 @@ class ScalarIndex:
         along = ((folded @ axes.basis) * axes.spread[:, None]).flatten(0, 1)
         tables = []
         for start, stop, bits in groups(axes.sizes):
-            rows = patterns(bits).to(query.device)
+            rows = patterns(bits, query.device)
             tables.append(along[:, start:stop].unflatten(1, (-1, rows.shape[1])) @ rows.mT)
         return torch.cat(tables, 1)
 
@@ -229,7 +230,11 @@ def levels(bits: int) -> Float[Tensor, " levels"]:
     return torch.cat([-positive.flip(0), positive])
 
 
-def patterns(bits: int) -> Float[Tensor, "16 dims"]:
-    """The levels that each of the 16 codes stands for; the first dimension has the lowest bits."""
+@functools.cache
+def patterns(bits: int, device: torch.device | str = "cpu") -> Float[Tensor, "16 dims"]:
+    """The levels that each of the 16 codes stands for; the first dimension has the lowest bits.
+
+    Shared: do not write into it.
+    """
     digits = torch.arange(16)[:, None] >> torch.arange(0, 4, bits)
-    return levels(bits)[digits % (1 << bits)]
+    return levels(bits)[digits % (1 << bits)].to(device)
