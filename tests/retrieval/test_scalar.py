@@ -137,6 +137,20 @@ def test_keys_of_few_directions_are_coded_finer_with_as_many_bytes():
     torch.testing.assert_close(errors[2], errors[1], rtol=0.01, atol=0)  # whatever a head's scale
 
 
+def test_scores_are_those_of_the_keys_that_codes_stand_for():
+    generator = torch.Generator().manual_seed(0)
+    falling = 20 * torch.arange(1, 129).rsqrt()  # groups of bits differ in spread, none has 1
+    keys = torch.randn(2, 500, 128, generator=generator) * falling
+    query = torch.randn(4, 128, generator=generator)
+    index = built(keys)
+    mean = index.state()["mean"]
+    axes = Axes.from_state(index.state())
+    assert len(groups(axes.sizes)) == 3
+    want = products(query, decoded(encoded(keys - mean, axes), axes) + mean)
+    off = (index.score(query) - want).square().mean().sqrt()
+    assert off < 0.02 * want.std()  # tables of 8 bits
+
+
 def test_scores_are_exact_before_finalize():
     query, keys = tensors(2, 2, 64, 300)
     index = ScalarIndex(2, 64)
