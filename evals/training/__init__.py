@@ -1,0 +1,1 @@
+"""How the project's reference model is made: texts, tokenizer, windows, wiring, training."""

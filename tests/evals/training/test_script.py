@@ -1,0 +1,70 @@
+"""The script: trains, goes on, writes a model that the engine serves, and says what is wrong."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.engine import Engine
+from evals.training.__main__ import main as examine
+
+SCRIPT = Path(__file__).parents[3] / "scripts" / "train_reference_model.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_reference_model", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def out(script, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("out")
+    assert script.main(["--out", str(folder), "--tiny"]) == 0
+    return folder
+
+
+def test_it_logs_what_it_has_learned(out):
+    line = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert line["step"] == 4
+    assert set(line["exam"]) >= {"single", "two_hops"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_engine_serves_what_it_wrote(out, dtype):
+    with Engine.from_pretrained(out / "model", device="cpu", dtype=dtype) as engine:
+        (answer,) = engine.generate("What is tiger? tiger is", max_new_tokens=3)
+    assert isinstance(answer.text, str)
+
+
+def test_a_training_that_is_complete_has_nothing_to_go_on_with(script, out):
+    before = (out / "log.jsonl").read_text()
+    assert script.main(["--out", str(out), "--tiny", "--resume"]) == 0
+    assert (out / "log.jsonl").read_text() == before
+
+
+def test_what_it_wrote_can_be_examined_again(out, capsys):
+    marked = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["exam"]
+    assert examine([str(out / "model"), "--lengths", "160", "--windows", "1"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["length"] == 160
+    assert set(line) - {"length", "windows"} == set(marked)
+
+
+def test_examining_no_model_is_one_line(tmp_path, capsys):
+    assert examine([str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("evals.training: no model in")
+
+
+def test_a_missing_text_is_one_line_without_a_traceback(script, tmp_path, capsys):
+    assert script.main(["--out", str(tmp_path), "--text", str(tmp_path / "no.txt")]) == 1
+    assert capsys.readouterr().err.startswith("train_reference_model: cannot read the text")
+
+
+def test_nothing_to_resume_is_one_line(script, tmp_path, out, capsys):
+    assert script.main(["--out", str(tmp_path), "--tiny", "--resume"]) == 1
+    assert "train without --resume first" in capsys.readouterr().err
