@@ -27,24 +27,29 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
-    _open_streams()
+    open_streams()
     args = build_parser().parse_args(argv)
+    # only the command that is asked for is imported: --help must not wait for torch
+    return exit_status("headrace", f"engine.commands.{args.command}", args)
+
+
+def exit_status(prog: str, module: str, args: argparse.Namespace) -> int:
+    """Of the `run` of a command's module; what a user can set right is said in one line."""
     try:
-        # only the command that is asked for is imported: --help must not wait for torch
-        status = int(importlib.import_module(f"engine.commands.{args.command}").run(args))
+        status = int(importlib.import_module(module).run(args))
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (EngineError, StoreError, OSError) as error:
-        print(f"headrace: {' '.join(str(error).split())}", file=sys.stderr)
+    except (EngineError, StoreError, OSError, ImportError) as error:  # a missing extra, too
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return status
 
 
-def _open_streams() -> None:
+def open_streams() -> None:
     """Closed streams are empty ones, and what a terminal cannot show is shown as `?`."""
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  as long as the process
     for name in ("stdout", "stderr"):

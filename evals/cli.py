@@ -5,14 +5,10 @@ user can set right (said in one line), 2 for a wrong command line, 130 for Ctrl-
 """
 
 import importlib
-import os
-import signal
 import sys
 from collections.abc import Sequence
 
-from engine.cli import Parser
-from engine.errors import EngineError
-from kvstore.errors import StoreError
+from engine.cli import Parser, exit_status, open_streams
 
 COMMANDS = {
     "run": "ask a model the questions of suites, by several methods, and note what came of it",
@@ -25,23 +21,10 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # what a terminal cannot show is shown as `?`
+    open_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser(words).parse_args(words)
-    try:
-        status = int(importlib.import_module(f"evals.commands.{args.command}").run(args))
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except (EngineError, StoreError, OSError, ImportError) as error:
-        print(f"headrace-eval: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return status
+    return exit_status("headrace-eval", f"evals.commands.{args.command}", args)
 
 
 def build_parser(words: Sequence[str]) -> Parser:

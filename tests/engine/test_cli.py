@@ -246,6 +246,13 @@ def test_missing_weights_are_refused(headrace, notes, tmp_path):
     refused(ask_notes(headrace, notes, "--model", "model"), "weights missing", "model.safetensors")
 
 
+def test_a_method_whose_extra_is_missing_names_it(headrace, notes, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    notes.write_text(NOTES * 20)  # a few keys would be their own codebook
+    answer = ask_notes(headrace, notes, "--method", "pqcache", "--budget", "64")
+    refused(answer, "needs FAISS", "headrace[cpu]")
+
+
 def test_a_model_that_is_nowhere_is_refused(headrace, notes):
     refused(ask_notes(headrace, notes, "--model", "no/such-model"), "model not found", "no/such")
 
