@@ -85,7 +85,11 @@ def attend_scores(
     q: Float[Tensor, "Hq D"], k: Float[Tensor, "Hk K D"], spec: AttentionSpec
 ) -> Float[Tensor, "Hk G K"]:
     """What attention takes the softmax of, in fp32."""
-    scores = (q.unflatten(0, (k.shape[0], -1)).float() @ k.float().mT) * spec.scale
+    return capped((q.unflatten(0, (k.shape[0], -1)).float() @ k.float().mT) * spec.scale, spec)
+
+
+def capped(scores: Float[Tensor, "..."], spec: AttentionSpec) -> Float[Tensor, "..."]:
+    """Scaled scores, as the model caps them (Gemma 2) or leaves them."""
     return scores if spec.softcap is None else spec.softcap * torch.tanh(scores / spec.softcap)
 
 
@@ -143,8 +147,7 @@ def _softcapped(
     mask: Bool[Tensor, "M S"] | None,
 ) -> Float[Tensor, "Hk M D"]:
     """Attention whose scores are capped before the softmax, which no fused kernel offers."""
-    assert spec.softcap is not None
-    scores = spec.softcap * torch.tanh((q.float() @ k.float().mT) * (spec.scale / spec.softcap))
+    scores = capped((q.float() @ k.float().mT) * spec.scale, spec)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return (scores.softmax(-1) @ v.float()).to(q.dtype)

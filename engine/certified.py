@@ -30,7 +30,7 @@ def most_missed(
         missing: how many others there are.
         best: which of the K tokens the index selected, not a rule such as sinks and window.
     """
-    kept, others = (attend_scores(q, k, spec).float() for k in (chosen, sample))  # [Hk, G, K]
+    kept, others = (attend_scores(q, k, spec) for k in (chosen, sample))  # [Hk, G, K]
     lse = kept.logsumexp(-1, keepdim=True)
     weight = (kept[..., best] - lse).amax(1).median(-1).values  # of a group's keenest head
     ceiling = (weight[:, None] + lse[..., 0]).flatten()

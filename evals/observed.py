@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from engine.attention import attend_part
+from engine.attention import attend_part, capped
 from engine.cache import Cache, Query, SequenceCache, SparseStats
 from engine.model import AttentionSpec
 from engine.recorder import Recorder
@@ -133,7 +133,7 @@ def compare(
     assert kv.k is not None
     heads, length = kv.v.shape[:2]
     scores = products(q, kv.k)
-    probs = _capped(scores * spec.scale, spec).softmax(-1)
+    probs = capped(scores * spec.scale, spec).softmax(-1)
     as_many = max(tokens.shape[1], policy.sinks + policy.window)
     policy = replace(policy, budget=as_many, top_p=None)
     best = top_tokens(scores, policy, num_kv_heads=heads, length=length, scale=spec.scale)
@@ -141,10 +141,6 @@ def compare(
     error = (out.float() - full).norm(dim=-1) / full.norm(dim=-1).clamp_min(1e-30)
     found = mass(probs, tokens), mass(probs, best), error
     return Kept(*(x.unflatten(0, (heads, -1)).mean(1) for x in found))
-
-
-def _capped(logits: Float[Tensor, "Hq T"], spec: AttentionSpec) -> Float[Tensor, "Hq T"]:
-    return logits if spec.softcap is None else spec.softcap * torch.tanh(logits / spec.softcap)
 
 
 def _everything(kv: LayerKV) -> Int[Tensor, "Hk T"]:
