@@ -11,9 +11,7 @@ tokens, which count for the first token, come first and warm all of them up.
     speedup         median over steps of dense's time in units of the method's
 """
 
-import ctypes
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -154,7 +152,7 @@ def _alone(trial: Trial, way: Way, start: int | None) -> int | None:
         pass
     before = _in_use(device)
     with trial.cache(way) as cache:
-        _start_anew(device)
+        reset_peak(device)
         for token in trial.question[:ALONE]:
             decode(trial.model, [cache], torch.tensor([token], device=device))
         most = peak_bytes(device)
@@ -162,12 +160,5 @@ def _alone(trial: Trial, way: Way, start: int | None) -> int | None:
 
 
 def _in_use(device: torch.device) -> int | None:
-    _start_anew(device)
-    return peak_bytes(device)
-
-
-def _start_anew(device: torch.device) -> None:
-    """As `reset_peak`; memory that is free, but not yet the system's, would hide what comes."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)  # glibc's; 33 MB of KV were seen as 0.2 without
     reset_peak(device)
+    return peak_bytes(device)
