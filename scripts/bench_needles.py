@@ -261,7 +261,7 @@ def main() -> None:
     if not options.json:
         show(results)
     if options.save:
-        CONSOLE.print(f"saved to {save('needles', line)}")
+        CONSOLE.print(f"saved to {save('needles_long' if options.long else 'needles', line)}")
     if options.json:
         print(json.dumps(summary(results)))
 

@@ -172,14 +172,9 @@ def needles(record: dict[str, Any]) -> str:
         "Share of answers right (tokens attended to per KV head): "
         f"{at['needles']} needles in {at['tokens']:,} tokens of "
         "real text, read densely,\nquestions and answers decoded sparsely, sinks (4) and window "
-        f"(16) inside the budget. `scripts/bench_needles.py{' --long' * _long(record)}`"
+        f"(16) inside the budget. `scripts/bench_needles.py{' --long' * (at['tokens'] > 4096)}`"
     )
     return "\n\n".join([about, *parts])
-
-
-def _long(record: dict[str, Any]) -> bool:
-    """Whether the texts of a needles bench are the longer ones."""
-    return any(at["tokens"] > 4096 for at in record["models"].values())
 
 
 def kvpress(record: dict[str, Any]) -> str:
@@ -228,12 +223,9 @@ def page() -> str:
 
 
 def newest(name: str) -> dict[str, Any]:
-    """The last line of a benchmark; of needles, of the shorter or the longer texts."""
-    files = sorted((ROOT / "benchmarks" / "results").glob(f"{name.removesuffix('_long')}_*.json*"))
-    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    if name.startswith("needles"):
-        lines = [line for line in lines if _long(line) == name.endswith("_long")]
-    found: dict[str, Any] = lines[-1]
+    """The last line of the last results file of a benchmark."""
+    file = sorted((ROOT / "benchmarks" / "results").glob(f"{name}_[0-9]*.json*"))[-1]
+    found: dict[str, Any] = json.loads(file.read_text().splitlines()[-1])
     return found
 
 
