@@ -55,7 +55,7 @@ class Haystack:
         """
         rng = random.Random(seed)
         chosen = _facts(rng, facts)
-        room = tokens - sum(_count(tokenizer, fact.statement) + 1 for fact in chosen)
+        room = tokens - sum(count_tokens(tokenizer, fact.statement) + 1 for fact in chosen)
         if room < 16 * facts:
             raise ConfigError(
                 f"there is no room for {facts} facts in {tokens} tokens of text: raise the tokens"
@@ -75,7 +75,7 @@ def _pages(rng: random.Random, tokenizer: Any, tokens: int) -> str:
     pages = "".join(topics[name] for name in sorted(topics))
     start = rng.choice([end.start() for end in SENTENCE_END.finditer(pages)])
     text = (pages[start:] + pages[:start]).lstrip()
-    while _count(tokenizer, text[: tokens * 16]) < tokens and len(text) < tokens * 16:
+    while count_tokens(tokenizer, text[: tokens * 16]) < tokens and len(text) < tokens * 16:
         text += text
     encoded = tokenizer(
         text[: tokens * 16], add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -95,5 +95,6 @@ def _hide(rng: random.Random, text: str, facts: tuple[Fact, ...]) -> str:
     return "".join([*pieces, text[last:]])
 
 
-def _count(tokenizer: Any, text: str) -> int:
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """Of a text alone, without special tokens."""
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -65,6 +65,11 @@ def ask_alone(tokenizer: Any, sample: Sample, turn: int) -> Asked:
     return Asked(tuple(whole[:-1]), tuple(whole[-1:]))
 
 
+def prompt_tokens(tokenizer: Any, sample: Sample, turn: int = 0) -> int:
+    """Tokens of a turn's prompt, those of the chat template and special ones included."""
+    return len(_whole(tokenizer, sample.context, sample.turns[turn], sample.chat))
+
+
 def _whole(tokenizer: Any, context: str, turn: Turn, chat: bool) -> list[int]:
     """Context, question and the answer's prefix, which stands behind the template's last word."""
     text = context + turn.question

@@ -10,7 +10,7 @@ import msgspec
 from engine.errors import ConfigError
 from evals.metrics import longbench_score, longbench_v2_score, ruler_score
 from evals.record import RECORDS, Record, read_records
-from evals.ruler.rows import read_rows
+from evals.rows import read_rows
 from evals.task import Sample, Turn
 
 Row: TypeAlias = Mapping[str, Any]

@@ -1,16 +1,15 @@
 """A stretch of running text with needles in it, as long as a prompt may be."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from random import Random
 from typing import Any, NamedTuple
 
 from engine.errors import ConfigError
-from evals.ruler import prompt_tokens
+from evals.prompt import prompt_tokens
 from evals.ruler.draft import insert
-from evals.ruler.essay import Essay, default_essay
+from evals.ruler.essay import Essay
 from evals.ruler.fit import DoesNotFit, fit
-from evals.task import Sample, Turn
+from evals.task import Sample
 
 LEAST = 16  # words around each needle
 CLOSERS = "\"')]"
@@ -25,11 +24,6 @@ class Needle(NamedTuple):
 
     depth: float
     text: str
-
-
-def essay_of(haystack: str | None) -> Essay:
-    """The text of a user, or the one that every machine has."""
-    return default_essay() if haystack is None else Essay.of(haystack)
 
 
 def stretch(essay: Essay, rng: Random, needles: Sequence[Needle]) -> Callable[[int], str]:
@@ -98,9 +92,10 @@ def longest(tokenizer: Any, sample: Sample) -> int:
     Its turns are compared by their own tokens: all of them follow the same text.
     """
 
-    def own(turn: Turn) -> int:
+    def own(number: int) -> int:
+        turn = sample.turns[number]
         text = turn.question + turn.prefix
         return len(tokenizer(text, verbose=False)["input_ids"]) + turn.max_new_tokens
 
-    turn = max(sample.turns, key=own)
-    return prompt_tokens(tokenizer, replace(sample, turns=(turn,))) + turn.max_new_tokens
+    turn = max(range(len(sample.turns)), key=own)
+    return prompt_tokens(tokenizer, sample, turn) + sample.turns[turn].max_new_tokens

@@ -7,7 +7,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from engine.errors import ConfigError
-from engine.haystack import KEYS
+from engine.haystack import KEYS, count_tokens
 from evals.ruler.templates import NEEDLE, NIAH, Template, singular
 from evals.task import Turn
 
@@ -67,7 +67,7 @@ class Wording:
             question=before + template.question.format(query=facts[0].key),
             prefix=template.prefix.format(query=facts[0].key),
             outputs=values,
-            max_new_tokens=_count(tokenizer, f" {', '.join(values)}.") + SPARE,
+            max_new_tokens=count_tokens(tokenizer, f" {', '.join(values)}.") + SPARE,
             stop=self.stop,
         )
 
@@ -130,7 +130,3 @@ def share_found(prediction: str, outputs: Sequence[str]) -> float:
     """0..100: how many of the values stand in a prediction, as whole numbers."""
     said = set(re.findall(r"\d+", prediction))
     return 100.0 * sum(value in said for value in outputs) / len(outputs)
-
-
-def _count(tokenizer: Any, text: str) -> int:
-    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import track
 
 from engine.errors import ConfigError
-from evals.ruler import TASKS, RulerSuite, prompt_tokens
+from evals.prompt import prompt_tokens
+from evals.ruler import TASKS, RulerSuite
 from evals.settings import tokens
 from evals.task import Sample
 

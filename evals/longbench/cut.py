@@ -5,7 +5,7 @@ from itertools import takewhile
 from typing import Any
 
 from engine.errors import ConfigError
-from evals.ruler import prompt_tokens
+from evals.prompt import prompt_tokens
 from evals.task import Sample
 
 

@@ -10,7 +10,7 @@ import msgspec
 
 from engine.errors import ConfigError
 from evals.longbench.tasks import TASKS
-from evals.ruler.rows import read_rows
+from evals.rows import read_rows
 
 Folder: TypeAlias = str | Path | Mapping[str, Iterable[Mapping[str, Any]]]
 T = TypeVar("T", bound=msgspec.Struct)

@@ -9,7 +9,7 @@ from evals.longbench.cut import cut_to_length
 from evals.longbench.rows import Folder, Row, rows_of, tasks_in
 from evals.longbench.tasks import TASKS, fill
 from evals.metrics.longbench import longbench_score
-from evals.ruler import prompt_tokens
+from evals.prompt import prompt_tokens
 from evals.task import Sample, Turn
 
 

@@ -12,7 +12,7 @@ from engine.errors import ConfigError
 from evals.longbench.cut import cut_to_length
 from evals.longbench.rows import checked
 from evals.metrics.longbench_v2 import longbench_v2_score
-from evals.ruler.rows import read_rows
+from evals.rows import read_rows
 from evals.task import Sample, Turn
 
 Source: TypeAlias = str | Path | Iterable[Mapping[str, Any]]

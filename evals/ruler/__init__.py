@@ -1,5 +1,5 @@
 """RULER's thirteen tasks: their prompts, made from their definitions."""
 
-from evals.ruler.suite import TASKS, RulerSuite, prompt_tokens
+from evals.ruler.suite import TASKS, RulerSuite
 
-__all__ = ["TASKS", "RulerSuite", "prompt_tokens"]
+__all__ = ["TASKS", "RulerSuite"]

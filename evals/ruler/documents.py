@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from engine.errors import ConfigError
-
-Row: TypeAlias = Any  # a JSON object, if all is well
+from evals.rows import Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,11 @@ class Essay:
         return sorted(set(WORD.findall(self.text)))
 
 
+def essay_of(haystack: str | None) -> Essay:
+    """The text of a user, or the one that every machine has."""
+    return default_essay() if haystack is None else Essay.of(haystack)
+
+
 @cache
 def default_essay() -> Essay:
     """Reference pages of the Python language: text of Python's own library."""

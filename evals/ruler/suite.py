@@ -1,23 +1,24 @@
 """RULER (Hsieh et al. 2024): thirteen synthetic tasks at any length, for any tokenizer."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from random import Random
 from typing import Any, Literal
 
 from engine.errors import ConfigError
+from engine.haystack import count_tokens
 from evals.metrics.ruler import ruler_score
-from evals.prompt import ask_alone
+from evals.prompt import prompt_tokens
+from evals.rows import Source, default_source, read_rows
 from evals.ruler.common_words import CommonWords
 from evals.ruler.documents import Corpus, hotpotqa, squad
 from evals.ruler.draft import Recipe
-from evals.ruler.essay import Essay, default_essay
+from evals.ruler.essay import Essay, essay_of
 from evals.ruler.fit import DoesNotFit, fit
 from evals.ruler.frequent_words import FrequentWords
 from evals.ruler.niah import Needles, Niah
 from evals.ruler.qa import Qa
-from evals.ruler.rows import Source, default_source, read_rows
 from evals.ruler.tracing import Tracing
 from evals.ruler.words import Words, load_words
 from evals.task import Sample, Turn
@@ -33,7 +34,7 @@ class Sources:
 
     @cached_property
     def essay(self) -> Essay:
-        return default_essay() if self._haystack is None else Essay.of(self._haystack)
+        return essay_of(self._haystack)
 
     @property
     def words(self) -> Words:
@@ -64,7 +65,7 @@ class Cell:
 
     def count(self, text: str) -> int:
         """Tokens of a text alone."""
-        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return count_tokens(self.tokenizer, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ class RulerSuite:
 
     Args:
         haystack: text that needles are hidden in; by default one that every machine has.
-        squad, hotpotqa: see `evals.ruler.rows.read_rows`; by default `$HEADRACE_DATA/squad` and
+        squad, hotpotqa: see `evals.rows.read_rows`; by default `$HEADRACE_DATA/squad` and
             `$HEADRACE_DATA/hotpotqa`.
         chat: whether the prompts go through the tokenizer's chat template, where it has one.
     """
@@ -213,10 +214,3 @@ def _size(cell: Cell, recipe: Recipe, make: Callable[[int], Sample], guess: int 
             "lower the length, or name a longer haystack or a larger file"
         )
     return size
-
-
-def prompt_tokens(tokenizer: Any, sample: Sample) -> int:
-    """Tokens of a sample's only prompt, those of the chat template and special ones included."""
-    turn = sample.turns[0]
-    whole = Turn(sample.context + turn.question, turn.prefix, turn.outputs, turn.max_new_tokens)
-    return ask_alone(tokenizer, replace(sample, turns=(whole,)), 0).tokens

@@ -8,8 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.errors import ConfigError
 from evals.longbench.cut import cut_to_length
-from evals.prompt import ask
-from evals.ruler import prompt_tokens
+from evals.prompt import ask, prompt_tokens
 from evals.task import Sample, Turn
 
 from .conftest import byte_tokenizer

@@ -9,7 +9,7 @@ from engine.errors import ConfigError
 from evals.longbench import LongBenchSuite
 from evals.longbench.rows import rows_of
 from evals.longbench.tasks import TASKS
-from evals.ruler.rows import read_rows
+from evals.rows import read_rows
 from tests.data import real_data
 
 LENGTH, COUNT = 1000, 40

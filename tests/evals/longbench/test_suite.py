@@ -9,7 +9,7 @@ from evals.longbench import LongBenchSuite
 from evals.longbench.rows import rows_of
 from evals.longbench.tasks import TASKS
 from evals.metrics import longbench_score
-from evals.ruler import prompt_tokens
+from evals.prompt import prompt_tokens
 from evals.task import Suite
 from tests.data import real_data
 

@@ -6,7 +6,7 @@ import pytest
 
 from engine.errors import ConfigError
 from evals.longbench import LongBenchV2Suite
-from evals.ruler import prompt_tokens
+from evals.prompt import prompt_tokens
 from evals.task import Suite
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from engine.errors import ConfigError
+from evals.rows import default_source, read_rows
 from evals.ruler import RulerSuite
 from evals.ruler.documents import hotpotqa, squad
-from evals.ruler.rows import default_source, read_rows
 from tests.data import real_data
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from engine.errors import ConfigError
 from evals.metrics.ruler import ALL, ANY
-from evals.prompt import ask
-from evals.ruler import TASKS, RulerSuite, prompt_tokens
+from evals.prompt import ask, prompt_tokens
+from evals.ruler import TASKS, RulerSuite
 from evals.task import Suite
 from tests.data import real_data
 

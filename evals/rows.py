@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from engine.errors import ConfigError
-from evals.ruler.documents import Row
 
+Row: TypeAlias = Any  # a JSON object, if all is well
 Source: TypeAlias = str | Path | Iterable[Row]
 SPLITS = ("validation", "dev", "test", "train")  # the first there is is taken
 
