@@ -40,13 +40,11 @@ class Level:
                 )
 
     def held(self, keys: Sequence[BlockKey]) -> list[bool]:
-        """Which keys are here to stay for now."""
+        """Which keys are here to stay for now; those that were pinned before, while they are."""
+        with self._lock:  # before the tier is asked: by then a doomed block may be gone, and spared
+            doomed = frozenset(self._doomed)
         found = self.tier.held(keys)
-        if not self._doomed:
-            return found
-        return [
-            is_ and key.digest not in self._doomed for is_, key in zip(found, keys, strict=True)
-        ]
+        return [is_ and key.digest not in doomed for is_, key in zip(found, keys, strict=True)]
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Note a use of these blocks, given from the head of their chain on."""
