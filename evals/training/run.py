@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,6 @@ from evals.training.windows import Windows
 from evals.training.wiring import wire
 
 CLIP = 1.0
-PAUSE_S = 60.0  # a step that took longer was compiled, or the process was stopped: not counted
-
-
-@dataclass(frozen=True, slots=True)
-class Duration:
-    """How long to train: hours of training proper, or a number of steps."""
-
-    hours: float | None = None
-    steps: int | None = None
-
-    def progress(self, seconds: float, step: int) -> float:
-        """0 at the start, 1 at the end."""
-        if self.steps is not None:
-            return step / self.steps
-        return seconds / 3600 / (self.hours or 1.0)
 
 
 class Training:
@@ -134,22 +118,21 @@ class Training:
 
 def train(
     training: Training,
-    duration: Duration,
+    steps: int,
     *,
     every_s: float,
     report: Callable[[dict[str, Any]], None],
     keep: Callable[[], None],
 ) -> None:
-    """Train to the end; every `every_s` seconds, and after the last step, `report` and `keep`."""
+    """Train up to step `steps`; every `every_s` seconds, and at the end, `report` and `keep`."""
     sums: list[Tensor] = []
     last = time.monotonic()
-    while (progress := duration.progress(training.seconds, training.step)) < 1:
-        before = time.monotonic()
+    while training.step < steps:
+        before, progress = time.monotonic(), training.step / steps
         found = training.train_step(progress)
         sums.append(torch.stack([found.answers, found.language, found.right]).cpu())
         now = time.monotonic()
-        if now - before < PAUSE_S:
-            training.seconds += now - before
+        training.seconds += now - before
         if now - last > every_s:
             report(_line(training, progress, sums))
             keep()

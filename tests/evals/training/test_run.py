@@ -11,7 +11,7 @@ from engine.errors import ConfigError
 from evals.training.batches import collate, draw_batch
 from evals.training.exam import Exam
 from evals.training.recipe import REFERENCE, TASK_WEIGHTS, TINY
-from evals.training.run import Duration, Training, train
+from evals.training.run import Training, train
 from evals.training.tasks import TASKS
 from evals.training.windows import ANSWER, LANGUAGE
 
@@ -68,7 +68,7 @@ def test_training_reports_and_keeps_at_its_end(windows):
     lines, kept = [], []
     train(
         make(windows),
-        Duration(steps=3),
+        3,
         every_s=math.inf,
         report=lines.append,
         keep=lambda: kept.append(True),
@@ -76,11 +76,6 @@ def test_training_reports_and_keeps_at_its_end(windows):
     assert [line["step"] for line in lines] == [3]
     assert lines[0]["tokens"] > 0
     assert kept == [True]
-
-
-def test_hours_are_hours_of_training():
-    assert Duration(hours=2.0).progress(3600.0, 5) == 0.5
-    assert Duration(steps=10).progress(3600.0, 5) == 0.5
 
 
 def test_rates_rise_stay_and_fall():
