@@ -1,8 +1,13 @@
 """Hit rates of policies at capacities, beside the most that any policy can have."""
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.errors import ConfigError
 from evals.traces.read import RequestTrace
@@ -83,15 +88,22 @@ def _check(policies: Sequence[str], capacities: Sequence[int]) -> None:
 def _replays(
     trace: RequestTrace, policies: Sequence[str], capacities: Sequence[int]
 ) -> Iterator[tuple[str, int | None, list[int]]]:
-    """Policy, capacity, and hits of each request."""
-    chains = named(trace.chains) if policies else []
-    for name in policies:
-        for capacity in capacities:
-            yield name, capacity, replay(chains, POLICIES[name](), capacity)
+    """Policy, capacity, and hits of each request; the policies' in as many processes as cores."""
+    cases = list(product(policies, capacities))
+    if cases:
+        spawned = multiprocessing.get_context("spawn")  # a fork would copy threads' locks
+        with ProcessPoolExecutor(mp_context=spawned) as pool:
+            found = [pool.submit(_replayed, trace.chains, *case) for case in cases]
+            for case, hits in zip(cases, found, strict=True):
+                yield *case, hits.result()
     reused = reuses(trace.chains, trace.distinct)
     for capacity in capacities:
         yield OPTIMUM, capacity, optimum(reused, capacity)
     yield OPTIMUM, None, optimum(reused, trace.distinct)
+
+
+def _replayed(chains: Sequence[NDArray[np.int32]], policy: str, capacity: int) -> list[int]:
+    return replay(named(chains), POLICIES[policy](), capacity)
 
 
 def _rate(trace: RequestTrace, policy: str, capacity: int | None, hits: list[int]) -> Rate:
