@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.errors import ModelError
-from engine.linear import borrowed
+from engine.linear import borrowed, borrowed_norm
 from engine.model import QKV, AttentionSpec, Shape
 from engine.rope import Rope
 
@@ -27,6 +27,7 @@ class Family:
         qk_norm: RMS norm of q and k per "head", or over the whole projected "row".
         interleaved: rotary pairs are neighbours (GLM), not halves.
         fused_qkv: one `qkv_proj` makes all three.
+        plain_norm: norms are Llama's, rounded where it rounds; others run as the module has them.
         softcap: the layer caps attention scores with `attn_logit_softcapping`.
     """
 
@@ -37,10 +38,12 @@ class Family:
     qk_norm: Literal["head", "row"] | None = None
     interleaved: bool = False
     fused_qkv: bool = False
+    plain_norm: bool = True
     softcap: bool = False
 
 
 _GEMMA = Family(
+    plain_norm=False,
     attn_out="post_attention_layernorm",
     mlp_in="pre_feedforward_layernorm",
     mlp_out="post_feedforward_layernorm",
@@ -64,6 +67,7 @@ FAMILIES: dict[str, Family] = {
         mlp_in=None,
         mlp_out="post_feedforward_layernorm",
         qk_norm="row",
+        plain_norm=False,
     ),
 }
 
@@ -72,6 +76,11 @@ Norm = Callable[[Tensor], Tensor]
 
 def _same(x: Tensor) -> Tensor:
     return x
+
+
+def norm_of(module: nn.Module, family: Family) -> Norm:
+    """A norm of the model; in compiled code where its family's can be."""
+    return borrowed_norm(module) if family.plain_norm else module
 
 
 class HFLayer:
@@ -84,6 +93,9 @@ class HFLayer:
         self._attn: Any = borrowed(module.self_attn)
         self._mlp: Any = borrowed(module.mlp)
         self._family, self._head_dim = family, head_dim
+        if family.qk_norm is not None:
+            self._q_norm = norm_of(module.self_attn.q_norm, family)
+            self._k_norm = norm_of(module.self_attn.k_norm, family)
         self._attn_in, self._attn_out, self._mlp_in, self._mlp_out = (
             self._norm(name)
             for name in (family.attn_in, family.attn_out, family.mlp_in, family.mlp_out)
@@ -93,10 +105,10 @@ class HFLayer:
         """Projections of N tokens, normalised where the model does, unrotated."""
         q, k, v = self._project(self._attn_in(x))
         if self._family.qk_norm == "row":
-            q, k = self._attn.q_norm(q), self._attn.k_norm(k)
+            q, k = self._q_norm(q), self._k_norm(k)
         q, k, v = (part.unflatten(-1, (-1, self._head_dim)) for part in (q, k, v))
         if self._family.qk_norm == "head":
-            q, k = self._attn.q_norm(q), self._attn.k_norm(k)
+            q, k = self._q_norm(q), self._k_norm(k)
         return QKV(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))
 
     def finish(
@@ -113,7 +125,7 @@ class HFLayer:
         return qkv.split([qkv.shape[-1] - 2 * kv, kv, kv], -1)
 
     def _norm(self, name: str | None) -> Norm:
-        return _same if name is None else getattr(self.module, name)
+        return _same if name is None else norm_of(getattr(self.module, name), self._family)
 
 
 class HFModel:
@@ -124,6 +136,7 @@ class HFModel:
         self.config: Any = module.config
         family = family_of(self.config)
         self._body: Any = module.model
+        self._norm = norm_of(self._body.norm, family)
         self._head: Any = borrowed(module.lm_head)
         self._softcap = getattr(self.config, "final_logit_softcapping", None)
         turns = ropes(self._body, self.config, family)
@@ -146,7 +159,7 @@ class HFModel:
 
     def logits(self, x: Float[Tensor, "N E"]) -> Float[Tensor, "N vocab"]:
         """Next-token logits of the last layer's output."""
-        out = self._head(self._body.norm(x))
+        out = self._head(self._norm(x))
         return out if self._softcap is None else self._softcap * torch.tanh(out / self._softcap)
 
 

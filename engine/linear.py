@@ -1,4 +1,4 @@
-"""The linear layers of a model, borrowed: its weights, and compiled code where that is faster."""
+"""Linear layers and norms of a model, borrowed: its weights, and compiled code if faster."""
 
 import copy
 
@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.kernels.project import project_native, serves
+from engine.kernels import project, rms_norm
 
 
 class Linear(nn.Module):
@@ -20,10 +20,31 @@ class Linear(nn.Module):
         self._parameters = borrowed._parameters  # the same dictionary: new weights are seen, too
 
     def forward(self, x: Float[Tensor, "*n I"]) -> Float[Tensor, "*n O"]:
-        if not serves(x, self.weight):
+        if not project.serves(x, self.weight):
             return F.linear(x, self.weight, self.bias)
-        out = project_native(x, self.weight)
+        out = project.project_native(x, self.weight)
         return out if self.bias is None else out + self.bias
+
+
+class Norm(nn.Module):
+    """An RMS norm like Llama's whose few rows are normed in compiled code on a CPU.
+
+    Whatever that does not serve is the lender's own business.
+    """
+
+    weight: Tensor
+
+    def __init__(self, lender: nn.Module) -> None:
+        super().__init__()
+        self._parameters = lender._parameters  # as above
+        self._lender = [lender]  # in a list: its parameters are not listed twice
+        self._eps = float(lender.variance_epsilon)  # type: ignore[arg-type]
+
+    def forward(self, x: Float[Tensor, "*n I"]) -> Float[Tensor, "*n I"]:
+        if rms_norm.serves(x, self.weight):
+            return rms_norm.rms_norm_native(x, self.weight, self._eps)
+        out: Tensor = self._lender[0](x)
+        return out
 
 
 def borrowed(module: nn.Module) -> nn.Module:
@@ -32,10 +53,18 @@ def borrowed(module: nn.Module) -> nn.Module:
     `module` is left as it is. Layers of other types, and those that somebody hooked, are shared.
     """
     if type(module) is nn.Linear:
-        hooked = module._forward_hooks or module._forward_pre_hooks
-        return module if hooked else Linear(module)
+        return module if _hooked(module) else Linear(module)
     if not any(type(part) is nn.Linear for part in module.modules()):
         return module
     twin = copy.copy(module)
     twin._modules = {n: m and borrowed(m) for n, m in module._modules.items()}
     return twin
+
+
+def borrowed_norm(norm: nn.Module) -> nn.Module:
+    """A twin on the same weights of an RMS norm like Llama's; one that is hooked is shared."""
+    return norm if _hooked(norm) else Norm(norm)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

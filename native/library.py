@@ -10,7 +10,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from native.folders import cache_folder
 
@@ -30,8 +32,21 @@ def library(source: Path) -> ctypes.CDLL | None:
         return _loaded(_compiled(source))
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or "").strip() or str(error)
-        log.warning("%s runs in torch, slower on a CPU: %s", source.stem, said.splitlines()[0])
+        log.warning("%s is not compiled, which is slower on a CPU: %s", source.stem, said.splitlines()[0])
         return None
+
+
+def function(source: Path, name: str, arguments: Sequence[Any]) -> Callable[..., None]:
+    """One function of the compiled `source`, which takes these arguments as plain numbers.
+
+    Given numbers, ctypes makes no objects for them at every call.
+    """
+    code = library(source)
+    assert code is not None, f"{source.stem} was called where it cannot be: ask serves() first"
+    found = getattr(code, name)
+    if found.argtypes is None:
+        found.argtypes, found.restype = list(arguments), None
+    return found
 
 
 def _loaded(compiled: Path) -> ctypes.CDLL:

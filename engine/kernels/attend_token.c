@@ -3,18 +3,20 @@
 
 #include "simd.h"
 
-#define BLOCK 32  // keys whose scores are held at once; their K and V, and the next, stay in the L1 cache
-#define MOST 4    // queries computed together: their sums stay in registers
-#define KEYS (LANES / 4)          // keys computed together
-#define PAIRS (LANES == 16 ? 2 : 1)  // pairs of registers of each output that are summed together
+#define BLOCK 64          // keys whose scores are held at once
+#define MOST 4            // queries computed together: their sums stay in registers
+#define KEYS (LANES / 4)  // keys computed together
+#define AHEAD 8           // keys, and values, that are asked for before they are needed
 
 // Where a head's keys and values are: token j at `row` * (ids ? ids[j] : j) bytes behind k and v.
 typedef struct { const char *k, *v; long row; const int64_t *ids; } Rows;
 
 INLINE long at(Rows r, long j) { return r.row * (r.ids ? r.ids[j] : j); }
 
-INLINE void ask(const char *line, int bytes) {
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
+// Asks for token j of n, if there is one.
+INLINE void ask(Rows r, const char *from, long j, long n, int bytes) {
+  if (!r.ids || j < n)
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + at(r, j) + i);
 }
 
 // exp(x) for x <= 0, within 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]. NaN stays NaN.
@@ -43,65 +45,60 @@ INLINE vec exponential(vec x) {
   return p;
 }
 
-// score[g][j] = scale * q[g] . key j of tokens [start, start + m). Asks for their values, and `gather` for the keys
-// of the next block, so that memory never rests: without that, 32k tokens take 1.5 times as long.
-INLINE void scores(const float *q, Rows r, long start, long m, int G, int D, float scale, int bf16,
+// score[g][j] = scale * q[g] . key of token start + j, for KEYS of them from j on; n tokens in all. Those that are not
+// there count as the first: `weigh` leaves them out.
+INLINE void scores(const float *q, Rows r, long start, long j, long n, int G, int D, float scale, int bf16,
                    float score[MOST][BLOCK]) {
-  int bytes = D * (bf16 ? 2 : 4);
-  for (long j = 0; j < m; j += KEYS) {
-    const char *k[KEYS];
-    vec sum[MOST * KEYS] = {};
-    for (int i = 0; i < KEYS; i++) {
-      long own = start + (j + i < m ? j + i : j);
-      k[i] = r.k + at(r, own);
-      ask(r.v + at(r, own), bytes);
-    }
-    int d = 0;
-    for (; d + 2 * LANES <= D; d += 2 * LANES) {
-      vec a[KEYS], b[KEYS];
-      for (int i = 0; i < KEYS; i++) pair(k[i], d, bf16, a + i, b + i);
-      for (int g = 0; g < G; g++) {
-        vec x = load(q + g * D + d), y = load(q + g * D + d + LANES);
-        for (int i = 0; i < KEYS; i++) sum[g * KEYS + i] += x * a[i];
-        for (int i = 0; i < KEYS; i++) sum[g * KEYS + i] += y * b[i];
-      }
-    }
-    for (; d < D; d += LANES)
-      for (int g = 0; g < G; g++)
-        for (int i = 0; i < KEYS; i++) sum[g * KEYS + i] += load(q + g * D + d) * widened(k[i], d, bf16);
-    float sums[MOST * KEYS];
-    for (int i = 0; i < G * KEYS; i += 4) sum4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3], sums + i);
-    for (int g = 0; g < G; g++)
-      for (int i = 0; i < KEYS; i++) score[g][j + i] = sums[g * KEYS + i] * scale;
+  const char *k[KEYS];
+  vec sum[MOST * KEYS] = {};
+  for (int i = 0; i < KEYS; i++) {
+    long own = start + j + i;
+    k[i] = r.k + at(r, own < n ? own : start + j);
+    ask(r, r.k, own + AHEAD, n, D * (bf16 ? 2 : 4));
   }
-}
-
-// out[g] += sum over j of p[g][j] * value j, for tokens [start, start + m) of n, and `pairs` pairs of registers of
-// every head at a time (0: one register).
-INLINE void gather_some(Rows r, long start, long m, long n, int G, int D, int d, int pairs, int bf16, float p[MOST][BLOCK],
-                        float *out) {
-  int wide = pairs ? 2 * pairs : 1, size = bf16 ? 2 : 4;
-  vec o[MOST][4];
-  for (int g = 0; g < G; g++)
-    for (int w = 0; w < wide; w++) o[g][w] = load(out + g * D + d + w * LANES);
-  for (long j = 0; j < m; j++) {
-    const char *v = r.v + at(r, start + j);
-    vec x[4];
-    if (start + j + BLOCK < n) ask(r.k + at(r, start + j + BLOCK) + d * size, wide * LANES * size);
-    if (!pairs) x[0] = widened(v, d, bf16);
-    for (int w = 0; w < pairs; w++) pair(v, d + 2 * w * LANES, bf16, x + 2 * w, x + 2 * w + 1);
-    for (int g = 0; g < G; g++)
-      for (int w = 0; w < wide; w++) o[g][w] += p[g][j] * x[w];
-  }
-  for (int g = 0; g < G; g++)
-    for (int w = 0; w < wide; w++) memcpy(out + g * D + d + w * LANES, &o[g][w], sizeof(vec));
-}
-
-INLINE void gather(Rows r, long start, long m, long n, int G, int D, int bf16, float p[MOST][BLOCK], float *out) {
   int d = 0;
-  for (; d + 2 * PAIRS * LANES <= D; d += 2 * PAIRS * LANES) gather_some(r, start, m, n, G, D, d, PAIRS, bf16, p, out);
-  for (; d + 2 * LANES <= D; d += 2 * LANES) gather_some(r, start, m, n, G, D, d, 1, bf16, p, out);
-  for (; d < D; d += LANES) gather_some(r, start, m, n, G, D, d, 0, bf16, p, out);
+  for (; d + 2 * LANES <= D; d += 2 * LANES) {
+    vec a[KEYS], b[KEYS];
+    for (int i = 0; i < KEYS; i++) pair(k[i], d, bf16, a + i, b + i);
+    for (int g = 0; g < G; g++) {
+      vec x = load(q + g * D + d), y = load(q + g * D + d + LANES);
+      for (int i = 0; i < KEYS; i++) sum[g * KEYS + i] += x * a[i];
+      for (int i = 0; i < KEYS; i++) sum[g * KEYS + i] += y * b[i];
+    }
+  }
+  for (; d < D; d += LANES)
+    for (int g = 0; g < G; g++)
+      for (int i = 0; i < KEYS; i++) sum[g * KEYS + i] += load(q + g * D + d) * widened(k[i], d, bf16);
+  float sums[MOST * KEYS];
+  for (int i = 0; i < G * KEYS; i += 4) sum4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3], sums + i);
+  for (int g = 0; g < G; g++)
+    for (int i = 0; i < KEYS; i++) score[g][j + i] = sums[g * KEYS + i] * scale;
+}
+
+// out[g] += p[g][j] * value of token start + j, for KEYS of them from j on; of those that are not there none.
+INLINE void gather(Rows r, long start, long j, long n, int G, int D, int bf16, float p[MOST][BLOCK], float *out) {
+  const char *v[KEYS];
+  for (int i = 0; i < KEYS; i++) {
+    long own = start + j + i;
+    v[i] = r.v + at(r, own < n ? own : start + j);
+    ask(r, r.v, own + AHEAD, n, D * (bf16 ? 2 : 4));
+  }
+  int d = 0;
+  for (; d + 2 * LANES <= D; d += 2 * LANES) {
+    vec a[KEYS], b[KEYS];
+    for (int i = 0; i < KEYS; i++) pair(v[i], d, bf16, a + i, b + i);
+    for (int g = 0; g < G; g++) {
+      vec x = load(out + g * D + d), y = load(out + g * D + d + LANES);
+      for (int i = 0; i < KEYS; i++) x += p[g][j + i] * a[i], y += p[g][j + i] * b[i];
+      memcpy(out + g * D + d, &x, sizeof x), memcpy(out + g * D + d + LANES, &y, sizeof y);
+    }
+  }
+  for (; d < D; d += LANES)
+    for (int g = 0; g < G; g++) {
+      vec x = load(out + g * D + d);
+      for (int i = 0; i < KEYS; i++) x += p[g][j + i] * widened(v[i], d, bf16);
+      memcpy(out + g * D + d, &x, sizeof x);
+    }
 }
 
 // Online softmax: what was summed shrinks when a block brings a larger score (Milakov 2018).
@@ -123,16 +120,22 @@ INLINE void weigh(long m, int D, float *score, float *out, float *top, float *to
   for (int d = 0; d < D; d++) out[d] *= shrink;
 }
 
+// While values of a block are summed, scores of the next are computed, a few tokens of each in turn: so memory never
+// rests, and both streams move on evenly.
 INLINE void run(const float *q, Rows r, long n, int G, int D, float scale, int bf16, float *out, float *top,
                 float *total) {
-  float score[MOST][BLOCK] __attribute__((aligned(64)));
+  float both[2][MOST][BLOCK] __attribute__((aligned(64)));
   for (int g = 0; g < G; g++) top[g] = -1e30f, total[g] = 0;
   memset(out, 0, sizeof(float) * G * D);
-  for (long start = 0; start < n; start += BLOCK) {
-    long m = n - start < BLOCK ? n - start : BLOCK;
-    scores(q, r, start, m, G, D, scale, bf16, score);
-    for (int g = 0; g < G; g++) weigh(m, D, score[g], out + g * D, top + g, total + g);
-    gather(r, start, m, n, G, D, bf16, score, out);
+  for (long start = -BLOCK; start < n; start += BLOCK) {
+    long next = start + BLOCK, m = start < 0 ? 0 : n - start < BLOCK ? n - start : BLOCK;
+    float(*p)[BLOCK] = both[(next / BLOCK) & 1], (*score)[BLOCK] = both[(start / BLOCK) & 1];
+    if (m)
+      for (int g = 0; g < G; g++) weigh(m, D, p[g], out + g * D, top + g, total + g);
+    for (long j = 0; j < BLOCK; j += KEYS) {
+      if (next + j < n) scores(q, r, next, j, n, G, D, scale, bf16, score);
+      if (j < m) gather(r, start, j, n, G, D, bf16, p, out);
+    }
   }
 }
 
@@ -146,16 +149,16 @@ static void some(const float *q, Rows r, long n, int G, int D, float scale, int 
   run(q, r, n, G, D, scale, bf16, out, top, total);
 }
 
-// q [Hk G D] fp32, overwritten; k, v [Hk n D]: rows `row` bytes apart, heads `kstride`, `vstride` bytes apart; with ids
-// [Hk n], token j of head h is row ids[h][j]. out [Hk G D], lse [Hk G]: logarithm of the sum of exp(scores).
-// Each head's keys are cut into `parts`; work holds parts * Hk * G * (D + 2) floats.
-void attend_token(float *q, const char *k, const char *v, const int64_t *ids, long kstride, long vstride, long row,
-                  long n, int Hk, int G, int D, float scale, int bf16, int parts, int threads, float *work,
-                  float *out, float *lse) {
-  long rows = (long)Hk * parts * G, each = (n + parts - 1) / parts;
-  float *top = work + rows * D, *total = top + rows;
-  for (long i = 0; i < (long)Hk * G; i++) split(q + i * D, out + i * D, D, bf16);
-  memcpy(q, out, sizeof(float) * Hk * G * D);
+// q [Hk G D] and out, of its shape: bf16 if `half`, else fp32. k, v [Hk n D]: rows `row` bytes apart, heads `kstride`,
+// `vstride` bytes apart; with ids [Hk n], token j of head h is row ids[h][j]. lse [Hk G]: logarithm of the sum of
+// exp(scores). Each head's keys are cut into `parts`; work holds Hk * G * (2 D + parts * (D + 2)) floats.
+void attend_token(const void *q, const char *k, const char *v, const int64_t *ids, long kstride, long vstride, long row,
+                  long n, int Hk, int G, int D, float scale, int bf16, int half, int parts, int threads, float *work,
+                  void *out, float *lse) {
+  long heads = (long)Hk * G, rows = heads * parts, each = (n + parts - 1) / parts;
+  float *plain = work, *query = work + heads * D, *sums = query + heads * D, *top = sums + rows * D, *total = top + rows;
+  widen(q, heads * D, half, plain);
+  for (long i = 0; i < heads; i++) split(plain + i * D, query + i * D, D, bf16);
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
   for (int h = 0; h < Hk; h++)
     for (int p = 0; p < parts; p++)
@@ -163,22 +166,23 @@ void attend_token(float *q, const char *k, const char *v, const int64_t *ids, lo
         long start = p * each < n ? p * each : n, stop = start + each < n ? start + each : n;
         long i = ((long)h * parts + p) * G + g, skip = ids ? 0 : start * row;
         Rows r = {k + h * kstride + skip, v + h * vstride + skip, row, ids ? ids + h * n + start : 0};
-        some(q + ((long)h * G + g) * D, r, stop - start, G - g < MOST ? G - g : MOST, D, scale, bf16, work + i * D,
+        some(query + ((long)h * G + g) * D, r, stop - start, G - g < MOST ? G - g : MOST, D, scale, bf16, sums + i * D,
              top + i, total + i);
       }
   for (int h = 0; h < Hk; h++)
     for (int g = 0; g < G; g++) {
-      float best = -1e30f, all = 0, *o = out + ((long)h * G + g) * D;
+      float best = -1e30f, all = 0, *o = plain + ((long)h * G + g) * D;
       memset(o, 0, sizeof(float) * D);
       for (int p = 0; p < parts; p++) best = top[((long)h * parts + p) * G + g] > best ? top[((long)h * parts + p) * G + g] : best;
       for (int p = 0; p < parts; p++) {
         long i = ((long)h * parts + p) * G + g;
         float w = exponential((vec){} + (top[i] - best))[0];
         all += w * total[i];
-        for (int d = 0; d < D; d++) o[d] += w * work[i * D + d];
+        for (int d = 0; d < D; d++) o[d] += w * sums[i * D + d];
       }
       for (int d = 0; d < D; d++) o[d] /= all;
       joined(o, D, bf16);
       lse[(long)h * G + g] = best + __builtin_logf(all);
     }
+  narrow(plain, heads * D, half, out);
 }

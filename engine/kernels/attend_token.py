@@ -2,11 +2,12 @@
 
     out[h, g] = sum over j of p[j] v[h, j],    p = softmax over j of (scale q[h, g] . k[h, j])
 
-The softmax is online, in blocks that stay in the L1 cache (Milakov & Gimelshein 2018; the same
-idea as FlashAttention's). The definition is `engine.attention.attend_token_torch`.
+The softmax is online, in blocks (Milakov & Gimelshein 2018; the same idea as FlashAttention's);
+the next block's scores are computed while a block's values are summed. The definition is
+`engine.attention.attend_token_torch`.
 """
 
-import ctypes
+from ctypes import c_float, c_int, c_long, c_void_p
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +16,13 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from kvstore.rows import Raw, RowLayout
-from native.library import library
+from native.library import function, library
 
 SOURCE = Path(__file__).with_suffix(".c")
 LANES = 16  # of the widest registers
 DTYPES = (torch.bfloat16, torch.float32)
 PART = 1024  # keys at least, where a head's keys are cut for more threads than heads
+ARGUMENTS = [*[c_void_p] * 4, *[c_long] * 4, *[c_int] * 3, c_float, *[c_int] * 4, *[c_void_p] * 3]
 
 
 class Partial(NamedTuple):
@@ -97,21 +99,17 @@ def _attend(
     dtype: torch.dtype,
     scale: float,
 ) -> Partial:
-    code = library(SOURCE)
-    assert code is not None, "ask serves() first"
     (hk, n), (hq, d) = size, q.shape
     threads = torch.get_num_threads()
     parts = max(1, min(n // PART, -(-2 * threads // hk)))
-    query = q.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    out, lse = torch.empty(hq, d), torch.empty(hq)
-    work = torch.empty(parts * hq * (d + 2))
-    code.attend_token(
-        *(ctypes.c_void_p(x) for x in (query.data_ptr(), k, v)),
-        ctypes.c_void_p(None if chosen is None else chosen.data_ptr()),
-        *(ctypes.c_long(x) for x in (*strides, n)),
-        *(ctypes.c_int(x) for x in (hk, hq // hk, d)),
-        ctypes.c_float(scale),
-        *(ctypes.c_int(x) for x in (dtype == torch.bfloat16, parts, threads)),
-        *(ctypes.c_void_p(x.data_ptr()) for x in (work, out, lse)),
+    query = (q if q.dtype in DTYPES else q.float()).contiguous()
+    out, lse = torch.empty_like(query), torch.empty(hq)
+    work = torch.empty(hq * (2 * d + parts * (d + 2)))
+    attend = function(SOURCE, "attend_token", ARGUMENTS)
+    attend(
+        *(query.data_ptr(), k, v, None if chosen is None else chosen.data_ptr()),
+        *(*strides, n, hk, hq // hk, d, scale),
+        *(dtype == torch.bfloat16, query.dtype == torch.bfloat16, parts, threads),
+        *(work.data_ptr(), out.data_ptr(), lse.data_ptr()),
     )
     return Partial(out.to(q.dtype), lse)

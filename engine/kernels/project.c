@@ -1,4 +1,4 @@
-// y = x Wᵀ + b for few rows of x and weights in bf16, each of which is read once.
+// y = x Wᵀ for few rows of x and weights in bf16, each of which is read once.
 // The definition, and how it is called, stand in project.py.
 
 #include "simd.h"
@@ -25,10 +25,14 @@ INLINE void some(const float *x, const char *const *w, long D, int rows, long ah
   for (int n = 0; n < rows; n++) sum4(sum[n][0], sum[n][1], sum[n][2], sum[n][3], sums[n]);
 }
 
-// x [N D] fp32, overwritten; w [outs D] bf16; y [N outs] fp32. work holds D floats.
-void project(float *x, const char *w, long N, long D, long outs, int threads, float *work, float *y) {
+// x [N D], w [outs D], y [N outs], all bf16. work holds (N + 1) D + N outs floats.
+void project(const void *x, const char *w, long N, long D, long outs, int threads, float *work, void *y) {
   long row = 2 * D, ahead = row <= 16384 ? OUT * row : 4096;  // the same place of the next rows, if that is near
-  for (long n = 0; n < N; n++) split(x + n * D, work, D, 1), memcpy(x + n * D, work, sizeof(float) * D);
+  float *plain = work, *ordered = work + D, *out = ordered + N * D;
+  for (long n = 0; n < N; n++) {
+    widen((const uint16_t *)x + n * D, D, 1, plain);
+    split(plain, ordered + n * D, D, 1);
+  }
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (long o = 0; o < outs; o += OUT) {
     const char *at[OUT];
@@ -37,9 +41,10 @@ void project(float *x, const char *w, long N, long D, long outs, int threads, fl
     for (long n = 0; n < N; n += ROWS) {
       float sums[ROWS][OUT];
       int left = N - n < ROWS ? N - n : ROWS;
-#define CASE(r) if (left == r) some(x + n * D, at, D, r, ahead, sums);
+#define CASE(r) if (left == r) some(ordered + n * D, at, D, r, ahead, sums);
       CASE(1) CASE(2) CASE(3) CASE(4)
-      for (int r = 0; r < left; r++) memcpy(y + (n + r) * outs + o, sums[r], sizeof(float) * most);
+      for (int r = 0; r < left; r++) memcpy(out + (n + r) * outs + o, sums[r], sizeof(float) * most);
     }
   }
+  narrow(out, N * outs, 1, y);
 }

@@ -8,26 +8,27 @@ torch's bf16 product reads 15 to 22 and plain reading takes 30; from four rows o
 fast where the CPU has matrix instructions (AMX).
 """
 
-import ctypes
+from ctypes import c_int, c_long, c_void_p
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from native.library import library
+from native.library import function, library
 
 SOURCE = Path(__file__).with_suffix(".c")
 LANES = 16  # of the widest registers
 MOST_ROWS = 3
+ARGUMENTS = [c_void_p] * 2 + [c_long] * 3 + [c_int] + [c_void_p] * 2
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether `project_native` can take these tensors on this machine, and gains by it."""
     return (
-        weight.device.type == "cpu"
+        x.numel() <= MOST_ROWS * x.shape[-1]
         and weight.dtype == x.dtype == torch.bfloat16
-        and x.numel() <= MOST_ROWS * x.shape[-1]
+        and weight.is_cpu
         and x.shape[-1] % LANES == 0
         and weight.is_contiguous()
         and library(SOURCE) is not None
@@ -36,15 +37,14 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 def project_native(x: Float[Tensor, "*n I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*n O"]:
     """x Wᵀ in compiled code."""
-    code = library(SOURCE)
-    assert code is not None, "ask serves() first"
-    rows = x.flatten(0, -2).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    (n, width), outs = rows.shape, len(weight)
-    work, out = torch.empty(width), torch.empty(n, outs)
-    code.project(
-        *(ctypes.c_void_p(t.data_ptr()) for t in (rows, weight)),
-        *(ctypes.c_long(size) for size in (n, width, outs)),
-        ctypes.c_int(torch.get_num_threads()),
-        *(ctypes.c_void_p(t.data_ptr()) for t in (work, out)),
+    width, outs, x = x.shape[-1], len(weight), x.contiguous()
+    n = x.numel() // width
+    work = torch.empty((n + 1) * width + n * outs)
+    out = torch.empty(*x.shape[:-1], outs, dtype=torch.bfloat16)
+    threads = torch.get_num_threads()
+    project = function(SOURCE, "project", ARGUMENTS)
+    project(
+        *(x.data_ptr(), weight.data_ptr(), n, width, outs, threads),
+        *(work.data_ptr(), out.data_ptr()),
     )
-    return out.to(x.dtype).view(*x.shape[:-1], outs)
+    return out

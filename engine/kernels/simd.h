@@ -58,6 +58,26 @@ INLINE void joined(float *x, long n, int bf16) {
     }
 }
 
+// n values, bf16 or fp32, as fp32.
+INLINE void widen(const void *x, long n, int bf16, float *y) {
+  if (!bf16) { memcpy(y, x, sizeof(float) * n); return; }
+  for (long i = 0; i < n; i++) {
+    uint32_t bits = (uint32_t)((const uint16_t *)x)[i] << 16;
+    memcpy(y + i, &bits, sizeof bits);
+  }
+}
+
+// The inverse of `widen`: bf16 is rounded to nearest, ties to even; NaN stays NaN.
+INLINE void narrow(const float *x, long n, int bf16, void *y) {
+  if (!bf16) { memcpy(y, x, sizeof(float) * n); return; }
+  for (long i = 0; i < n; i++) {
+    uint32_t bits;
+    memcpy(&bits, x + i, sizeof bits);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    ((uint16_t *)y)[i] = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
+  }
+}
+
 // The sums of four registers, at once.
 INLINE void sum4(vec a, vec b, vec c, vec d, float *out) {
 #if LANES == 16

@@ -90,6 +90,25 @@ def test_scores_of_any_size_and_what_is_not_a_number(compiled):
     assert attend_token_native(q, k, v, 1.0).out.isnan().all()
 
 
+@pytest.mark.parametrize("queries", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("keys", [torch.bfloat16, torch.float32])
+def test_queries_may_be_of_another_type_than_keys_and_keep_it(compiled, queries, keys):
+    q, k, v = tensors(4, 2, 300, 64, torch.float32)
+    q, k, v = q.to(queries), k.to(keys), v.to(keys)
+    got = attend_token_native(q, k, v, 0.1).out
+    assert got.dtype == queries
+    rounding = torch.finfo(queries).eps
+    torch.testing.assert_close(got.double(), exact(q, k, v, 0.1), rtol=rounding, atol=4e-6)
+
+
+def test_queries_that_lie_apart_are_taken_too(compiled):
+    q, k, v = tensors(4, 2, 70, 64, torch.bfloat16)
+    apart = torch.stack([q, q], 1)[:, 1]
+    assert not apart.is_contiguous()
+    got, want = (attend_token_native(x, k, v, 0.1).out for x in (apart, q))
+    assert torch.equal(got, want)
+
+
 def test_it_leaves_to_torch_what_it_cannot_take(compiled):
     q, k, v = tensors(2, 1, 20, 64, torch.float32)
     assert not serves(q.half(), k.half(), v.half())
