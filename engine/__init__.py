@@ -7,10 +7,14 @@ if TYPE_CHECKING:
     from engine.config import EngineConfig
     from engine.engine import Engine
     from engine.errors import ConfigError, EngineError, ModelError, PromptError
+    from engine.repair import BlendConfig, BlendReport
     from engine.request import Completion, Event, RequestStats
     from engine.sampling import Sampling
+    from engine.segments import Segments
 
 __all__ = [
+    "BlendConfig",
+    "BlendReport",
     "Completion",
     "ConfigError",
     "Engine",
@@ -21,6 +25,7 @@ __all__ = [
     "PromptError",
     "RequestStats",
     "Sampling",
+    "Segments",
 ]
 
 # Imported when first asked for: torch and transformers take seconds, `headrace --help` must not.
@@ -28,8 +33,10 @@ _HOMES = {
     "engine.config": ("EngineConfig",),
     "engine.engine": ("Engine",),
     "engine.errors": ("ConfigError", "EngineError", "ModelError", "PromptError"),
+    "engine.repair": ("BlendConfig", "BlendReport"),
     "engine.request": ("Completion", "Event", "RequestStats"),
     "engine.sampling": ("Sampling",),
+    "engine.segments": ("Segments",),
 }
 
 

@@ -48,7 +48,8 @@ class SparseStats:
 class Cache(Protocol):
     """What the loops need of a request's cache.
 
-    append, write: as in `SequenceCache`. advance: so many more tokens are complete.
+    append, write: as in `SequenceCache`; view, too, until a prompt is complete.
+    advance: so many more tokens are complete.
     observe: unrotated queries of the prompt, chunk by chunk, for indexes that learn from them.
     finalize: the prompt is complete; called once, before the first `attend`.
     attend: attention of the token appended last, not yet advanced over.
@@ -79,6 +80,7 @@ class Cache(Protocol):
         rotated: Float[Tensor, "Hk N D"],
         v: Float[Tensor, "Hk N D"],
     ) -> LayerKV: ...
+    def view(self, layer: int, stop: int) -> LayerKV: ...
     def advance(self, count: int) -> None: ...
     def observe(self, layer: int, queries: Float[Tensor, "Hq N D"]) -> None: ...
     def finalize(self) -> None: ...

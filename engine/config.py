@@ -9,6 +9,7 @@ import torch
 from engine.errors import ConfigError
 from engine.method import Method, preset
 from engine.model import Shape
+from engine.repair import BlendConfig
 from kvstore.config import StoreConfig
 from kvstore.ledger import entry_cost
 
@@ -29,6 +30,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         tenant: secret of whoever owns the stored KV. Another tenant never gets it, not even by
             asking the same question.
         store: where KV rests between requests; see `kvstore.config`.
+        blend: how prompts of `Segments` reuse their chunks; see `engine.repair`.
     """
 
     prefill_chunk: int = 512
@@ -40,6 +42,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     spill_bytes: int = 64 << 30
     tenant: str = "default"
     store: StoreConfig = StoreConfig()
+    blend: BlendConfig = BlendConfig()
 
     def __post_init__(self) -> None:
         for name in ("prefill_chunk", "block_tokens", "cache_bytes", "pinned_bytes", "spill_bytes"):
@@ -62,7 +65,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "EngineConfig":
-        """Read a TOML file: top-level settings, and the tables `[store]` and `[method]`.
+        """Read a TOML file: top-level settings, and the tables `[store]`, `[method]`, `[blend]`.
 
         A `preset` in `[method]` names what the table's other settings change.
 

@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from engine.blending import Blending, Progress
 from engine.cache import SequenceCache
 from engine.check import check
 from engine.config import EngineConfig
@@ -20,12 +21,12 @@ from engine.hf import HFModel
 from engine.identity import identity
 from engine.loader import load_module, load_tokenizer, locate, pick_device, refuse_module
 from engine.memory import Memory
-from engine.prefill import hidden_states, prefill
-from engine.prefix import Prefix, PrefixLost
-from engine.recorder import Recorder
-from engine.request import Completion, Event, Prompt, Request, Running, ids_of, listed
+from engine.plain import Plain
+from engine.prefill import hidden_states
+from engine.repair import BlendConfig
+from engine.request import Completion, Event, Prompt, Request, Running, listed
 from engine.sampling import Sampling
-from kvstore.block import BlockKey
+from engine.segments import Segments, ids_of
 from kvstore.errors import StoreError
 from kvstore.stats import StoreStats
 from kvstore.store import TieredStore
@@ -70,6 +71,9 @@ class Engine:
         self.identity = identity(self.model, _folder)
         self.memory = Memory(self.model, self.config)
         self.store = TieredStore.open(self.config.store)
+        parts = self.model, self.store, self.memory, self.identity, self.config
+        self.plain = Plain(*parts)
+        self.blending = Blending(*parts, self.plain)
 
     @classmethod
     def from_pretrained(
@@ -103,10 +107,12 @@ class Engine:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        blend: BlendConfig | None = None,
     ) -> list[Completion]:
-        """Answers to prompts (texts or token lists), in their order, decoded as one batch.
+        """Answers to prompts (texts, token lists, `Segments`), in order, decoded as one batch.
 
-        One text, or one list of token ids, is a batch of one.
+        One text, one list of token ids, or one `Segments` is a batch of one. `blend` takes the
+        place of the configuration's, for the `Segments` among them.
 
         Every prompt is answered as if it were alone: with a seed, each starts from that seed.
 
@@ -114,7 +120,7 @@ class Engine:
             PromptError: a prompt or a setting is out of range; nothing was generated.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
-        runs = [self._running(p, max_new_tokens, sampling, stop) for p in listed(prompts)]
+        runs = [self._running(p, max_new_tokens, sampling, stop, blend) for p in listed(prompts)]
         for group in list(self.memory.groups(runs)):  # all, before the first runs
             for _ in self._steps(group):
                 pass
@@ -130,12 +136,27 @@ class Engine:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        blend: BlendConfig | None = None,
     ) -> Generator[Event]:
         """Token by token; the last event carries the completion. Closing it cancels the request."""
         sampling = Sampling(temperature, top_k, top_p, seed)
-        run = self._running(prompt, max_new_tokens, sampling, stop)
+        run = self._running(prompt, max_new_tokens, sampling, stop, blend)
         list(self.memory.groups([run]))  # refuse now what does not fit
         return (event for _, event in self._steps([run]))
+
+    def precompute(
+        self,
+        chunks: Sequence[Sequence[int]],
+        prefix: Sequence[int] = (),
+        progress: Progress = lambda done, of: None,
+    ) -> None:
+        """Store the KV of chunks behind `prefix`, as far as it is not there yet.
+
+        Prompts of these chunks behind the same prefix then reuse it, wherever they stand. What is
+        kept on disk is there when this returns.
+        """
+        self._refuse_closed()
+        self.blending.precompute(ids_of(prefix), [ids_of(chunk) for chunk in chunks], progress)
 
     def render(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation ({"role", "content"}), by the tokenizer's chat template."""
@@ -197,18 +218,40 @@ class Engine:
     # one request
 
     def _running(
-        self, prompt: Prompt, max_new_tokens: int, sampling: Sampling, stop: str | Sequence[str]
+        self,
+        prompt: Prompt,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: str | Sequence[str],
+        blend: BlendConfig | None = None,
     ) -> Running:
         self._refuse_closed()
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if stops and self.tokenizer is None:
             raise PromptError("stop strings need a tokenizer")
-        tokens = ids_of(self.tokenize(prompt) if isinstance(prompt, str) else prompt)
+        segments = prompt if isinstance(prompt, Segments) else None
+        if segments is not None:
+            self.blending.refuse()
+        tokens = self._flat(prompt)
         request = Request(tokens, max_new_tokens, sampling, stops)
         positions = self.model.shape.max_positions
         request.check(self.model.shape.vocab, positions)
         limit = min(max_new_tokens, positions - len(tokens) + 1)  # the last one is not fed back
-        return Running(request, eos=self.model.eos, limit=limit, tokenizer=self.tokenizer)
+        return Running(
+            request,
+            eos=self.model.eos,
+            limit=limit,
+            tokenizer=self.tokenizer,
+            segments=segments,
+            blend=blend or self.config.blend,
+        )
+
+    def _flat(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, Segments):
+            return prompt.tokens
+        if isinstance(prompt, str):
+            return ids_of(self.tokenize(prompt))
+        return ids_of(prompt)
 
     def _steps(self, runs: Sequence[Running]) -> Iterator[tuple[Running, Event]]:
         """Prefill each run, then decode all that are not finished, one token a step."""
@@ -228,70 +271,19 @@ class Engine:
 
     def _step(self, run: Running, logits: Float[Tensor, " vocab"]) -> Event:
         """Choose the next token; what the store may have goes there, and an ended run is freed."""
-        self._save(run)
+        self.plain.save(run)
         event = run.step(logits)
         if run.finish_reason is not None:
             run.release()
         return event
 
     def _prefill(self, run: Running) -> Float[Tensor, " vocab"]:
-        """Logits after the prompt; its prefix comes from the store as far as that has it."""
-        size, prompt = self.config.block_tokens, run.request.prompt
-        run.keys = self._keys(prompt)
-        usable = run.keys[: (len(prompt) - 1) // size]  # one token is always computed
-        with self.store.pin(usable):
-            for _ in range(3):
-                try:
-                    return self._read(run, usable[: self.store.lookup(usable)])
-                except PrefixLost as lost:  # counted by the store, which will not offer it again
-                    log.warning("computing the prompt again: %s", lost)
-            return self._read(run, [])
-
-    def _read(self, run: Running, stored: Sequence[BlockKey]) -> Float[Tensor, " vocab"]:
-        """Prefill behind the `stored` blocks."""
-        size, prefix = self.config.block_tokens, None
-        start = len(stored) * size
-        recorder = Recorder(self.model.shape, size=size, start=start)
-        run.release()  # what a lost prefix left
-        run.cache = self.memory.cache(run, recorder)
-        run.stored, run.stats.cached_tokens = stored, start
-        try:
-            if stored:
-                prefix = Prefix(self.model, run.cache, self.store, stored)
-            logits = prefill(
-                self.model,
-                run.cache,
-                self._ids(run.request.prompt[start:]),
-                chunk=self.config.prefill_chunk,
-                prefix=prefix,
-                after_chunk=lambda: self._save(run),
-            )
-            run.cache.finalize()
-            return logits
-        finally:
-            if prefix is not None:
-                prefix.cancel()
-
-    def _save(self, run: Running) -> None:
-        """Give the store the blocks that became complete."""
-        assert run.cache is not None
-        assert run.cache.recorder is not None
-        if blocks := run.cache.recorder.take(run.cache.length):
-            if blocks[-1][0] >= len(run.keys):
-                run.keys = self._keys(run.all_tokens[: run.cache.length])
-            self.store.put([(run.keys[number], block) for number, block in blocks])
+        """Logits after the prompt."""
+        return (self.plain if run.segments is None else self.blending).prefill(run)
 
     def _refuse_closed(self) -> None:
         if self._closed:
             raise EngineError("this engine is closed: make a new one")
-
-    def _keys(self, tokens: Sequence[int]) -> list[BlockKey]:
-        return BlockKey.chain(
-            tokens,
-            identity=self.identity,
-            tenant=self.config.tenant.encode(),
-            size=self.config.block_tokens,
-        )
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor(tokens, device=self.model.shape.device)

@@ -15,9 +15,9 @@ from kvstore.block import BlockKey
 from kvstore.layout import layer_groups
 from kvstore.store import TieredStore
 
-STAGING_BYTES = (
-    8 << 20
-)  # memory that blocks pass through: in cache, and touched for the first time once
+# Memory that blocks pass through, touched for the first time once, as far as there are blocks. So
+# much that each of the store's four threads looks up several blocks before it copies them.
+STAGING_BYTES = 32 << 20
 
 
 class PrefixLost(Exception):
@@ -72,7 +72,7 @@ class Prefix:
             keys = self._keys[first : first + at_once]
             staged = self._staging[: len(keys) * math.prod(size)].view(len(keys), *size)
             found = self._store.read_many(keys, group, staged)
-            if lost := sum(part is None for part in found):
+            if lost := sum(not is_there for is_there in found):
                 raise PrefixLost(f"{lost} stored blocks could not be read")
             self._place(group, first * tokens, staged)
 

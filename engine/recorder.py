@@ -16,12 +16,14 @@ class Recorder:
     Args:
         size: tokens per block.
         start: first token recorded, a multiple of `size`: what lies before is stored already.
+        origin: where in the cache the token counted as 0 lies; what lies before is not recorded.
     """
 
-    def __init__(self, shape: Shape, *, size: int, start: int) -> None:
+    def __init__(self, shape: Shape, *, size: int, start: int, origin: int = 0) -> None:
         if start % size:
             raise ValueError(f"recording starts at a block border, a multiple of {size}: {start}")
         self.size = size
+        self._origin = origin
         self._shape = shape
         self._open: dict[int, Tensor] = {}  # block number -> [L 2 Hk P D]
         self._next = start // size
@@ -29,9 +31,13 @@ class Recorder:
     def write(
         self, layer: int, start: int, k: Float[Tensor, "Hk N D"], v: Float[Tensor, "Hk N D"]
     ) -> None:
-        """Record unrotated keys and values of tokens [start, start + N) of one layer."""
+        """Record unrotated keys and values of tokens [start, start + N) of one layer.
+
+        What belongs to blocks that were taken, or lies before all of them, is ignored.
+        """
+        start -= self._origin
         stop = start + k.shape[1]
-        for number in range(start // self.size, -(-stop // self.size)):
+        for number in range(max(start // self.size, self._next), -(-stop // self.size)):
             base = number * self.size
             lo, hi = max(start, base), min(stop, base + self.size)
             block = self._block(number)[layer]
@@ -40,9 +46,16 @@ class Recorder:
 
     def take(self, length: int) -> list[tuple[int, KVBlock]]:
         """Blocks complete once `length` tokens are, with their numbers; each is given once."""
-        done = range(self._next, length // self.size)
+        done = range(self._next, (length - self._origin) // self.size)
         self._next = max(self._next, done.stop)
         return [(number, KVBlock(self._open.pop(number).cpu())) for number in done]
+
+    def rest(self, length: int) -> list[tuple[int, KVBlock]]:
+        """What `take` leaves of `length` tokens: the last block, which is smaller, or nothing."""
+        number, tokens = divmod(length - self._origin, self.size)
+        if not tokens:
+            return []
+        return [(number, KVBlock(self._open.pop(number)[..., :tokens, :].contiguous().cpu()))]
 
     def _block(self, number: int) -> Float[Tensor, "L 2 Hk P D"]:
         if number not in self._open:

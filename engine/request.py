@@ -3,19 +3,18 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import index
 from typing import Any, Literal
-
-from torch import Tensor
 
 from engine.cache import Cache, SparseStats
 from engine.errors import PromptError
+from engine.repair import BlendConfig, BlendReport
 from engine.sampling import Sampling, sample
+from engine.segments import Segments
 from engine.text import TextStream
 from kvstore.block import BlockKey
 
 FinishReason = Literal["stop", "length"]
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Segments
 
 
 @dataclass(slots=True)
@@ -28,6 +27,7 @@ class RequestStats:
     total_s: float = 0.0
     new_tokens: int = 0
     sparse: SparseStats | None = None  # of a sparse method
+    blend: BlendReport | None = None  # of a prompt of segments
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -95,12 +95,21 @@ class Running:
     """State of a request between two steps."""
 
     def __init__(
-        self, request: Request, *, eos: frozenset[int], limit: int, tokenizer: Any
+        self,
+        request: Request,
+        *,
+        eos: frozenset[int],
+        limit: int,
+        tokenizer: Any,
+        segments: Segments | None = None,
+        blend: BlendConfig | None = None,
     ) -> None:
         self.request = request
+        self.segments, self.blend = segments, blend or BlendConfig()
         self.tokens: list[int] = []
         self.cache: Cache | None = None  # while it runs
         self.keys: Sequence[BlockKey] = ()  # of the full blocks of its tokens, as far as needed yet
+        self.repair: bytes | None = None  # what names its blocks, where they are not exact
         self.stored: Sequence[BlockKey] = ()  # blocks its prompt took from the store
         self.stats = RequestStats(prompt_tokens=len(request.prompt))
         self.finish_reason: FinishReason | None = None
@@ -154,19 +163,11 @@ class Running:
 
 
 def listed(prompts: Any) -> list[Prompt]:
-    """A batch: of one, for a text or one list of token ids."""
-    if isinstance(prompts, str):
+    """A batch: of one, for a text, one list of token ids, or segments."""
+    if isinstance(prompts, str | Segments):
         return [prompts]
     given = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)
     alone = [hasattr(prompt, "__index__") for prompt in given]
     if any(alone) and not all(alone):
         raise PromptError("prompts mixes token ids with prompts: wrap each token list in a list")
     return [given] if any(alone) else given
-
-
-def ids_of(tokens: Sequence[int] | Tensor) -> tuple[int, ...]:
-    """Token ids as plain integers. PromptError for anything else."""
-    try:
-        return tuple(index(token) for token in tokens)
-    except TypeError as error:
-        raise PromptError(f"token ids are whole numbers: {error}") from error

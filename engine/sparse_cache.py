@@ -110,6 +110,10 @@ class SparseCache:
         """As `SequenceCache.write`; for prompts."""
         return self._dense.write(layer, start, rotated, v)
 
+    def view(self, layer: int, stop: int) -> LayerKV:
+        """As `SequenceCache.view`; until the prompt is complete."""
+        return self._dense.view(layer, stop)
+
     def observe(self, layer: int, queries: Float[Tensor, "Hq N D"]) -> None:
         """Keep the last unrotated queries of the prompt, where something comes of them."""
         if layer in self._layers and (self.method.index == "vq" or self.method.prefetch == "step"):

@@ -2,6 +2,7 @@
 
 import struct
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 import xxhash
@@ -15,6 +16,8 @@ _KEY = struct.Struct("<B32s32s16sIBI")  # the fields of a BlockKey, less the dig
 _REST = struct.Struct("<BHIIIHQQI")
 _PAGE = struct.Struct("<Q")
 _CHECK = struct.Struct("<Q")
+_FIELDS = ("parent", "identity", "token_digest", "num_tokens", "kind", "depth")
+_described = attrgetter(*_FIELDS)
 _FIXED = _KEY.size + _REST.size  # then a page number per record, and the checksum of all that
 
 
@@ -78,8 +81,9 @@ def matches(data: memoryview | bytes, key: BlockKey) -> bool:
 
 def check_is_for(entry: Entry, key: BlockKey) -> None:
     """Raise CorruptRecord unless the entry describes the very block that `key` names."""
-    for name in ("parent", "identity", "token_digest", "num_tokens", "kind", "depth"):
-        stored, asked = getattr(entry.key, name), getattr(key, name)
+    if _described(entry.key) == _described(key):
+        return
+    for name, stored, asked in zip(_FIELDS, _described(entry.key), _described(key), strict=True):
         if stored != asked:
             raise CorruptRecord(f"{name} is {stored!r}, not {asked!r}")
 

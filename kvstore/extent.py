@@ -55,17 +55,22 @@ class DataFile:
     def __init__(self, path: Path, page_bytes: int) -> None:
         self._page_bytes = page_bytes
         self._file = path.open("rb", buffering=0)
+        self.handle = self._file.fileno()
 
     def read(self, page: int, buffers: Sequence[bytearray | UInt8[np.ndarray, " N"]]) -> bool:
         """Fill buffers from the value that starts in `page`; False at the end of the file."""
-        at = page * self._page_bytes + PAGE_HEADER.size
-        left = [memoryview(buffer) for buffer in buffers]  # type: ignore[arg-type]
-        while count := os.preadv(self._file.fileno(), left, at):
+        at = self.place(page)
+        count = os.preadv(self.handle, buffers, at)  # type: ignore[arg-type]
+        left = _behind([memoryview(buffer) for buffer in buffers], count)  # type: ignore[arg-type]
+        while left and count:
             at += count
+            count = os.preadv(self.handle, left, at)
             left = _behind(left, count)
-            if not left:
-                return True
-        return False
+        return not left
+
+    def place(self, page: int) -> int:
+        """Of the value that starts in `page`, in bytes."""
+        return page * self._page_bytes + PAGE_HEADER.size
 
     def size(self) -> int:
         """Of the file, in bytes."""

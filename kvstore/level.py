@@ -1,6 +1,7 @@
 """A tier under its policy: what goes in, what has to go for it, and what may not."""
 
 import threading
+from collections import defaultdict
 from collections.abc import Container, Sequence
 from dataclasses import replace
 
@@ -74,6 +75,15 @@ class Level:
         with self._lock:
             self.stats.skipped += count
 
+    def delete(self, keys: Sequence[BlockKey | bytes]) -> int:
+        """Delete blocks, pinned or not, and what rests on them; how many of `keys` were here."""
+        with self._inserting:
+            present = [key for key in keys if key in self.tier]
+            if present:
+                self.tier.delete(self._with_rest(present))
+                self._seed()
+            return len(present)
+
     def clear(self) -> None:
         with self._inserting:
             self.tier.clear()
@@ -93,6 +103,16 @@ class Level:
                 self.stats, used_bytes=self.tier.used_bytes, blocks=len(self._lru),
                 corrupt=self.tier.corrupt, quarantined=self.tier.quarantined,
             )  # fmt: skip
+
+    def _with_rest(self, keys: Sequence[BlockKey | bytes]) -> list[bytes]:
+        """Digests of blocks, and of all that rests on them here."""
+        rests_on: dict[bytes | None, list[bytes]] = defaultdict(list)
+        for resident in self.tier.residents():
+            rests_on[resident.parent].append(resident.digest)
+        found = [key if isinstance(key, bytes) else key.digest for key in keys]
+        for digest in found:
+            found += rests_on.pop(digest, ())
+        return found
 
     def _absent(self, blocks: Sequence[Item]) -> list[Item]:
         blocks = list({key: (key, block) for key, block in blocks}.values())

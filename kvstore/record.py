@@ -9,7 +9,6 @@ its end, so one flipped bit anywhere is seen.
 """
 
 import struct
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvstore.block import BlockKey
-from kvstore.codec import CODECS, DTYPE_CODES, RAW, Codec, Payload, byte_view
+from kvstore.codec import CODECS, DTYPE_CODES, RAW, Codec
 from kvstore.errors import CorruptRecord
 
 MAGIC = b"HRKV"
@@ -57,8 +56,9 @@ def encode(
 ) -> memoryview:
     """The record of `layers` of a block, of which `data` is the KV."""
     payload = codec.encode(data)
-    header = expected(key, data, layers, num_layers, codec, payload.nbytes)
-    header = header._replace(checksum=xxhash.xxh3_128_digest(payload.data))
+    shape = torch.Size((num_layers, *data.shape[1:]))
+    digest = xxhash.xxh3_128_digest(payload.data)
+    header = expected(key, layers, shape, data.dtype, codec, payload.nbytes, digest)
     record = np.empty(HEADER_BYTES + payload.nbytes, np.uint8)
     record[:HEADER_BYTES] = np.frombuffer(_pack(header), np.uint8)
     record[HEADER_BYTES:] = payload
@@ -82,7 +82,8 @@ def decode_into(
     if codec is None:
         raise CorruptRecord(f"unknown codec {header.codec}")
     payload = np.frombuffer(record, np.uint8, offset=HEADER_BYTES)
-    wanted = expected(key, out, layers, num_layers, codec, payload.nbytes)
+    shape = torch.Size((num_layers, *out.shape[1:]))
+    wanted = expected(key, layers, shape, out.dtype, codec, payload.nbytes)
     if header._replace(checksum=b"") != wanted:
         raise CorruptRecord(_difference(header, wanted))
     landed = codec.landing(out, payload.nbytes)
@@ -92,36 +93,34 @@ def decode_into(
     codec.decode(landed, out)
 
 
-def read_into(
-    out: Float[Tensor, "n 2 Hk P D"],
-    read: Callable[[list[bytearray | Payload]], bool],
+def raw_header(
     key: BlockKey,
     layers: range,
-    num_layers: int,
-) -> None:
-    """As `decode_into`, with the bytes of a raw record straight from where they are stored.
-
-    Args:
-        read: fills buffers with the record, from its start on; False if there is not so much.
-    """
-    start, landed = bytearray(HEADER_BYTES), byte_view(out)
-    if not read([start, landed]):
-        raise CorruptRecord("the file ends within the record")
-    wanted = expected(key, out, layers, num_layers, RAW, landed.nbytes)
-    wanted = wanted._replace(checksum=xxhash.xxh3_128_digest(landed.data))
-    if start != _pack(wanted):
-        raise CorruptRecord("header or payload is not what was asked for")
+    shape: torch.Size,
+    dtype: torch.dtype,
+    nbytes: int,
+    checksum: bytes,
+) -> bytes:
+    """The first HEADER_BYTES that the raw record of `layers` of a block of `shape` must have."""
+    return _pack(expected(key, layers, shape, dtype, RAW, nbytes, checksum))
 
 
 def expected(
-    key: BlockKey, data: Tensor, layers: range, num_layers: int, codec: Codec, payload_bytes: int
+    key: BlockKey,
+    layers: range,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    codec: Codec,
+    payload_bytes: int,
+    checksum: bytes = b"",
 ) -> Header:
-    """The header that a record of these layers must have, but for the checksum."""
-    _, _, heads, tokens, dim = data.shape
+    """The header that a record of these layers of a block of `shape` must have."""
+    num_layers, _, heads, tokens, dim = shape
+    raw_bytes = len(layers) * 2 * heads * tokens * dim * dtype.itemsize
     return Header(
-        MAGIC, VERSION, int(key.kind), codec.code, DTYPE_CODES[data.dtype], key.identity,
-        key.digest, heads, tokens, dim, layers.start, layers.stop, num_layers, key.token_digest,
-        payload_bytes, data.nbytes, b"",
+        MAGIC, VERSION, int(key.kind), codec.code, DTYPE_CODES[dtype], key.identity, key.digest,
+        heads, tokens, dim, layers.start, layers.stop, num_layers, key.token_digest,
+        payload_bytes, raw_bytes, checksum,
     )  # fmt: skip
 
 

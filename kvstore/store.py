@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 from jaxtyping import Float
@@ -72,7 +73,7 @@ class TieredStore:
         for level in self._levels:
             data = level.tier.read(key, layers, out)
             if data is not None:
-                self._count_read(level, data.nbytes)
+                self._count_reads(level, 1, data.nbytes)
                 return data
         return None
 
@@ -85,19 +86,22 @@ class TieredStore:
         for level in self._levels:
             block = level.tier.get(key)
             if block is not None:
-                self._count_read(level, block.nbytes)
+                self._count_reads(level, 1, block.nbytes)
                 return block
         return None
 
     def read_many(
-        self,
-        keys: Sequence[BlockKey],
-        layers: range,
-        out: Float[Tensor, "B n 2 Hk P D"] | None = None,
-    ) -> list[Float[Tensor, "n 2 Hk P D"] | None]:
-        """As `read` for each key, into the rows of `out`, with several reads in flight."""
-        rows = [None] * len(keys) if out is None else list(out)
-        return list(self._readers.map(lambda key, row: self.read(key, layers, row), keys, rows))
+        self, keys: Sequence[BlockKey], layers: range, out: Float[Tensor, "B n 2 Hk P D"]
+    ) -> list[bool]:
+        """Which keys are there: KV of a run of layers of these blocks is then in rows of `out`.
+
+        Faster than reads one by one: a thread looks several blocks up before it copies them, and
+        some threads do so at a time. A row of an absent block is undefined.
+        """
+        share = max(1, -(-len(keys) // READ_THREADS))
+        parts = [slice(first, first + share) for first in range(0, len(keys), share)]
+        runs = [self._readers.submit(self._read_run, keys[p], layers, out[p]) for p in parts]
+        return [is_there for run in runs for is_there in run.result()]
 
     def put(self, blocks: Sequence[Item]) -> None:
         """Store blocks, parents first. They belong to the store afterwards: do not write to them.
@@ -161,6 +165,30 @@ class TieredStore:
         queued = self._writer.queued_bytes if self._writer else 0
         return StoreStats({level.tier.name: level.snapshot() for level in self._levels}, queued)
 
+    def __contains__(self, key: BlockKey | bytes) -> bool:
+        """Whether some tier has a block; counts as no use of it."""
+        return any(key in level.tier for level in self._levels)
+
+    def resting(self, keys: Sequence[BlockKey]) -> list[str | None]:
+        """The fastest tier that has each of the keys; counts as no use of it."""
+        names: list[str | None] = [None] * len(keys)
+        for level in reversed(self._levels):
+            held = level.held(keys)
+            names = [level.tier.name if is_ else n for is_, n in zip(held, names, strict=True)]
+        return names
+
+    def delete(self, keys: Sequence[BlockKey | bytes]) -> int:
+        """Delete blocks (or digests) from every tier, pinned or not; how many copies there were.
+
+        What rests on them goes, too. A request that is reading one computes it instead.
+        Memory of other processes is theirs: what they hold goes when they end or evict it.
+
+        Raises:
+            StoreError: something put before could not be written, or the device failed.
+        """
+        self.flush()  # what is on its way to the disk must not arrive afterwards
+        return sum(level.delete(keys) for level in self._levels)
+
     def clear(self) -> None:
         """Delete all blocks, also those of other tenants and models."""
         self.flush()
@@ -198,9 +226,19 @@ class TieredStore:
                 level.stats.misses += found[: leading + 1].count(False)
         return leading
 
-    def _count_read(self, level: Level, nbytes: int) -> None:
+    def _read_run(self, keys: Sequence[BlockKey], layers: range, out: Tensor) -> list[bool]:
+        """As `read_many`, in this thread: from each tier what those before it do not have."""
+        found = [False] * len(keys)
+        for level in self._levels:
+            for gap in _gaps(found):
+                found[gap] = level.tier.read_many(keys[gap], layers, out[gap])
+                count = sum(found[gap])
+                self._count_reads(level, count, count * out[0].nbytes)
+        return found
+
+    def _count_reads(self, level: Level, count: int, nbytes: int) -> None:
         with self._lock:
-            level.stats.reads += 1
+            level.stats.reads += count
             level.stats.bytes_read += nbytes
 
     def _reachable(self, blocks: Sequence[Item]) -> list[Item]:
@@ -235,3 +273,10 @@ class TieredStore:
     def _find(self, digest: bytes) -> Item | None:
         hosts = [level.tier for level in self._fast if isinstance(level.tier, HostTier)]
         return next((item for host in hosts if (item := host.find(digest))), None)
+
+
+def _gaps(found: Sequence[bool]) -> list[slice]:
+    """Where what is missing lies, run by run."""
+    runs = groupby(range(len(found)), found.__getitem__)
+    gaps = [list(run) for is_there, run in runs if not is_there]
+    return [slice(gap[0], gap[-1] + 1) for gap in gaps]

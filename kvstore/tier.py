@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvstore.block import BlockKey, KVBlock, LayerKV
+from kvstore.block import BlockKey, KVBlock
 from kvstore.errors import TierFull
 
 Item = tuple[BlockKey, KVBlock]
@@ -29,9 +29,9 @@ class Tier(Protocol):
     put: all of the blocks or none. Present keys are left alone. Deletes `victims`, in that order,
         only as far as the rest needs the room, and returns those that went. What is durable is so
         when it returns. Raises TierFull, naming the setting, if they do not fit.
-    get, read, layer: None if absent, or if there is any doubt about the bytes. Read-only: the
-        tensor may be the tier's own. With `out`, they are copied there, and None leaves `out`
-        undefined.
+    get, read: None if absent, or if there is any doubt about the bytes. Read-only: the tensor may
+        be the tier's own. With `out`, they are copied there, and None leaves `out` undefined.
+    read_many: as read for each key, into the rows of `out`; False leaves its row undefined.
     delete: blocks with all that the tier knows to rest on them; unknown keys are fine.
     held: which of the keys are present. Reads no data. `in` also takes a digest alone.
     residents: least recently used first.
@@ -54,7 +54,9 @@ class Tier(Protocol):
     def read(
         self, key: BlockKey, layers: range, out: Float[Tensor, "n 2 Hk P D"] | None = None
     ) -> Float[Tensor, "n 2 Hk P D"] | None: ...
-    def layer(self, key: BlockKey, i: int) -> LayerKV | None: ...
+    def read_many(
+        self, keys: Sequence[BlockKey], layers: range, out: Float[Tensor, "B n 2 Hk P D"]
+    ) -> list[bool]: ...
     def delete(self, keys: Sequence[BlockKey | bytes]) -> None: ...
     def held(self, keys: Sequence[BlockKey]) -> list[bool]: ...
     def touched(self, digests: Sequence[bytes]) -> None: ...
@@ -110,9 +112,11 @@ class HostTier:
         data = block.data[layers.start : layers.stop]
         return data if out is None else checked_out(out, data.shape, data.dtype).copy_(data)
 
-    def layer(self, key: BlockKey, i: int) -> LayerKV | None:
-        block = self.get(key)
-        return None if block is None else block.layer(i)
+    def read_many(
+        self, keys: Sequence[BlockKey], layers: range, out: Float[Tensor, "B n 2 Hk P D"]
+    ) -> list[bool]:
+        pairs = zip(keys, out, strict=True)
+        return [self.read(key, layers, row) is not None for key, row in pairs]
 
     def delete(self, keys: Sequence[BlockKey | bytes]) -> None:
         with self._lock:

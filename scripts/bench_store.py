@@ -7,8 +7,9 @@ Blocks of 32 layers x 8 KV heads x 128 x 64 tokens in bfloat16: 8 MiB, stored as
 put   Both sides take the same batches of 64 MiB and acknowledge a batch when it is durable. LMDB:
       one transaction (data pages, fdatasync, meta page with O_DSYNC). Files: each value to a new
       file, fsync of each, fsync of their folder. Content is checksummed on the LMDB side only.
-get   hot: everything in the page cache. A get ends in a tensor, verified. The destination is
-      recycled, as an engine's staging buffer is; `fresh` keeps every tensor instead.
+get   hot: everything in the page cache. A get ends in tensors, verified: a thread asks for one
+      group of layers of 4 blocks, as the engine does. The destination is recycled, as its staging
+      buffer is. `single` asks for one value at a time, `fresh` as well, and keeps every tensor.
       cold: page cache dropped (unmapped, fsync, POSIX_FADV_DONTNEED; mincore counts what is left).
       pread: the same bytes from the plain files into a recycled buffer, unverified, with the
       best of 1, 2 and 4 threads on each side.
@@ -48,6 +49,7 @@ SIZE = 64
 GROUPS = layer_groups(32, 2 * 8 * 128 * SIZE * 2)
 VALUE = 2 << 20
 BATCH = 8  # blocks: 64 MiB
+TOGETHER = 4  # blocks of which a thread gets a value each: 8 MiB
 THREADS = (1, 2, 4)
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -155,21 +157,35 @@ class Bench:
         for side in sorted(sides, reverse=first == "put lmdb"):
             self.note(side, timed(sides[side]))
 
-    def get_tier(self, part: Sequence[int], keep: list[torch.Tensor] | None = None) -> None:
+    def get_tier(self, part: Sequence[int]) -> None:
+        """One group of layers of some blocks at a time, as the engine loads a prefix."""
+        assert self.tier is not None
+        _, *rest = MODEL.block_shape(SIZE)
+        recycled = torch.empty(TOGETHER, len(GROUPS[0]), *rest, dtype=torch.bfloat16)
+        for number, group in enumerate(GROUPS):
+            keys = [self.key(i) for i in part if i % len(GROUPS) == number]
+            for first in range(0, len(keys), TOGETHER):
+                some = keys[first : first + TOGETHER]
+                assert all(self.tier.read_many(some, group, recycled[: len(some)]))
+
+    def get_singly(self, part: Sequence[int], keep: list[torch.Tensor] | None = None) -> None:
         assert self.tier is not None
         _, *rest = MODEL.block_shape(SIZE)
         recycled = torch.empty(len(GROUPS[0]), *rest, dtype=torch.bfloat16)
         for i in part:
-            key, group = self.items[i // len(GROUPS)][0], GROUPS[i % len(GROUPS)]
-            data = self.tier.read(key, group, recycled if keep is None else None)
+            group = GROUPS[i % len(GROUPS)]
+            data = self.tier.read(self.key(i), group, recycled if keep is None else None)
             assert data is not None
             if keep is not None:
                 keep.append(data)
 
+    def key(self, value: int) -> BlockKey:
+        return self.items[value // len(GROUPS)][0]
+
     def get_files(self, part: Sequence[int]) -> None:
         buffer = torch.empty(VALUE, dtype=torch.uint8).numpy()
         for i in part:
-            name = f"{self.items[i // len(GROUPS)][0].digest.hex()}.{i % len(GROUPS)}"
+            name = f"{self.key(i).digest.hex()}.{i % len(GROUPS)}"
             handle = os.open(self.files / name, os.O_RDONLY)
             assert os.preadv(handle, [buffer], 0) == VALUE
             os.close(handle)
@@ -199,9 +215,10 @@ class Bench:
         self.get_files(range(self.values))
         for threads in THREADS:
             self.get("hot get", self.get_tier, threads)
+            self.get("hot get single", self.get_singly, threads)
             self.get("hot pread", self.get_files, threads)
             kept: list[torch.Tensor] = []
-            self.get("hot get fresh", lambda part, kept=kept: self.get_tier(part, kept), threads)
+            self.get("hot get fresh", lambda part, kept=kept: self.get_singly(part, kept), threads)
 
     def raw_round(self) -> None:
         path = self.folder / "store" / "data.mdb"
@@ -219,6 +236,7 @@ class Bench:
     def summary(self) -> dict[str, float]:
         return {
             "hot_get_gbps": statistics.median(self.best("hot get")),
+            "hot_get_single_gbps": statistics.median(self.best("hot get single")),
             "hot_get_vs_pread": ratio(self.best("hot get"), self.best("hot pread")),
             "cold_get_vs_pread": ratio(self.best("cold get"), self.best("cold pread")),
             "put_vs_files": ratio(self.rows["put lmdb"], self.rows["put files"]),

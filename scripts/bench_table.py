@@ -194,6 +194,39 @@ def kvpress(record: dict[str, Any]) -> str:
     return "\n".join([about, "", *rows]).rstrip()
 
 
+def blend(record: dict[str, Any]) -> str:
+    """Seconds to the first token by policy, and what the controller chose."""
+    rows = ["| | s, median | p90 | × the faster full prefill | charged |", "|" + " --- |" * 5]
+    for column, at in record["seconds"].items():
+        for name, values in at.items():
+            middle, most = quantile(values, 0.5), quantile(values, 0.9)
+            charged = record["charged"].get(name)
+            share = "" if charged is None else f"{charged:.1%}"
+            faster = f"{record['baseline_s'] / middle:.2f}"
+            rows.append(f"| {column}, {name} | {middle:.3f} | {most:.3f} | {faster} | {share} |")
+    notes = []
+    for times, at in record["controller"].items():
+        fixed = {name: value for name, value in at.items() if name != "controller"}
+        best = min(fixed, key=lambda name: fixed[name])
+        notes.append(
+            f"- controller, loading {times} × as fast as a full prefill: {at['controller']:.2f} s, "
+            f"**{at['controller'] / fixed[best]:.2f}** of the best fixed choice ({best})"
+        )
+    about = (
+        f"Time to the first token of {record['chunks']} chunks of {record['chunk_tokens']} tokens "
+        f"in a new order, loading included: a random Llama of\n"
+        f"{record['model']['num_hidden_layers']} layers, bf16, {record['threads']} threads; "
+        f"policies at {record['share']:.0%} charged, or the least they reach. Host: KV in memory; "
+        "cold: on LMDB,\npages dropped. `scripts/bench_blend.py`"
+    )
+    return "\n".join([about, "", *rows, "", *notes]).rstrip()
+
+
+def quantile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
 PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode": decode,
     "store": store,

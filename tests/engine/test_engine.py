@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from engine import Engine, EngineConfig, PromptError
 from engine.errors import ConfigError, EngineError, ModelError
-from engine.request import ids_of, listed
+from engine.request import listed
+from engine.segments import ids_of
 from kvstore.config import StoreConfig
 from kvstore.errors import StoreError
 from tests.engine import oracle
@@ -127,7 +128,7 @@ def test_a_flipped_byte_on_disk_is_a_miss_and_the_answer_stays(module, tmp_path)
         want = tokens(engine, text, max_new_tokens=10)
     data = next((tmp_path / "store").rglob("data.mdb"))
     raw = bytearray(data.read_bytes())
-    keys = engine._keys(text.tolist())
+    keys = engine.plain.keys(text.tolist())
     at = raw.index(keys[3].digest + bytes(0)) if keys[3].digest in raw else len(raw) // 2
     for offset in range(at + 4096, len(raw) - 1, 1 << 14):
         raw[offset] ^= 1

@@ -14,7 +14,7 @@ def test_bare_measurements_are_of_needles():
 
 
 @pytest.mark.parametrize(
-    "name", ["needle", "multiturn", "extraction", "ruler", "longbench", "longbench-v2"]
+    "name", ["needle", "multiturn", "extraction", "ruler", "rag", "longbench", "longbench-v2"]
 )
 def test_every_suite_can_be_made_and_says_its_tasks(name):
     suite = registry.make_suite(name, settings())

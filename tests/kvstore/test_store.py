@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 
+from kvstore import store as store_module
 from kvstore.block import KVBlock
 from kvstore.config import StoreConfig
 from kvstore.disk import DiskTier
@@ -18,6 +19,7 @@ from tests.kvstore.make import chain, content, identity, items, right, same
 KEYS = chain(range(40))  # 10 blocks
 COST = entry_cost(content(KEYS[0], identity()))
 BYTES = content(KEYS[0], identity()).nbytes
+MODEL = identity()
 
 
 @pytest.fixture
@@ -28,6 +30,10 @@ def path(tmp_path):
 def opened(path, host=100, blocks=100):
     tiers = [HostTier(host * BYTES)] if host else []
     return TieredStore([*tiers, DiskTier(path, blocks * COST)])
+
+
+def rows_for(count, layers):
+    return torch.zeros(count, len(layers), *MODEL.block_shape(4)[1:], dtype=MODEL.torch_dtype)
 
 
 def test_tiers_follow_the_protocol(path):
@@ -72,7 +78,7 @@ def test_a_run_of_layers_comes_from_either_tier(path, host):
                 assert same(row, got)
         layer = store.layer(KEYS[0], 1)
         assert layer.k.shape == want[1, 0].shape
-        assert store.read_many([KEYS[0], KEYS[1]], range(1))[1] is None
+        assert store.read_many(KEYS[:2], range(1), rows_for(2, range(1))) == [True, False]
 
 
 @pytest.mark.parametrize("host", [0, 100])
@@ -82,11 +88,37 @@ def test_many_reads_land_in_the_rows_of_one_tensor(path, host):
         store.flush()
         wanted = torch.stack([content(key, identity())[1:3] for key in KEYS])
         out = torch.zeros_like(wanted)
-        rows = store.read_many(KEYS, range(1, 3), out)
+        assert store.read_many(KEYS, range(1, 3), out) == [True] * 10
         assert same(out, wanted)
-        assert [row.data_ptr() for row in rows] == [row.data_ptr() for row in out]
+        assert store.read_many([], range(1, 3), out[:0]) == []
+        name = "host" if host else "disk"
+        stats = store.stats().tiers[name]
+        assert (stats.reads, stats.bytes_read) == (10, wanted.nbytes)
         with pytest.raises(ValueError, match="out must be contiguous"):
             store.read(KEYS[0], range(1, 3), out[0].float())
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_many_reads_take_from_each_tier_what_those_before_it_lack(path, monkeypatch, threads):
+    monkeypatch.setattr(store_module, "READ_THREADS", threads)
+    with opened(path) as store:
+        store.put(items(KEYS))
+        store.flush()
+        host = store._levels[0].tier
+        host.delete([KEYS[0], KEYS[3], KEYS[4], KEYS[9]])
+        absent = chain(range(500, 508))
+        keys = [*KEYS[:2], absent[0], *KEYS[2:], absent[1]]
+        out = rows_for(12, range(3))
+        found = store.read_many(keys, range(3), out)
+        assert found == [True] * 2 + [False] + [True] * 8 + [False]
+        assert all(
+            same(row, content(key, identity()))
+            for key, row, is_there in zip(keys, out, found, strict=True)
+            if is_there
+        )
+        tiers = store.stats().tiers
+        assert (tiers["host"].reads, tiers["disk"].reads) == (6, 4)
+        assert tiers["disk"].bytes_read == 4 * BYTES
 
 
 def test_layers_that_a_block_does_not_have_are_refused(path):
@@ -227,8 +259,9 @@ def test_threads_that_put_read_pin_and_evict_at_once_see_only_right_blocks(path)
                     assert all(right(block, key) for block, key in zip(blocks, keys))
                     store.promote(keys[:2])
                 store.put(items(keys))
-                many = store.read_many(keys, range(1, 2))
-                assert all(data is None or data.shape[0] == 1 for data in many)
+                rows = rows_for(len(keys), range(1, 2))
+                many = zip(keys, rows, store.read_many(keys, range(1, 2), rows), strict=True)
+                assert all(same(row, content(key, MODEL)[1:2]) for key, row, there in many if there)
         except BaseException as error:
             failures.append(error)
             raise
@@ -253,7 +286,7 @@ def test_readers_leave_no_snapshot_behind_and_the_file_does_not_grow_with_churn(
             keys = chain(range(1000 * i, 1000 * i + 20))
             store.put(items(keys))
             store.flush()
-            store.read_many(keys, range(3))
+            store.read_many(keys, range(3), rows_for(len(keys), range(3)))
             sizes.append(os.path.getsize(path / "data.mdb"))
         assert sizes[-1] == sizes[30]
         assert sizes[-1] < 3 * 20 * COST

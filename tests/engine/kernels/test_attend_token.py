@@ -134,7 +134,7 @@ def test_without_a_compiler_torch_answers_and_it_is_said_once(monkeypatch, tmp_p
         native.library.cache_clear()
     torch.testing.assert_close(got, exact(q, k, v, 0.1).float())
     assert [r.getMessage() for r in caplog.records] == [
-        "attend_token runs in torch, slower on a CPU: "
+        "attend_token is not compiled, which is slower on a CPU: "
         "no C compiler (cc, gcc or clang) is on the PATH"
     ]
 

@@ -1,0 +1,57 @@
+"""Loop three: a prompt of reused parts, of which some are computed afresh."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from engine.active import Active
+from engine.cache import Cache
+from engine.loading import Loader
+from engine.model import Model
+from engine.policies import Budget, Policy
+from engine.probe import Probe
+from engine.reuse import Reuse
+
+
+@torch.inference_mode()
+def blend(
+    model: Model,
+    cache: Cache,
+    tokens: Int[Tensor, " N"],
+    reuse: Reuse,
+    loader: Loader,
+    policy: Policy,
+    budget: Budget,
+) -> Float[Tensor, " vocab"]:
+    """Fill `cache` with the whole prompt; returns the logits after its last token.
+
+    A layer's stored KV is in place before the layer starts. What is computed afresh replaces it,
+    and attends to all of its own past, stored or fresh, and to nothing else. Where a policy
+    narrows its choice, the blocks left out keep what the layers so far made of them.
+    """
+    relevance = reuse.nothing
+    if policy.probe and not budget.whole:
+        probe = Probe(model, cache, reuse, loader)
+        relevance = probe.relevance(tokens)
+        budget.charge(probe.tokens * probe.layers)
+    blocks = reuse.everything if budget.whole else policy.first(reuse, budget, relevance)
+    active = Active(model, reuse, reuse.active(blocks))
+    x, last = model.embed(tokens[active.positions]), len(model.layers) - 1
+    for i, layer in enumerate(model.layers):
+        loader.wait(i)
+        budget.charge(active.repaired)
+        fresh, kv = layer.qkv(x), cache.view(i, len(tokens))
+        cache.observe(i, fresh.q)
+        q, k = active.rotate(layer, fresh.q), active.rotate(layer, fresh.k)
+        rows = None
+        if i == last:  # of which only the logits are needed
+            rows = torch.tensor([len(x) - 1], device=x.device)
+        elif i == policy.check and not budget.whole:
+            deviation = active.deviation(fresh.v, kv)
+            rows = active.rows(blocks & policy.keep(reuse, budget, relevance, deviation))
+        active.write(i, cache, kv, fresh, k)
+        if rows is not None:
+            active, x, q = active.take(rows), x[rows], q[:, rows]
+        x = layer.finish(x, active.attend(layer, q, kv))
+    cache.advance(len(tokens))
+    return model.logits(x)[0]

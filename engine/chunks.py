@@ -1,0 +1,123 @@
+"""Chunks computed alone, behind the instructions that they share, and stored under their names."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence, Set
+
+import torch
+
+from engine.cache import SequenceCache
+from engine.errors import PromptError
+from engine.model import Model
+from engine.perfmodel import PerfModel
+from engine.prefill import hidden_states
+from engine.recorder import Recorder
+from engine.segments import Tokens, digest
+from kvstore.block import BlockKey, Kind, KVBlock
+from kvstore.identity import ModelIdentity
+from kvstore.store import TieredStore
+
+Computed = dict[BlockKey, KVBlock]
+
+
+class Chunks:
+    """The chunks of one model and tenant in a store. Thread-safe.
+
+    Args:
+        size: tokens of a block.
+        step: tokens computed at once.
+        speeds: learns from what is computed.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        store: TieredStore,
+        identity: ModelIdentity,
+        *,
+        tenant: bytes,
+        size: int,
+        step: int,
+        speeds: PerfModel,
+    ) -> None:
+        self._model, self._store, self._identity, self._tenant = model, store, identity, tenant
+        self._size, self._step, self._speeds = size, step, speeds
+        self._computing = threading.Lock()  # one chunk: nobody computes what another just does
+
+    def keys(self, prefix: Tokens, chunk: Tokens) -> list[BlockKey]:
+        """Names of a chunk's blocks behind a prefix; the last one may be of fewer tokens."""
+        return BlockKey.chain(
+            chunk,
+            identity=self._identity,
+            tenant=self._tenant,
+            size=self._size,
+            kind=Kind.CHUNK,
+            warmup=digest(prefix),
+        )
+
+    def check(self, prefix: Tokens, chunk: Tokens) -> None:
+        """PromptError for a chunk that the model cannot read behind the prefix."""
+        shape, needed = self._model.shape, len(prefix) + len(chunk)
+        if not chunk:
+            raise PromptError("a chunk is empty: at least one token is needed")
+        if needed > shape.max_positions:
+            raise PromptError(
+                f"a chunk of {len(chunk)} tokens behind {len(prefix)} of instructions needs "
+                f"{needed} positions, the model has {shape.max_positions}: split the chunk"
+            )
+        if bad := [token for token in (*prefix, *chunk) if not 0 <= token < shape.vocab]:
+            raise PromptError(
+                f"token id {bad[0]} is out of range: the model knows 0 to {shape.vocab - 1}"
+            )
+
+    def complete(
+        self, prefix: Tokens, chunks: Sequence[Tokens], lost: Set[BlockKey] = frozenset()
+    ) -> Iterator[Computed]:
+        """Store what is missing; for every chunk, its blocks where they had to be computed.
+
+        Args:
+            lost: blocks that count as missing, whatever the store says.
+        """
+        alone: _Alone | None = None
+        for chunk in chunks:
+            keys, made = self.keys(prefix, chunk), Computed()
+            with self._computing:
+                if self._store.lookup(keys) < len(keys) or not lost.isdisjoint(keys):
+                    alone = alone or self._alone(prefix, chunks)
+                    began = time.perf_counter()
+                    made = dict(zip(keys, alone.blocks(chunk), strict=True))
+                    spent = time.perf_counter() - began
+                    self._speeds.prefilled(len(chunk), spent, start=len(prefix))
+                    self._store.put(list(made.items()))
+            yield made
+
+    def _alone(self, prefix: Tokens, chunks: Sequence[Tokens]) -> "_Alone":
+        longest = max(map(len, chunks))
+        return _Alone(self._model, prefix, longest, size=self._size, step=self._step)
+
+
+class _Alone:
+    """Computes chunks as if each alone followed the prefix, which is computed once."""
+
+    def __init__(self, model: Model, prefix: Tokens, longest: int, *, size: int, step: int) -> None:
+        self._model, self._size, self._step = model, size, step
+        self._cache = SequenceCache(model.shape, len(prefix) + longest)
+        self._behind = len(prefix)
+        self._read(prefix)
+
+    def blocks(self, chunk: Tokens) -> list[KVBlock]:
+        """Unrotated KV of a chunk; that of the prefix is dropped, and used again for the next."""
+        cache = self._cache
+        cache.length = self._behind  # attention is causal: no chunk changed what lies before
+        cache.recorder = Recorder(self._model.shape, size=self._size, start=0, origin=self._behind)
+        self._read(chunk)
+        made = [*cache.recorder.take(cache.length), *cache.recorder.rest(cache.length)]
+        return [block for _, block in made]
+
+    @torch.inference_mode()
+    def _read(self, tokens: Tokens) -> None:
+        if not tokens:
+            return
+        ids = torch.tensor(tokens, device=self._model.shape.device)
+        for _ in hidden_states(self._model, self._cache, ids, chunk=self._step):
+            pass  # what matters is written to the cache

@@ -1,0 +1,99 @@
+"""What the engine does for a plain prompt: reuse its stored start, compute and store the rest."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.memory import Memory
+from engine.model import Model
+from engine.prefill import prefill
+from engine.prefix import Prefix, PrefixLost
+from engine.recorder import Recorder
+from engine.request import Running
+from kvstore.block import BlockKey, Kind
+from kvstore.identity import ModelIdentity
+from kvstore.store import TieredStore
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 3  # to load; after them everything is computed
+
+
+class Plain:
+    """Exact prefill of prompts behind what one store has of them. Thread-safe."""
+
+    def __init__(
+        self,
+        model: Model,
+        store: TieredStore,
+        memory: Memory,
+        identity: ModelIdentity,
+        config: EngineConfig,
+    ) -> None:
+        self._model, self._store, self._memory = model, store, memory
+        self._identity, self._config = identity, config
+
+    def keys(self, tokens: Sequence[int], repair: bytes | None = None) -> list[BlockKey]:
+        """Names of the full blocks: of exact KV, or of what a blend of that name makes."""
+        size = self._config.block_tokens
+        chain = BlockKey.chain(
+            tokens,
+            identity=self._identity,
+            tenant=self._config.tenant.encode(),
+            size=size,
+            kind=Kind.EXACT if repair is None else Kind.REPAIRED,
+            warmup=repair or b"",
+        )
+        return chain[: len(tokens) // size]
+
+    def prefill(self, run: Running) -> Float[Tensor, " vocab"]:
+        """Logits after the prompt; its start comes from the store as far as that has it."""
+        size, prompt = self._config.block_tokens, run.request.prompt
+        run.keys = self.keys(prompt)
+        usable = run.keys[: (len(prompt) - 1) // size]  # one token is always computed
+        with self._store.pin(usable):
+            for _ in range(ATTEMPTS):
+                try:
+                    return self._read(run, usable[: self._store.lookup(usable)])
+                except PrefixLost as lost:  # counted by the store, which will not offer it again
+                    log.warning("computing the prompt again: %s", lost)
+            return self._read(run, [])
+
+    def save(self, run: Running) -> None:
+        """Give the store the blocks that became complete, where the run keeps any."""
+        assert run.cache is not None
+        if run.cache.recorder is None:
+            return
+        if blocks := run.cache.recorder.take(run.cache.length):
+            if blocks[-1][0] >= len(run.keys):
+                run.keys = self.keys(run.all_tokens[: run.cache.length], run.repair)
+            self._store.put([(run.keys[number], block) for number, block in blocks])
+
+    def _read(self, run: Running, stored: Sequence[BlockKey]) -> Float[Tensor, " vocab"]:
+        """Prefill behind the `stored` blocks."""
+        size, prefix = self._config.block_tokens, None
+        start = len(stored) * size
+        recorder = Recorder(self._model.shape, size=size, start=start)
+        run.release()  # what a lost prefix left
+        run.cache = self._memory.cache(run, recorder)
+        run.stored, run.stats.cached_tokens = stored, start
+        try:
+            if stored:
+                prefix = Prefix(self._model, run.cache, self._store, stored)
+            logits = prefill(
+                self._model,
+                run.cache,
+                torch.tensor(run.request.prompt[start:], device=self._model.shape.device),
+                chunk=self._config.prefill_chunk,
+                prefix=prefix,
+                after_chunk=lambda: self.save(run),
+            )
+            run.cache.finalize()
+            return logits
+        finally:
+            if prefix is not None:
+                prefix.cancel()

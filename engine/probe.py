@@ -1,0 +1,59 @@
+"""What the question attends to among reused KV, before any of it is repaired."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from engine.active import Active
+from engine.attention import capped
+from engine.cache import Cache
+from engine.loading import Loader
+from engine.model import AttentionSpec, Model
+from engine.reuse import Reuse
+
+ASKING = 64  # tokens of the prompt's end whose attention counts
+DEPTH = 0.5  # share of the layers that are looked at
+
+
+class Probe:
+    """The attention of the last tokens on every block, in the first layers (QCFuse, 2026).
+
+    Tokens without KV run over the stored KV as it is; what they leave in the cache there is
+    overwritten when they are computed again.
+    """
+
+    def __init__(self, model: Model, cache: Cache, reuse: Reuse, loader: Loader) -> None:
+        self._model, self._cache, self._reuse, self._loader = model, cache, reuse, loader
+        self.layers = max(1, round(DEPTH * model.shape.num_layers))
+        self.tokens = 0  # whose projections it computed, in each of the layers
+
+    def relevance(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, " n"]:
+        """Per block, the attention of the head that looks there most, mean of the layers."""
+        nothing = self._reuse.active(~self._reuse.everything)
+        active = Active(self._model, self._reuse, nothing)
+        self.tokens = len(active.positions)
+        x, found = self._model.embed(tokens[active.positions]), []
+        for i, layer in enumerate(self._model.layers[: self.layers]):
+            self._loader.wait(i)
+            fresh, kv = layer.qkv(x), self._cache.view(i, len(tokens))
+            q, k = active.rotate(layer, fresh.q), active.rotate(layer, fresh.k)
+            active.write(i, self._cache, kv, fresh, k)
+            mass = attention_mass(q[:, -ASKING:], kv.k, layer.attention)
+            found.append(self._reuse.sum(mass).amax(0))
+            x = layer.finish(x, active.attend(layer, q, kv))
+        return torch.stack(found).mean(0)
+
+
+def attention_mass(
+    q: Float[Tensor, "Hq m D"], k: Float[Tensor, "Hk N D"], spec: AttentionSpec
+) -> Float[Tensor, "Hq N"]:
+    """What share of the attention of the last m of N tokens each token gets, by query head."""
+    n, m = k.shape[1], q.shape[1]
+    row = torch.arange(n - m, n, device=k.device)[:, None]
+    column = torch.arange(n, device=k.device)
+    hidden = column > row if spec.window is None else (column > row) | (column <= row - spec.window)
+    mass = []
+    for group, keys in zip(q.unflatten(0, (len(k), -1)), k, strict=True):  # memory: a head's
+        scores = capped((group @ keys.T).float() * spec.scale, spec)
+        mass.append(scores.masked_fill_(hidden, float("-inf")).softmax(-1).mean(1))
+    return torch.cat(mass)

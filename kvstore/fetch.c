@@ -1,0 +1,132 @@
+// Copies records out of a file and hashes what came, several in one call, without Python's lock.
+//
+// The hash is XXH3 with 128 bits, seed 0 and the default secret (Collet 2021, specification 0.2),
+// for inputs above 240 bytes: eight lanes of 64 bits, which a compiler turns into vectors.
+
+#include <errno.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "this hash reads little-endian words"
+#endif
+
+enum { STRIPE = 64, SECRET = 192, STRIPES = (SECRET - STRIPE) / 8, BLOCK = STRIPES * STRIPE, SHORT = -1 };
+
+static const uint64_t P32_1 = 0x9E3779B1u, P32_2 = 0x85EBCA77u, P32_3 = 0xC2B2AE3Du;
+static const uint64_t P64_1 = 0x9E3779B185EBCA87u, P64_2 = 0xC2B2AE3D27D4EB4Fu,
+                      P64_3 = 0x165667B19E3779F9u, P64_4 = 0x85EBCA77C2B2AE63u,
+                      P64_5 = 0x27D4EB2F165667C5u, AVALANCHE = 0x165667919E3779F9u;
+
+static const uint8_t secret[SECRET] = {
+    0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c,
+    0xde, 0xd4, 0x6d, 0xe9, 0x83, 0x90, 0x97, 0xdb, 0x72, 0x40, 0xa4, 0xa4, 0xb7, 0xb3, 0x67, 0x1f,
+    0xcb, 0x79, 0xe6, 0x4e, 0xcc, 0xc0, 0xe5, 0x78, 0x82, 0x5a, 0xd0, 0x7d, 0xcc, 0xff, 0x72, 0x21,
+    0xb8, 0x08, 0x46, 0x74, 0xf7, 0x43, 0x24, 0x8e, 0xe0, 0x35, 0x90, 0xe6, 0x81, 0x3a, 0x26, 0x4c,
+    0x3c, 0x28, 0x52, 0xbb, 0x91, 0xc3, 0x00, 0xcb, 0x88, 0xd0, 0x65, 0x8b, 0x1b, 0x53, 0x2e, 0xa3,
+    0x71, 0x64, 0x48, 0x97, 0xa2, 0x0d, 0xf9, 0x4e, 0x38, 0x19, 0xef, 0x46, 0xa9, 0xde, 0xac, 0xd8,
+    0xa8, 0xfa, 0x76, 0x3f, 0xe3, 0x9c, 0x34, 0x3f, 0xf9, 0xdc, 0xbb, 0xc7, 0xc7, 0x0b, 0x4f, 0x1d,
+    0x8a, 0x51, 0xe0, 0x4b, 0xcd, 0xb4, 0x59, 0x31, 0xc8, 0x9f, 0x7e, 0xc9, 0xd9, 0x78, 0x73, 0x64,
+    0xea, 0xc5, 0xac, 0x83, 0x34, 0xd3, 0xeb, 0xc3, 0xc5, 0x81, 0xa0, 0xff, 0xfa, 0x13, 0x63, 0xeb,
+    0x17, 0x0d, 0xdd, 0x51, 0xb7, 0xf0, 0xda, 0x49, 0xd3, 0x16, 0x55, 0x26, 0x29, 0xd4, 0x68, 0x9e,
+    0x2b, 0x16, 0xbe, 0x58, 0x7d, 0x47, 0xa1, 0xfc, 0x8f, 0xf8, 0xb8, 0xd1, 0x7a, 0xd0, 0x31, 0xce,
+    0x45, 0xcb, 0x3a, 0x8f, 0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e};
+
+typedef uint64_t lanes __attribute__((vector_size(STRIPE)));
+
+static inline lanes load(const uint8_t *from) {
+    lanes value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+static inline uint64_t word(const uint8_t *from) {
+    uint64_t value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+// The low half of each lane times its high half: compilers take a slow 64-bit product for it.
+static inline lanes product(lanes mixed) {
+    lanes high = mixed >> 32;
+#if defined(__AVX512F__)
+    return (lanes)_mm512_mul_epu32((__m512i)mixed, (__m512i)high);
+#else
+    return (mixed & 0xFFFFFFFFu) * high;
+#endif
+}
+
+static inline lanes accumulate(lanes sums, const uint8_t *data, const uint8_t *key) {
+    lanes value = load(data), mixed = value ^ load(key);
+    lanes swapped = __builtin_shufflevector(value, value, 1, 0, 3, 2, 5, 4, 7, 6);
+    return sums + swapped + product(mixed);
+}
+
+static uint64_t merged(lanes sums, const uint8_t *key, uint64_t hash) {
+    for (int i = 0; i < 8; i += 2) {
+        unsigned __int128 product = (unsigned __int128)(sums[i] ^ word(key + 8 * i)) *
+                                    (sums[i + 1] ^ word(key + 8 * i + 8));
+        hash += (uint64_t)product ^ (uint64_t)(product >> 64);
+    }
+    hash = (hash ^ (hash >> 37)) * AVALANCHE;
+    return hash ^ (hash >> 32);
+}
+
+static void put(uint8_t *to, uint64_t value) {  // most significant byte first
+    for (int i = 0; i < 8; i++) to[i] = (uint8_t)(value >> (56 - 8 * i));
+}
+
+// The canonical 16 bytes of the hash of `size` > 240 bytes.
+static void hashed(const uint8_t *data, uint64_t size, uint8_t *digest) {
+    lanes sums = {P32_3, P64_1, P64_2, P64_3, P64_4, P32_2, P64_5, P32_1};
+    const uint8_t *at = data, *last = data + size - 1;
+    for (; last - at >= BLOCK; at += BLOCK) {
+        for (int i = 0; i < STRIPES; i++)
+            sums = accumulate(sums, at + i * STRIPE, secret + 8 * i);
+        sums = (sums ^ (sums >> 47) ^ load(secret + SECRET - STRIPE)) * P32_1;
+    }
+    for (int i = 0; last - at >= STRIPE; i++, at += STRIPE)
+        sums = accumulate(sums, at, secret + 8 * i);
+    sums = accumulate(sums, data + size - STRIPE, secret + SECRET - STRIPE - 7);
+    put(digest, merged(sums, secret + SECRET - STRIPE - 11, ~(size * P64_2)));
+    put(digest + 8, merged(sums, secret + 11, size * P64_1));
+}
+
+typedef struct {
+    int64_t at;  // in the file
+    uint64_t size;
+    uint8_t *header, *payload;
+    uint8_t digest[16];  // of the payload; zeros if the file ends before it does
+    int64_t error;       // errno of a read that failed, else 0
+} job;
+
+static int64_t whole(int file, const job *work, uint64_t header_size) {
+    struct iovec parts[2] = {{work->header, header_size}, {work->payload, work->size}};
+    int first = 0;
+    for (off_t at = work->at; first < 2;) {
+        ssize_t count = preadv(file, parts + first, 2 - first, at);
+        if (count < 0 && errno == EINTR) continue;
+        if (count <= 0) return count < 0 ? errno : SHORT;
+        for (at += count; first < 2 && (size_t)count >= parts[first].iov_len; first++)
+            count -= parts[first].iov_len;
+        if (first < 2) {
+            parts[first].iov_base = (uint8_t *)parts[first].iov_base + count;
+            parts[first].iov_len -= count;
+        }
+    }
+    return 0;
+}
+
+// Does each job: header and payload from the file, and the payload's hash.
+void copy_records(int file, job *jobs, uint64_t count, uint64_t header_size) {
+    for (job *work = jobs; work < jobs + count; work++) {
+        int64_t failed = work->size > 240 ? whole(file, work, header_size) : EINVAL;
+        if (!failed) hashed(work->payload, work->size, work->digest);
+        work->error = failed == SHORT ? 0 : failed;
+    }
+}

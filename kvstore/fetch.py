@@ -1,0 +1,133 @@
+"""Records on their way from the data file to where a reader wants them: copied, then verified."""
+
+import ctypes
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from jaxtyping import Float
+from torch import Tensor
+
+from kvstore import record
+from kvstore.codec import Payload
+from kvstore.entry import Entry
+from kvstore.errors import CorruptRecord
+from kvstore.extent import UNKNOWN, DataFile
+from kvstore.layout import covering
+from native.library import library
+
+SOURCE = Path(__file__).with_suffix(".c")
+_JOB = struct.Struct("=qQQQ16sq")  # as in the source
+
+
+class Part:
+    """One record of a block, copied and verified whole, of which a read wants all or some."""
+
+    __slots__ = ("_digest", "_entry", "_error", "_landed", "_skipped", "_start", "_wanted",
+                 "group", "number", "page")  # fmt: skip
+
+    def __init__(
+        self, entry: Entry, number: int, group: range, row: Payload, at: int, nbytes: int, page: int
+    ) -> None:
+        """Its payload, of `nbytes`, belongs to `row` at `at`, and may reach over both ends.
+
+        Args:
+            page: where it lies; UNKNOWN for nowhere but in the map.
+        """
+        self._entry, self.number, self.group, self.page = entry, number, group, page
+        self._wanted, self._skipped = row[max(at, 0) : at + nbytes], max(-at, 0)
+        whole = self._wanted.nbytes == nbytes
+        self._landed = self._wanted if whole else np.empty(nbytes, np.uint8)
+        self._start, self._digest = bytearray(record.HEADER_BYTES), b""
+        self._error: OSError | None = None
+
+    def job(self, file: DataFile) -> tuple[int, int, int, int, bytes, int]:
+        """What `copy_records` needs to know."""
+        return file.place(self.page), self._landed.nbytes, *self._addresses(), b"", 0
+
+    def done(self, digest: bytes, error: int) -> None:
+        """Note what came of its job."""
+        self._digest, self._error = digest, OSError(error, os.strerror(error)) if error else None
+
+    def copy(self, file: DataFile) -> None:
+        """Copy what lies in its pages, whatever that is."""
+        try:
+            if file.read(self.page, (self._start, self._landed)):
+                self._digest = xxhash.xxh3_128_digest(self._landed.data)
+        except OSError as error:
+            self._error = error
+
+    def _addresses(self) -> tuple[int, int]:
+        return _address(np.frombuffer(self._start, np.uint8)), _address(self._landed)
+
+    def is_right(self) -> bool:
+        """Whether the copy is the record. Raises CorruptRecord if its pages cannot be read."""
+        if self._error is not None:  # the same pages through the map would be a SIGBUS
+            raise CorruptRecord(f"cannot read layer group {self.number}: {self._error}")
+        entry, nbytes = self._entry, self._landed.nbytes
+        return self._start == record.raw_header(
+            entry.key, self.group, entry.shape, entry.dtype, nbytes, self._digest
+        )
+
+    def tensor(self) -> Float[Tensor, "n 2 Hk P D"]:
+        """Where it lands, for who fills it from elsewhere."""
+        flat = torch.from_numpy(self._landed).view(self._entry.dtype)
+        return flat.view(len(self.group), *self._entry.shape[1:])
+
+    def deliver(self) -> None:
+        """Give the row what it wanted of a record that is larger."""
+        if self._landed is not self._wanted:
+            end = self._skipped + self._wanted.nbytes
+            self._wanted[:] = self._landed[self._skipped : end]
+
+
+class Read(NamedTuple):
+    """Layers of one block on their way into a row, which is undefined until all is delivered."""
+
+    entry: Entry
+    parts: list[Part]
+
+
+def copy(parts: Sequence[Part], file: DataFile) -> None:
+    """Copy what lies in the pages of all parts, whatever that is.
+
+    Compiled, in one call without Python's lock, for which threads would wait; else one by one.
+    """
+    known = [part for part in parts if part.page != UNKNOWN]
+    compiled = library(SOURCE) if known else None
+    if compiled is None:
+        for part in known:
+            part.copy(file)
+        return
+    jobs = bytearray(b"".join(_JOB.pack(*part.job(file)) for part in known))
+    compiled.copy_records(
+        ctypes.c_int(file.handle),
+        ctypes.c_void_p(_address(np.frombuffer(jobs, np.uint8))),
+        ctypes.c_uint64(len(known)),
+        ctypes.c_uint64(record.HEADER_BYTES),
+    )
+    for part, (*_, digest, error) in zip(known, _JOB.iter_unpack(jobs), strict=True):
+        part.done(digest, error)
+
+
+def planned(entry: Entry, layers: range, row: Payload, moved: bool) -> Read:
+    """The records that hold some of `layers`; `row` has the bytes of just these layers.
+
+    `moved`: they are not where the entry says.
+    """
+    layer_bytes = row.nbytes // len(layers)
+    parts = []
+    for number, group in covering(entry.shape[0], entry.group_layers, layers):
+        at, nbytes = (group.start - layers.start) * layer_bytes, len(group) * layer_bytes
+        page = UNKNOWN if moved else entry.pages[number]
+        parts.append(Part(entry, number, group, row, at, nbytes, page))
+    return Read(entry, parts)
+
+
+def _address(data: Payload) -> int:
+    return int(data.__array_interface__["data"][0])

@@ -1,0 +1,103 @@
+"""Deleting blocks by name: gone from every tier, at once and for good."""
+
+import threading
+
+import pytest
+
+from kvstore.block import Kind
+from kvstore.store import TieredStore
+from kvstore.tier import HostTier
+from tests.kvstore.make import chain, items, right
+from tests.kvstore.test_store import opened
+
+KEEP = chain(range(100, 140))
+GONE = chain(range(30), kind=Kind.CHUNK, warmup=b"warm")  # 8 blocks, the last one ragged
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "store"
+
+
+@pytest.mark.parametrize("host", [0, 100])
+def test_deleted_blocks_are_in_no_tier_and_others_stay(path, host):
+    with opened(path, host=host) as store:
+        store.put(items(KEEP) + items(GONE))
+        assert store.delete(GONE) == len(GONE) * (2 if host else 1)
+        assert store.lookup(GONE) == 0
+        assert all(store.get(key) is None for key in GONE)
+        assert not any(key in store or key.digest in store for key in GONE)
+        assert all(key in store and key.digest in store for key in KEEP)
+        assert store.lookup(KEEP) == len(KEEP)
+        assert store.audit().clean
+    with opened(path) as store:
+        assert store.lookup(GONE) == 0
+        assert all(right(store.get(key), key) for key in KEEP)
+
+
+def test_what_waits_to_be_written_does_not_come_back(path, monkeypatch):
+    with opened(path, host=0) as store:
+        level, goes = store._levels[0], threading.Event()
+        insert = level.insert
+        monkeypatch.setattr(level, "insert", lambda blocks: goes.wait() and insert(blocks))
+        store.put(items(GONE))
+        timer = threading.Timer(0.05, goes.set)
+        timer.start()
+        store.delete(GONE)
+        store.flush()
+        assert store.lookup(GONE) == 0
+
+
+def test_a_pinned_block_can_be_deleted(path):
+    with opened(path) as store:
+        store.put(items(GONE))
+        with store.pin(GONE):
+            store.delete(GONE)
+            assert store.lookup(GONE) == 0
+        store.put(items(GONE))
+        assert store.lookup(GONE) == len(GONE)
+
+
+def test_books_are_right_after_a_deletion(path):
+    with opened(path) as store:
+        store.put(items(KEEP))
+        store.flush()
+        before = {name: tier.used_bytes for name, tier in store.stats().tiers.items()}
+        store.put(items(GONE))
+        store.delete(GONE)
+        tiers = store.stats().tiers
+        assert {name: tier.used_bytes for name, tier in tiers.items()} == before
+        assert {tier.blocks for tier in tiers.values()} == {len(KEEP)}
+
+
+def test_what_was_never_there_can_be_deleted(path):
+    with opened(path) as store:
+        store.put(items(KEEP))
+        assert store.delete(GONE) == 0
+        assert store.delete([]) == 0
+        assert store.lookup(KEEP) == len(KEEP)
+
+
+def test_a_store_of_memory_alone_deletes_too():
+    with TieredStore([HostTier(1 << 20)]) as store:
+        store.put(items(GONE))
+        assert store.delete(GONE[4:]) == 4
+        assert store.lookup(GONE) == 4
+
+
+@pytest.mark.parametrize("host", [0, 100])
+def test_what_rests_on_a_deleted_block_goes_too(path, host):
+    with opened(path, host=host) as store:
+        store.put(items(KEEP))
+        assert store.delete([KEEP[3].digest]) == (2 if host else 1)
+        assert {tier.blocks for tier in store.stats().tiers.values()} == {3}
+        assert all(right(store.get(key), key) for key in KEEP[:3])
+        assert store.audit().clean
+
+
+def test_a_child_that_came_to_memory_before_its_parent_goes_with_it():
+    with TieredStore([HostTier(1 << 20)]) as store:
+        for item in reversed(items(KEEP[:3])):
+            store._levels[0].tier.put([item])
+        assert store.delete([KEEP[0]]) == 1
+        assert store.stats().tiers["host"].used_bytes == 0

@@ -1,0 +1,218 @@
+"""Many blocks read under one transaction: each as if it were read alone."""
+
+import errno
+import os
+from contextlib import suppress
+from dataclasses import replace
+
+import lmdb
+import numpy as np
+import pytest
+import torch
+import xxhash
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from kvstore import disk, fetch, layout
+from kvstore.disk import DiskTier
+from kvstore.entry import Entry
+from kvstore.errors import StoreError
+from kvstore.extent import UNKNOWN, DataFile
+from kvstore.fetch import Part
+from native.library import library
+from tests.kvstore.make import chain, content, identity, items, same
+
+MODEL = identity(num_layers=6, num_kv_heads=4, head_dim=64)  # 4 KiB per layer: values of 8 KiB
+KEYS = chain(range(32), model=MODEL)
+SOME = range(1, 4)  # half a group and a whole one
+ROW_BYTES = 3 * 4096
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch):
+    monkeypatch.setattr(layout, "TARGET_BYTES", 8192)
+
+
+@pytest.fixture(params=["C", "Python"], autouse=True)
+def way(request, monkeypatch):
+    """How records are copied: with a compiler, or without."""
+    if request.param == "Python":
+        monkeypatch.setattr(fetch, "library", lambda _: None)
+    elif library(fetch.SOURCE) is None:
+        pytest.skip("no C compiler here")
+    return request.param
+
+
+@pytest.fixture
+def tier(tmp_path):
+    tier = DiskTier(tmp_path / "store", 1 << 30)
+    tier.put(items(KEYS, MODEL))
+    yield tier
+    with suppress(StoreError):  # of a file that was cut short
+        tier.close()
+
+
+def read(tier, keys, layers=SOME):
+    """Which keys are there; their rows must be right."""
+    out = torch.zeros(len(keys), len(layers), *MODEL.block_shape(4)[1:], dtype=MODEL.torch_dtype)
+    found = tier.read_many(keys, layers, out)
+    for key, row, is_there in zip(keys, out, found, strict=True):
+        assert not is_there or same(row, content(key, MODEL)[layers.start : layers.stop])
+    return found
+
+
+def but(*absent, count=8):
+    return [i not in absent for i in range(count)]
+
+
+def place(tier, key, group):
+    """Where a record lies in the file, in bytes."""
+    with tier.reading() as txn:
+        return tier.ledger.get(txn, key.digest).pages[group] * 4096 + 16
+
+
+@pytest.mark.parametrize(
+    "layers", [range(lo, hi) for hi in range(1, 7) for lo in range(hi)], ids=str
+)
+def test_any_run_of_layers_lands_in_its_row(tier, layers):
+    assert read(tier, KEYS, layers) == but()
+
+
+def test_absent_blocks_are_gaps(tier):
+    others = chain(range(100, 108), model=MODEL)
+    assert read(tier, [others[0], *KEYS[:2], others[1], *KEYS[2:]]) == but(0, 3, count=10)
+    assert read(tier, others) == [False] * 2
+    assert read(tier, []) == []
+
+
+@pytest.mark.parametrize("at", [0, 175, 176, 176 + 8191])
+def test_a_flipped_byte_is_a_miss_of_its_block_alone(tier, tmp_path, at):
+    with (tmp_path / "store" / "data.mdb").open("r+b") as file:
+        file.seek(place(tier, KEYS[2], 1) + at)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    assert read(tier, KEYS, range(2)) == but()
+    assert read(tier, KEYS) == but(2)
+    assert read(tier, KEYS, range(2)) == but(2)
+    assert (tier.corrupt, tier.quarantined) == (1, 1)
+
+
+def test_an_io_error_is_a_miss_of_its_block_alone(tier, monkeypatch, way):
+    if way == "C":
+        pytest.skip("C asks the system itself: see the next test")
+    bad, whole = place(tier, KEYS[5], 0), os.preadv
+
+    def fail(handle, buffers, at):
+        if at == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return whole(handle, buffers, at)
+
+    monkeypatch.setattr(os, "preadv", fail)
+    assert read(tier, KEYS) == but(5)
+    assert tier.corrupt == 1
+
+
+def test_a_file_that_cannot_be_read_is_misses_and_the_map_is_not_touched(tier, monkeypatch):
+    folder = os.open(tier._env.path, os.O_RDONLY)
+    monkeypatch.setattr(tier._env.values, "handle", folder)
+    monkeypatch.setattr(tier.ledger, "record", None)
+    assert read(tier, KEYS) == [False] * 8
+    assert all("Is a directory" in reason for reason in tier._bad.values())
+    os.close(folder)
+
+
+def test_tables_that_cannot_be_walked_at_one_block_are_a_miss_of_it_alone(tier, monkeypatch):
+    get = tier.ledger.get
+
+    def fail(txn, digest):
+        if digest == KEYS[3].digest:
+            raise lmdb.CorruptedError("a page of the tables")
+        return get(txn, digest)
+
+    monkeypatch.setattr(tier.ledger, "get", fail)
+    assert read(tier, KEYS) == but(3)
+    assert tier._bad.keys() == {KEYS[3].digest}
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.95])
+def test_a_file_cut_short_is_misses_and_not_a_crash(tier, tmp_path, keep):
+    file = tmp_path / "store" / "data.mdb"
+    os.truncate(file, int(file.stat().st_size * keep))
+    with suppress(StoreError):
+        assert False in read(tier, KEYS, range(6))
+
+
+def test_a_file_cut_short_between_lookup_and_copy_is_misses(tier, tmp_path, monkeypatch):
+    end, copy = place(tier, KEYS[4], 0) + 5000, fetch.copy
+
+    def cut(parts, file):
+        os.truncate(tmp_path / "store" / "data.mdb", end)
+        copy(parts, file)
+
+    monkeypatch.setattr(disk, "copy", cut)
+    assert read(tier, KEYS) == [True] * 4 + [False] * 4
+
+
+def test_blocks_in_other_pages_come_through_the_map(tier):
+    with tier.reading() as txn:
+        pages = tier.ledger.get(txn, KEYS[5].digest).pages
+    for key, wrong in ((KEYS[1], pages), (KEYS[2], (UNKNOWN,) * 3)):
+        with tier.changing() as txn:
+            entry = tier.ledger.get(txn, key.digest)
+            txn.put(key.digest, replace(entry, pages=wrong).pack(), db=tier.ledger.env.entries)
+    assert read(tier, KEYS) == but()
+    assert tier.corrupt == 0
+    assert tier._moved == {KEYS[1].digest}
+
+
+@pytest.mark.parametrize(
+    ("most", "transactions"), [(1, 8), (2 * ROW_BYTES - 1, 8), (3 * ROW_BYTES, 3), (1 << 20, 1)]
+)
+def test_a_transaction_lasts_for_so_many_bytes(tier, monkeypatch, most, transactions):
+    monkeypatch.setattr(disk, "READ_BYTES", most)
+    reading, count = tier.reading, []
+    monkeypatch.setattr(tier, "reading", lambda: count.append(1) or reading())
+    assert read(tier, KEYS) == but()
+    assert len(count) == transactions
+
+
+def test_all_is_looked_up_before_anything_is_copied(tier, monkeypatch):
+    steps, get, copy = [], tier.ledger.get, fetch.copy
+    monkeypatch.setattr(tier.ledger, "get", lambda *a: steps.append("get") or get(*a))
+    monkeypatch.setattr(disk, "copy", lambda *a: steps.append("copy") or copy(*a))
+    assert read(tier, KEYS, range(2)) == but()
+    assert steps == ["get"] * 8 + ["copy"]
+
+
+def test_rows_that_do_not_fit_are_refused(tier):
+    shape = MODEL.block_shape(4)[1:]
+    for bad in (torch.zeros(2, 3, *shape), torch.zeros(2, 2, *shape, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="out must be contiguous"):
+            tier.read_many(KEYS[:2], SOME, bad)
+    with pytest.raises(ValueError, match="run of the 6 layers"):
+        read(tier, KEYS, range(5, 7))
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@example(241, 0)
+@example(1025, 0)
+@example(1088, 0)
+@given(
+    st.integers(241, 5000) | st.sampled_from([1 << 16, (1 << 21) + 3]),
+    st.sampled_from([0, 0, 1, 200, 500]),
+)
+def test_the_compiled_hash_is_xxh3_and_short_files_have_none(tmp_path_factory, size, missing):
+    path = tmp_path_factory.mktemp("hash") / "file"
+    data = np.random.default_rng(size).integers(0, 256, 4096 + 16 + 176 + size, np.uint8)
+    path.write_bytes(data.tobytes()[: len(data) - missing])
+    landed, file = np.zeros(size, np.uint8), DataFile(path, 4096)
+    entry = Entry(KEYS[0], torch.bfloat16, torch.Size((1, 2, 1, 1, 1)), 1, 0, 0, 0, (1,))
+    part = Part(entry, 0, range(1), landed, 0, size, 1)
+    fetch.copy([part], file)
+    wanted = xxhash.xxh3_128_digest(landed.data) if not missing else bytes(16)
+    assert part._digest.ljust(16, b"\0") == wanted
+    assert missing or landed.tobytes() == data.tobytes()[-size:]
+    file.close()
