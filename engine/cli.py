@@ -66,6 +66,7 @@ def build_parser() -> Parser:
     _add_generate(commands)
     _add_chat(commands)
     _add_ask(commands)
+    _add_rag(commands)
     _add_demo(commands)
     _add_doctor(commands)
     _add_store(commands)
@@ -97,8 +98,35 @@ def _add_ask(commands: Commands) -> None:
     _add_sampling_options(parser)
 
 
+def _add_rag(commands: Commands) -> None:
+    parser = commands.add_parser("rag", help="read documents once, and ask about them in any order")
+    actions = parser.add_subparsers(required=True, metavar="ACTION", dest="action")
+    add = actions.add_parser("add", help="read documents, and store their KV")
+    add.add_argument("paths", nargs="+", metavar="PATH", help="text files, or folders of them")
+    ask = actions.add_parser("ask", help="answer from the chunks that fit a question")
+    ask.add_argument("question")
+    choice = ask.add_mutually_exclusive_group()
+    choice.add_argument("--chunks", type=int, metavar="N", help="how many to read (5)")
+    choice.add_argument("--chunk", action="append", metavar="ID", help="read this one; repeatable")
+    ask.add_argument("--policy", help="which reused tokens are computed afresh (the config's)")
+    ask.add_argument("--share", type=float, help="how many of them (the config's)")
+    list_ = actions.add_parser("list", help="show the documents")
+    delete = actions.add_parser("delete", help="forget documents, with their KV")
+    delete.add_argument("ids", nargs="+", metavar="ID", help="as listed, or the path of a file")
+    for action in (add, ask, list_, delete):
+        action.set_defaults(command="rag")
+        _add_model_options(action)
+        action.add_argument("--chunk-tokens", type=int, default=512, help="(%(default)s)")
+        action.add_argument("--instructions", default="", help="read before all chunks")
+    _add_sampling_options(ask)
+
+
 def _add_demo(commands: Commands) -> None:
     parser = _command(commands, "demo", "hide facts in a long text, ask, stop, and ask again")
+    parser.add_argument(
+        "trip", nargs="?", choices=("store", "rag"), default="store",
+        help="one long prompt from the store, or documents in any order (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--tokens", type=int, default=8192, help="length of a prompt (%(default)s)")
     parser.add_argument("--facts", type=int, default=5, help="facts to hide (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which text and facts (%(default)s)")

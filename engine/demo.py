@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -12,6 +13,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineError
 from kvstore.stats import TierStats
 
+T = TypeVar("T")
 Tiers = dict[str, TierStats]
 
 
@@ -63,7 +65,12 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 def run_process(job: Job, name: str) -> Outcome:
-    """Do the job in a new Python process, which has ended when this returns.
+    """Do the job in a new Python process, which has ended when this returns. DemoError."""
+    return new_process("engine.demo_process", job, name, Outcome)
+
+
+def new_process(module: str, job: msgspec.Struct, name: str, kind: type[T]) -> T:
+    """What a module makes of a job, both as JSON, in a new Python process.
 
     Raises:
         DemoError: it failed; the message is the last thing it said.
@@ -71,7 +78,7 @@ def run_process(job: Job, name: str) -> Outcome:
     home = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "engine.demo_process"],
+        [sys.executable, "-P", "-m", module],
         input=msgspec.json.encode(job),
         capture_output=True,
         env=os.environ | {"PYTHONPATH": path},
@@ -82,7 +89,7 @@ def run_process(job: Job, name: str) -> Outcome:
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
         raise DemoError(f"{name} failed: {said[-1]}")
-    return msgspec.json.decode(done.stdout.splitlines()[-1], type=Outcome)
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=kind)
 
 
 def check_cold(cold: Outcome) -> None:

@@ -1,11 +1,15 @@
 """A question about a text, as a prompt."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import TemplateError
 
 from engine.errors import PromptError
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+
+TEXTS = "[[ the texts stand here ]]"  # until a chat template has been told apart
 
 
 def prompt(engine: "Engine", text: str, question: str) -> list[int]:
@@ -19,3 +23,38 @@ def prompt(engine: "Engine", text: str, question: str) -> list[int]:
     if engine.tokenizer is not None and engine.tokenizer.chat_template:
         return engine.render([{"role": "user", "content": content}])
     return engine.tokenize(content)
+
+
+class Around(NamedTuple):
+    """What stands in front of the texts that a question is about, and behind them."""
+
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+
+
+def around(engine: "Engine", instructions: str, question: str) -> Around:
+    """Instructions and a question as tokens, in the model's chat template where it has one.
+
+    Raises:
+        PromptError: the question is empty, the engine has no tokenizer, or the chat template
+            cannot be told apart into what comes before and behind the texts.
+    """
+    if not question.strip():
+        raise PromptError("the question is empty")
+    before = f"{instructions}\n\n" if instructions else ""
+    tokenizer = engine.tokenizer
+    if tokenizer is None or not tokenizer.chat_template:
+        return Around(tuple(engine.tokenize(before)), _bare(tokenizer, question))
+    message = {"role": "user", "content": f"{before}{TEXTS}{question}"}
+    try:
+        said = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise PromptError(f"the chat template refuses this question: {error}") from error
+    parts = str(said).split(TEXTS)
+    if len(parts) != 2:
+        raise PromptError("the chat template does not keep the texts that a question is about")
+    return Around(_bare(tokenizer, parts[0]), _bare(tokenizer, parts[1]))
+
+
+def _bare(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

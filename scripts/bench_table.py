@@ -237,6 +237,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "needles_long": needles,
     "kvpress": kvpress,
     "memory": memory,
+    "blend": blend,
 }
 
 

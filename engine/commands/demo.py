@@ -1,19 +1,18 @@
 """`headrace demo`: hide facts in a long text, ask, stop the process, and ask again in another."""
 
 import json
-import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from engine.commands import demo_rag
+from engine.commands.demo_rag import store_folder
 from engine.commands.session import engine_config, progress
 from engine.demo import (
-    DemoError,
     Job,
     Outcome,
     check_cold,
@@ -24,7 +23,9 @@ from engine.demo import (
 
 
 def run(args: Namespace) -> int:
-    with _folder(args) as folder:
+    if args.trip == "rag":
+        return demo_rag.run(args)
+    with store_folder(args) as folder:
         job = _job(args, folder)
         with progress().status(f"process 1 reads {args.tokens:,} tokens and answers"):
             cold = run_process(job, "process 1")
@@ -38,18 +39,6 @@ def run(args: Namespace) -> int:
     else:
         _print(cold, warm, numbers)
     return 0 if cold.correct == warm.correct == len(cold.answers) else 1
-
-
-@contextmanager
-def _folder(args: Namespace) -> Iterator[str]:
-    """The store of the demo: a temporary folder, or the one that is asked for."""
-    if args.no_store:
-        raise DemoError("the demo is about the store: leave --no-store out")
-    if args.store is not None:
-        yield str(args.store)
-        return
-    with tempfile.TemporaryDirectory(prefix="headrace-demo-") as folder:
-        yield folder
 
 
 def _job(args: Namespace, folder: str) -> Job:

@@ -1,0 +1,123 @@
+"""`headrace demo rag`: read documents, ask, stop, and ask in another order in a new process."""
+
+import json
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from engine.commands.session import engine_config, progress
+from engine.demo import DemoError, new_process
+from engine.demo_rag import Answer, Job, Outcome, check
+
+
+def run(args: Namespace) -> int:
+    with store_folder(args) as folder:
+        job = _job(args, folder)
+        with progress().status(f"process 1 reads {args.facts} documents and answers"):
+            first = _process(job, "process 1")
+        with progress().status("process 1 has ended; process 2 answers in another order"):
+            second = _process(msgspec.structs.replace(job, add=False), "process 2")
+        check(first, second)
+    numbers = _numbers(first, second)
+    if args.json:
+        print(json.dumps(numbers))
+    else:
+        _print(first, second, numbers)
+    return 0 if first.correct == second.correct == len(first.answers) else 1
+
+
+@contextmanager
+def store_folder(args: Namespace) -> Iterator[str]:
+    """The store of the demo: a temporary folder, or the one that is asked for."""
+    if args.no_store:
+        raise DemoError("the demo is about the store: leave --no-store out")
+    if args.store is not None:
+        yield str(args.store)
+        return
+    with tempfile.TemporaryDirectory(prefix="headrace-demo-") as folder:
+        yield folder
+
+
+def _process(job: Job, name: str) -> Outcome:
+    return new_process("engine.demo_rag_process", job, name, Outcome)
+
+
+def _job(args: Namespace, folder: str) -> Job:
+    return Job(
+        model=args.model,
+        config=engine_config(Namespace(**vars(args) | {"store": folder})),
+        tokens=args.tokens,
+        facts=args.facts,
+        seed=args.seed,
+        add=True,
+        dtype=args.dtype,
+        device=args.device,
+    )
+
+
+def _numbers(first: Outcome, second: Outcome) -> dict[str, Any]:
+    """The result as one flat record; times are medians over the answers of process 2."""
+    ttft_s, full_s = (median(getattr(a, n) for a in second.answers) for n in ("ttft_s", "full_s"))
+    last = second.answers[-1]
+    return {
+        "documents": second.documents,
+        "chunks": second.chunks,
+        "questions": len(second.answers),
+        "correct_first": first.correct,
+        "correct_second": second.correct,
+        "prompt_tokens": last.prompt_tokens,
+        "exact_tokens": last.exact_tokens,
+        "reused_tokens": last.reused_tokens,
+        "fresh_tokens": last.fresh_tokens,
+        "charged": round(last.charged, 4),
+        "add_s": round(first.add_s, 4),
+        "ttft_s": round(ttft_s, 4),
+        "ttft_full_s": round(full_s, 4),
+        "ttft_ratio": round(full_s / ttft_s, 1),
+        "disk_reads": second.disk_reads,
+        "disk_bytes": second.disk_bytes,
+        "reason": last.reason,
+    }
+
+
+def _print(first: Outcome, second: Outcome, numbers: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False)
+    columns = ("What is the special magic number for", "hidden", "process 1", "process 2")
+    for column in (*columns, "full, s", "blended, s"):
+        table.add_column(column, justify="right" if column.endswith(", s") else "left")
+    for one, two in zip(first.answers, second.answers, strict=True):
+        times = (f"{two.full_s:.3f}", f"{two.ttft_s:.3f}")
+        table.add_row(f"{one.key}?", one.value, _verdict(one), _verdict(two), *times)
+    console.print(table)
+    console.print()
+    for line in _summary(numbers):
+        console.print(line, soft_wrap=True)
+
+
+def _verdict(answer: Answer) -> str:
+    return "[green]right[/]" if answer.right else f"[red]wrong[/]: {answer.text.strip()!r}"
+
+
+def _summary(numbers: dict[str, Any]) -> Iterator[str]:
+    n = Namespace(**numbers)
+    yield f"documents             {n.documents:,} in {n.chunks:,} chunks, read in {n.add_s:.3f} s"
+    yield (
+        f"prompt                {n.prompt_tokens:,} tokens: {n.exact_tokens:,} in their place, "
+        f"{n.reused_tokens:,} moved, {n.fresh_tokens:,} new"
+    )
+    yield f"computed afresh       {n.charged:.0%} of the moved ones"
+    yield f"first token, full     {n.ttft_full_s:.3f} s  (process 2: prefill without the store)"
+    yield f"first token, blended  {n.ttft_s:.3f} s  (process 2: KV moved and repaired)"
+    yield f"ratio                 {n.ttft_ratio:.1f} times"
+    yield f"KV on disk            {decimal(n.disk_bytes)}, read {n.disk_reads:,} times"
+    yield f"why                   {n.reason}"
+    yield "For every question, each process reads the documents in an order of its own."

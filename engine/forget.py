@@ -1,0 +1,86 @@
+"""Deleting KV that belongs to no document any more, wherever prompts have put it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engine.catalogue import Catalogue, Trace
+from engine.engine import Engine
+from engine.request import Completion
+from engine.segments import Segments, digest
+from kvstore.block import BlockKey, Kind
+
+TRACES = 1024  # with so many more than last time, those whose blocks were evicted are looked for
+
+
+class Forgetting:
+    """Knows where KV of chunks is: under their own names, and in prompts that were computed whole.
+
+    Shares its owner's catalogue, and its owner's turns.
+    """
+
+    def __init__(self, engine: Engine, catalogue: Catalogue) -> None:
+        self._engine, self._catalogue = engine, catalogue
+        self._enough = TRACES
+
+    def finish(self) -> int:
+        """Delete the KV of all doomed chunks, also those of a process that died; how many."""
+        doomed = {chunk.id: chunk.tokens for chunk in self._catalogue.doomed.values()}
+        self._forget(doomed)
+        return len(doomed)
+
+    def after(self, chunks: Mapping[str, Sequence[int]]) -> None:
+        """Of chunks whose KV was just stored, delete what was deleted in the meantime."""
+        known, doomed = self._catalogue.chunks, self._catalogue.doomed.values()
+        gone = {id_: tokens for id_, tokens in chunks.items() if id_ not in known}
+        self._forget(gone | {chunk.id: chunk.tokens for chunk in doomed})
+
+    def note(
+        self,
+        segments: Segments,
+        ids: Sequence[str],
+        generated: Sequence[int],
+        done: Completion | None,
+    ) -> None:
+        """Remember which blocks of a prompt rest on its chunks, unless none was stored.
+
+        Args:
+            ids: of its chunks.
+            done: None for a request that was cancelled, of which nothing is known.
+        """
+        report = None if done is None else done.stats.blend
+        if report is not None and report.loaded:
+            return  # what is blended is not stored
+        if report is not None and report.order:
+            segments = segments.ordered(report.order)
+            ids = [ids[number] for number in report.order]
+        size = self._engine.config.block_tokens
+        keys = self._keys([*segments.tokens, *generated], size)
+        starts = [(id_, span.start // size) for id_, span in zip(ids, segments.spans, strict=True)]
+        self._catalogue.note(Trace(i, keys[at].digest.hex()) for i, at in starts if at < len(keys))
+
+    def _forget(self, chunks: Mapping[str, Sequence[int]]) -> None:
+        traces = [trace for trace in self._catalogue.traces if trace.chunk in chunks]
+        names: list[BlockKey | bytes] = [bytes.fromhex(trace.block) for trace in traces]
+        for tokens in chunks.values():
+            for origin in self._catalogue.origins:
+                warmup = digest(origin.prefix)
+                names += self._keys(tokens, origin.block_tokens, kind=Kind.CHUNK, warmup=warmup)
+        if names:
+            self._engine.store.delete(names)
+        traces += self._stale()
+        if traces or chunks:
+            self._catalogue.settle(chunks, traces)
+
+    def _stale(self) -> list[Trace]:
+        """Traces of blocks that are in no tier any more, if there are too many traces."""
+        traces = list(self._catalogue.traces)
+        if len(traces) <= self._enough:
+            return []
+        self._engine.store.flush()  # what waits to be written is not lost
+        stale = [trace for trace in traces if bytes.fromhex(trace.block) not in self._engine.store]
+        self._enough = len(traces) - len(stale) + TRACES
+        return stale
+
+    def _keys(self, tokens: Sequence[int], size: int, **kind: Any) -> list[BlockKey]:
+        identity, tenant = self._engine.identity, self._engine.config.tenant.encode()
+        return BlockKey.chain(tokens, identity=identity, tenant=tenant, size=size, **kind)

@@ -1,0 +1,154 @@
+"""What an engine has read: documents on record, found by a retriever, forgotten with their KV."""
+
+import hmac
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.answer import Citation
+from engine.catalogue import Catalogue, Document, Origin
+from engine.engine import Engine
+from engine.errors import PromptError
+from engine.forget import Forgetting
+from engine.request import Completion
+from engine.retriever import Hit, Retriever
+from engine.segments import Segments
+
+
+class Cited(NamedTuple):
+    """A chunk that goes into a prompt."""
+
+    citation: Citation
+    tokens: tuple[int, ...]
+
+
+class Library:
+    """Documents of an engine's tenant and model. May be used from several threads.
+
+    Args:
+        prefix: tokens that chunks are computed behind.
+        folder: of the catalogue; None for the disk tier's, and without that memory only.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        retriever: Retriever,
+        *,
+        prefix: tuple[int, ...],
+        folder: str | Path | None,
+    ) -> None:
+        self._retriever = retriever
+        self._indexed: set[str] = set()
+        self._origin = Origin(prefix, engine.config.block_tokens)
+        self._lock = threading.RLock()  # guards all others; never held while a model computes
+        self._catalogue = Catalogue(catalogue_file(engine, folder))
+        self._forgetting = Forgetting(engine, self._catalogue)
+        self._forgetting.finish()
+
+    def documents(self) -> list[Document]:
+        """All documents, in the order in which they came."""
+        with self._lock:
+            self._catalogue.refresh()
+            return list(self._catalogue.documents.values())
+
+    def add(self, documents: Sequence[Document]) -> None:
+        """Put documents on record, in the place of those with the same ids."""
+        with self._lock:
+            self._catalogue.add(documents, self._origin)
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Forget documents; how many chunks no other document has. PromptError: unknown id."""
+        with self._lock:
+            self._catalogue.refresh()
+            for id_ in ids:
+                if id_ not in self._catalogue.documents:
+                    raise PromptError(f"there is no document {id_!r}: nothing was deleted")
+            self._catalogue.remove(ids)
+            return self._forgetting.finish()
+
+    def search(self, question: str, top_k: int) -> list[Hit]:
+        """The chunks that the retriever finds, best first."""
+        if top_k < 1:
+            raise PromptError(f"top_k must be at least 1, got {top_k}")
+        with self._lock:
+            self._index()
+            return self._retriever.search(question, top_k)
+
+    def find(self, question: str, top_k: int) -> list[Cited]:
+        """The chunks for a question. PromptError where there is none."""
+        with self._lock:
+            hits = self.search(question, top_k)
+            if not self._catalogue.documents:
+                raise PromptError("there are no documents yet: add some")
+            if not hits:
+                raise PromptError(
+                    "no chunk fits the question: use the documents' words, or name the chunks"
+                )
+            return [self._cited(*hit) for hit in hits]
+
+    def named(self, ids: Iterable[str]) -> list[Cited]:
+        """Chunks by their ids. PromptError for an unknown one, or none at all."""
+        with self._lock:
+            self._catalogue.refresh()
+            if found := [self._cited(id_, None) for id_ in ids]:
+                return found
+        raise PromptError("chunks is empty: name at least one, or leave it out for a search")
+
+    def before_reading(self) -> None:
+        """Note where KV of chunks is about to be stored."""
+        with self._lock:
+            self._catalogue.remember(self._origin)
+
+    def stored(self, chunks: Mapping[str, Sequence[int]]) -> None:
+        """KV of chunks was stored: delete what was deleted in the meantime."""
+        with self._lock:
+            self._catalogue.refresh()
+            self._forgetting.after(chunks)
+
+    def asked(
+        self,
+        segments: Segments,
+        ids: Sequence[str],
+        generated: Sequence[int],
+        done: Completion | None,
+    ) -> None:
+        """A prompt of chunks has ended, and may have left KV: see `Forgetting.note`."""
+        with self._lock:
+            self._catalogue.refresh()
+            self._forgetting.note(segments, ids, generated, done)
+            self._forgetting.after(dict(zip(ids, segments.chunks, strict=True)))
+
+    def _cited(self, id_: str, score: float | None) -> Cited:
+        if id_ not in self._catalogue.chunks:
+            raise PromptError(
+                f"there is no chunk {id_!r}: it was never added, or its documents are deleted"
+            )
+        chunk, owners = self._catalogue.chunks[id_], self._catalogue.owners[id_]
+        return Cited(Citation(id_, owners, self._title(id_), chunk.text, score), chunk.tokens)
+
+    def _title(self, chunk: str) -> str:
+        return self._catalogue.documents[self._catalogue.owners[chunk][0]].title
+
+    def _index(self) -> None:
+        """Tell the retriever what came and what went."""
+        self._catalogue.refresh()
+        known = self._catalogue.chunks
+        if gone := self._indexed - known.keys():
+            self._retriever.remove(sorted(gone))
+            self._indexed -= gone
+        if new := [id_ for id_ in known if id_ not in self._indexed]:
+            self._retriever.add(new, [f"{self._title(id_)}\n{known[id_].text}" for id_ in new])
+            self._indexed.update(new)
+
+
+def catalogue_file(engine: Engine, folder: str | Path | None) -> Path | None:
+    """Where the catalogue of this tenant and model is: nobody else can tell its name."""
+    folder = engine.config.store.disk_path if folder is None else folder
+    if folder is None:
+        return None
+    secret = sha256(b"headrace rag 1" + engine.config.tenant.encode()).digest()
+    name = hmac.digest(secret, engine.identity.digest, "sha256").hex()[:32]
+    return Path(folder) / f"rag-{name}.jsonl"

@@ -1,0 +1,116 @@
+"""Documents cut into chunks: nothing is lost, nothing too long, and cuts are where they belong."""
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import PromptError
+from engine.loader import load_tokenizer
+from engine.splitter import BREAK, encode, split
+
+TOKENIZER = load_tokenizer(Path(__file__).parents[2] / "models" / "needle-tiny")
+PAGE = topics["assignment"]
+
+
+def bare(text: str) -> str:
+    return "".join(text.split())
+
+
+def texts(*args, **options) -> list[str]:
+    return [piece.text for piece in split(TOKENIZER, *args, **options)]
+
+
+@pytest.mark.parametrize("limit", [16, 64, 512])
+@pytest.mark.parametrize("title", ["", "On"])
+def test_pieces_hold_the_whole_text_within_the_limit(limit, title):
+    pieces = split(TOKENIZER, PAGE, limit=limit, title=title)
+    assert bare("".join(piece.text for piece in pieces)) == bare(PAGE)
+    assert all(len(piece.tokens) <= limit for piece in pieces)
+    assert all(piece.text == piece.text.strip() != "" for piece in pieces)
+
+
+def test_pieces_are_not_much_shorter_than_they_may_be():
+    pieces = split(TOKENIZER, PAGE, limit=128)
+    assert all(len(piece.tokens) >= 50 for piece in pieces[:-1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=300), st.integers(16, 40))
+def test_any_text_can_be_cut(text, limit):
+    pieces = split(TOKENIZER, text, limit=limit)
+    assert bare("".join(piece.text for piece in pieces)) == bare(text)
+    assert all(len(piece.tokens) <= limit for piece in pieces)
+
+
+def test_a_pieces_tokens_are_its_title_and_its_text():
+    [piece] = split(TOKENIZER, "  It rained.\n", limit=64, title=" Weather ")
+    assert piece.text == "It rained."
+    assert TOKENIZER.decode(piece.tokens) == f"Weather{BREAK}It rained."
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"), [("\n\n", "\n"), ("\n", ". "), (". ", " "), ("。", " "), ("\n \n", "! ")]
+)
+def test_a_cut_prefers_paragraphs_to_lines_to_sentences_to_words(better, worse):
+    first = " ".join("x" * 20) + better
+    window = first + " ".join("y" * 6) + worse + "z z z"
+    limit = len(encode(TOKENIZER, window))
+    assert texts(window + " z" * 40, limit=limit)[0] == first.strip()
+
+
+def test_a_cut_that_would_leave_less_than_half_is_not_made():
+    first = texts("x x x.\n\n" + " ".join("y" * 80), limit=40)[0]
+    assert first.startswith("x x x.\n\ny y y")
+
+
+def test_text_without_a_space_is_cut_between_characters():
+    pieces = texts("水" * 300, limit=64)
+    assert "".join(pieces) == "水" * 300
+    assert len(pieces) > 3
+
+
+@pytest.mark.parametrize("text", ["", " \n\t\n"])
+def test_an_empty_text_has_no_pieces(text):
+    assert split(TOKENIZER, text, limit=64) == []
+
+
+def test_what_spells_a_special_token_is_text():
+    [piece] = split(TOKENIZER, "before <|eos|> after", limit=64)
+    assert not set(piece.tokens) & set(TOKENIZER.all_special_ids)
+    assert TOKENIZER.decode(piece.tokens) == "before <|eos|> after"
+    assert not set(encode(TOKENIZER, "<|bos|>")) & set(TOKENIZER.all_special_ids)
+
+
+def test_a_title_that_takes_half_of_a_chunk_is_refused():
+    with pytest.raises(PromptError, match=r"left beside the title 'a long title .*raise chunk_tok"):
+        split(TOKENIZER, "text", limit=32, title="a long title " * 20)
+
+
+def test_a_limit_below_one_character_is_refused():
+    with pytest.raises(PromptError, match="alone takes more than 2 tokens: raise chunk_tokens"):
+        split(TOKENIZER, "水水水", limit=2)
+
+
+def test_text_that_is_not_unicode_is_refused():
+    with pytest.raises(PromptError, match="not Unicode: surrogates not allowed at 4"):
+        split(TOKENIZER, "bad \ud800", limit=64)
+
+
+def test_a_tokenizer_without_places_is_refused():
+    class Slow:
+        is_fast = False
+
+        def __call__(self, text, **options):
+            return TOKENIZER(text, **options)
+
+    with pytest.raises(PromptError, match="use a fast one"):
+        split(Slow(), "text", limit=64)
+
+
+def test_a_long_document_is_cut_in_time_that_grows_with_its_length():
+    pages = "".join(topics.values())
+    assert len(pages) > 400_000
+    assert len(texts(pages, limit=512)) > 300
