@@ -186,7 +186,7 @@ class Blending:
         cache = run.cache = self._memory.cache(run, self._recorder(run, found.start))
         loader = Loader(self._model, cache, self._store, found.placed, len(tokens), found.computed)
         try:
-            policy = run.blend.chosen()
+            policy = run.blend.chosen(self._model.shape.num_layers)
             logits = blend(self._model, cache, tokens, found.reuse, loader, policy, budget)
             cache.finalize()
         finally:
@@ -243,7 +243,8 @@ class Blending:
         run.repair = None
         if not run.blend.keep_repaired:
             return []
-        asked = run.segments.question if run.blend.chosen().probe else ()
+        policy = run.blend.chosen(self._model.shape.num_layers)
+        asked = run.segments.question if policy.probe else ()
         lengths = [len(chunk) for chunk in run.segments.chunks]
         settings = list(msgspec.json.encode(run.blend))
         run.repair = digest(run.segments.prefix, run.segments.separator, lengths, asked, settings)

@@ -144,19 +144,22 @@ class Query(_Once):
 class Union:
     """Boundaries, and of what the question attends to the blocks that deviate most.
 
-    Values of layer 0 depend on the token alone, so its stored KV is exact in any place: what the
-    check layer computes of some blocks is right without the others. Candidates named by the
-    question are compared there, not all blocks, which lets it reach smaller shares.
+    The question names candidates, more than are kept, and only they are computed up to the check
+    layer. It lies in the middle: what a token made of the text before it shows in its values only
+    behind the layers that found it there. With a check at layer 1, the block that states a
+    link to another chunk is dropped, as it deviates no more than others yet
+    (`scripts/bench_blend_quality.py` measures it).
 
     Args:
-        boundary_tokens: of every chunk's start, as far as half of the budget allows; then
+        check: the layer at which candidates are compared with what is stored.
+        boundary_tokens: of every chunk's start, as far as a quarter of the budget allows; then
             those of the chunks that the question attends to.
         candidates: as many times the blocks that are kept in the end.
     """
 
+    check: int
     boundary_tokens: int = 16
-    candidates: float = 2.5
-    check: int = 1
+    candidates: float = 2.0
     probe = True
 
     def first(
@@ -187,9 +190,9 @@ class Union:
         tokens: float,
         kept: float,
     ) -> Bool[Tensor, " n"]:
-        """Blocks by score, behind boundaries that take at most half of what is kept."""
+        """Blocks by score, behind boundaries that take at most a quarter of what is kept."""
         starts = reuse.order * BLOCK_TOKENS < self.boundary_tokens
-        edge = best(reuse, relevance.masked_fill(~starts, -1), kept / 2) & starts
+        edge = best(reuse, relevance.masked_fill(~starts, -1), kept / 4) & starts
         return best(reuse, score.masked_fill(edge, float("inf")), tokens)
 
 

@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from engine.active import Active
 from engine.attention import capped
@@ -13,6 +14,7 @@ from engine.reuse import Reuse
 
 ASKING = 64  # tokens of the prompt's end whose attention counts
 DEPTH = 0.5  # share of the layers that are looked at
+FORWARD = 8  # tokens behind one that count as attended to: a sentence goes on, into another block
 
 
 class Probe:
@@ -39,9 +41,14 @@ class Probe:
             q, k = active.rotate(layer, fresh.q), active.rotate(layer, fresh.k)
             active.write(i, self._cache, kv, fresh, k)
             mass = attention_mass(q[:, -ASKING:], kv.k, layer.attention)
-            found.append(self._reuse.sum(mass).amax(0))
+            found.append(self._reuse.sum(_spread(mass)).amax(0))
             x = layer.finish(x, active.attend(layer, q, kv))
         return torch.stack(found).mean(0)
+
+
+def _spread(mass: Float[Tensor, "Hq N"]) -> Float[Tensor, "Hq N"]:
+    """Each token's mass, or that of one up to `FORWARD` before it (as SnapKV, Li et al. 2024)."""
+    return F.max_pool1d(F.pad(mass[None], (FORWARD, 0)), FORWARD + 1, stride=1)[0]
 
 
 def attention_mass(

@@ -33,6 +33,7 @@ class BlendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     controller: bool = True
 
     def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "share", float(self.share))  # 1 is 1.0
         if not 0 <= self.share <= 1:
             raise ConfigError(f"blend.share is a share from 0 to 1, got {self.share}")
         if self.boundary_tokens < 0:
@@ -40,10 +41,10 @@ class BlendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 f"blend.boundary_tokens must not be negative, got {self.boundary_tokens}"
             )
 
-    def chosen(self) -> Policy:
-        """The policy that goes by the name."""
+    def chosen(self, num_layers: int) -> Policy:
+        """The policy that goes by the name, for a model of so many layers."""
         if self.policy == "union":
-            return Union(self.boundary_tokens)
+            return Union(num_layers // 2, self.boundary_tokens)
         made = {
             "reposition": Reposition,
             "boundary": Boundary,

@@ -101,6 +101,9 @@ class Observed:
     ) -> LayerKV:
         return self._cache.write(layer, start, rotated, v)
 
+    def view(self, layer: int, stop: int) -> LayerKV:
+        return self._cache.view(layer, stop)
+
     def advance(self, count: int) -> None:
         self._cache.advance(count)
 

@@ -28,13 +28,14 @@ SUITES = {
     "multiturn": Kind("evals.multiturn", "MultiTurnSuite", ("seed", "haystack")),
     "extraction": Kind("evals.extraction", "ExtractionSuite", ("seed", "haystack")),
     "ruler": Kind("evals.ruler", "RulerSuite", ("seed", "haystack", "squad", "hotpotqa")),
+    "rag": Kind("evals.rag", "RagSuite", ("seed", "haystack", "musique")),
     "longbench": Kind("evals.longbench", "LongBenchSuite", ("longbench",)),
     "longbench-v2": Kind("evals.longbench", "LongBenchV2Suite", ("longbench_v2",)),
 }
 MEASUREMENTS = {"fidelity": "evals.fidelity", "speed": "evals.speed"}
 MEASURED = "needle"  # what is measured on where nothing else is named
 FOLDERS = ("longbench", "longbench_v2")  # settings that suites know as their `folder`
-IN_DATA = ("squad", "hotpotqa")  # settings whose default is a folder in `$HEADRACE_DATA`
+IN_DATA = ("squad", "hotpotqa", "musique")  # settings whose default is in `$HEADRACE_DATA`
 
 
 class Asked(NamedTuple):

@@ -9,7 +9,7 @@ import msgspec
 
 from engine.errors import ConfigError
 
-DATA = ("haystack", "squad", "hotpotqa", "longbench", "longbench_v2")
+DATA = ("haystack", "squad", "hotpotqa", "musique", "longbench", "longbench_v2")
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,7 +27,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         seed: of suites that make their samples.
         settings: of methods, by name, e.g. {"shadowkv": {"rank": 48}}; see `engine.method.Method`.
         haystack: text file that needles are hidden in; None for one that every machine has.
-        squad, hotpotqa, longbench, longbench_v2: data, see the suites.
+        squad, hotpotqa, musique, longbench, longbench_v2: data, see the suites.
         dtype, device, cache_bytes, pinned_bytes: of the engine, see `engine.config`.
     """
 
@@ -43,6 +43,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     haystack: str | None = None
     squad: str | None = None
     hotpotqa: str | None = None
+    musique: str | None = None
     longbench: str | None = None
     longbench_v2: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

@@ -89,7 +89,8 @@ def _add_data(parser: ArgumentParser) -> None:
     group.add_argument(
         "--haystack", metavar="FILE", help="text to hide needles in (Python's reference pages)"
     )
-    for name, task in (("squad", "ruler's qa_1"), ("hotpotqa", "ruler's qa_2")):
+    rows = (("squad", "ruler's qa_1"), ("hotpotqa", "ruler's qa_2"), ("musique", "rag's musique"))
+    for name, task in rows:
         group.add_argument(
             f"--{name}", metavar="DATA",
             help=f"rows of {task}: file, folder or hub id ($HEADRACE_DATA/{name})",

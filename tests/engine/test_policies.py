@@ -51,7 +51,8 @@ def chosen(policy, reuse, share, layers=12, relevance=None, deviation=None):
     for layer in range(layers):
         budget.charge(int(reuse.sizes[blocks].sum()))
         if layer == policy.check:
-            blocks = blocks & policy.keep(reuse, budget, relevance, deviation)
+            known = deviation.where(blocks, deviation.new_zeros(()))
+            blocks = blocks & policy.keep(reuse, budget, relevance, known)
     return blocks, budget.charged
 
 
@@ -93,7 +94,7 @@ def test_union_reaches_shares_below_the_check_layers_of_all_tokens():
     reuse = reuse_of(16, *[512] * 9)
     torch.manual_seed(0)
     relevance, deviation = torch.rand(2, len(reuse.sizes))
-    blocks, charged = chosen(Union(), reuse, 0.15, relevance=relevance, deviation=deviation)
+    blocks, charged = chosen(Union(1), reuse, 0.15, relevance=relevance, deviation=deviation)
     assert 0.145 < charged <= 0.15
     starts = (reuse.order == 0).nonzero()[:, 0]
     assert blocks[starts].all()
@@ -107,7 +108,7 @@ def test_union_takes_starts_by_relevance_where_not_all_of_them_fit():
     reuse = reuse_of(16, *[64] * 10)
     relevance = (reuse.chunk == 7).float()
     deviation = torch.ones_like(relevance)
-    blocks, charged = chosen(Union(), reuse, 0.1, relevance=relevance, deviation=deviation)
+    blocks, charged = chosen(Union(1), reuse, 0.1, relevance=relevance, deviation=deviation)
     assert blocks[reuse.chunk == 7].any()
     assert charged <= 0.1
 
@@ -118,7 +119,7 @@ def test_union_takes_starts_by_relevance_where_not_all_of_them_fit():
     st.floats(0, 1),
     st.integers(2, 40),
     st.integers(0, 99),
-    st.sampled_from([Reposition(), Boundary(), Query(), Union(), Union(0, 4.0)]),
+    st.sampled_from([Reposition(), Boundary(), Query(), Union(1), Union(3, 0, 4.0)]),
 )
 def test_no_policy_is_charged_more_than_the_share(lengths, share, layers, seed, policy):
     reuse = reuse_of(*lengths)
@@ -143,5 +144,5 @@ def test_settings_out_of_range_are_refused():
         BlendConfig(share=1.1)
     with pytest.raises(ConfigError, match=r"blend\.boundary_tokens"):
         BlendConfig(boundary_tokens=-1)
-    assert BlendConfig(policy="union", boundary_tokens=32).chosen() == Union(32)
-    assert BlendConfig(policy="deviation").chosen() == Deviation()
+    assert BlendConfig(policy="union", boundary_tokens=32).chosen(12) == Union(6, 32)
+    assert BlendConfig(policy="deviation").chosen(12) == Deviation()
