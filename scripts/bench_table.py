@@ -227,6 +227,34 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+def blend_quality(record: dict[str, Any]) -> str:
+    """KL and right answers by policy and charged share."""
+    about = (
+        f"Ten chunks that were cached one by one, read by `models/{record['model']}`; "
+        f"{record['samples']} prompts of each kind.\nKL of the answer's first token to that after "
+        "a full prefill, in nats, and share of right answers (in parentheses).\nA share that a "
+        "policy cannot spend, or must exceed, is empty. `scripts/bench_blend_quality.py`"
+    )
+    tables = [_quality(name.replace("_", " "), at) for name, at in record["inputs"].items()]
+    return "\n\n".join([about, *tables])
+
+
+def _quality(title: str, found: dict[str, Any]) -> str:
+    shares = sorted({s for points in found["rows"].values() for s in points}, key=float)
+    rows = [f"| {title} | {' | '.join(shares)} |", "|" + " --- |" * (len(shares) + 1)]
+    for policy, points in found["rows"].items():
+        cells = [_point(points[s]) if s in points else "" for s in shares]
+        rows.append(f"| {policy} | {' | '.join(cells)} |")
+    if full := found.get("full"):
+        rows += ["", f"Full prefill: {full['right']:.2f} right."]
+    return "\n".join(rows)
+
+
+def _point(point: dict[str, float]) -> str:
+    right = f" ({point['right']:.2f})" if "right" in point else ""
+    return f"{point['kl']:.4f}{right}"
+
+
 PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode": decode,
     "store": store,
@@ -238,6 +266,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "kvpress": kvpress,
     "memory": memory,
     "blend": blend,
+    "blend_quality": blend_quality,
 }
 
 
