@@ -125,7 +125,7 @@ class Deviation:
         relevance: Float[Tensor, " n"],
         deviation: Float[Tensor, " n"],
     ) -> Bool[Tensor, " n"]:
-        return best(reuse, deviation, budget.left / (budget.num_layers - self.check - 1))
+        return best(reuse, deviation, budget.left / max(1, budget.num_layers - self.check - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ class Union:
         relevance: Float[Tensor, " n"],
         deviation: Float[Tensor, " n"],
     ) -> Bool[Tensor, " n"]:
-        tokens = budget.left / (budget.num_layers - self.check - 1)
+        tokens = budget.left / max(1, budget.num_layers - self.check - 1)
         score = relevance * deviation.sqrt()
         return self._with_boundary(reuse, relevance, score, tokens, tokens)
 

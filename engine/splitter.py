@@ -1,7 +1,7 @@
 """Documents cut into chunks: at paragraphs if possible, and never longer than asked."""
 
 import re
-from bisect import bisect_left
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +68,11 @@ class _Cutter:
 
         Tokens of a piece alone may be a few more than of the same text in its document.
         """
-        first = bisect_left(self.starts, start)
+        first = bisect_right(self.ends, start)  # the token that `start` is in
         while room > 0:
             last = min(first + room, len(self.ends)) - 1
-            stop = self._boundary(self.starts[(first + last + 1) // 2], self.ends[last])
+            half = max(start, self.starts[(first + last + 1) // 2])
+            stop = self._boundary(half, self.ends[last])
             piece = self.text[start:stop].strip()
             tokens = encode(self.tokenizer, self.head + piece)
             if len(tokens) <= self.limit:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine import BlendConfig, ConfigError, Segments
@@ -121,6 +121,7 @@ def test_union_takes_starts_by_relevance_where_not_all_of_them_fit():
     st.integers(0, 99),
     st.sampled_from([Reposition(), Boundary(), Query(), Union(1), Union(3, 0, 4.0)]),
 )
+@example([1, 1], 0.0, 4, 0, Union(3, 0, 4.0))  # nothing comes behind the check
 def test_no_policy_is_charged_more_than_the_share(lengths, share, layers, seed, policy):
     reuse = reuse_of(*lengths)
     torch.manual_seed(seed)

@@ -4,7 +4,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine import PromptError
@@ -39,6 +39,7 @@ def test_pieces_are_not_much_shorter_than_they_may_be():
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=300), st.integers(16, 40))
+@example(" A", 16)  # one token, that begins before the text does
 def test_any_text_can_be_cut(text, limit):
     pieces = split(TOKENIZER, text, limit=limit)
     assert bare("".join(piece.text for piece in pieces)) == bare(text)
