@@ -236,7 +236,7 @@ def blend_quality(record: dict[str, Any]) -> str:
         "policy cannot spend, or must exceed, is empty. `scripts/bench_blend_quality.py`"
     )
     tables = [_quality(name.replace("_", " "), at) for name, at in record["inputs"].items()]
-    return "\n\n".join([about, *tables])
+    return "\n\n".join([about, "![KL by charged share](blend_quality.png)", *tables])
 
 
 def _quality(title: str, found: dict[str, Any]) -> str:
