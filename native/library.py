@@ -32,7 +32,8 @@ def library(source: Path) -> ctypes.CDLL | None:
         return _loaded(_compiled(source))
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or "").strip() or str(error)
-        log.warning("%s is not compiled, which is slower on a CPU: %s", source.stem, said.splitlines()[0])
+        why = said.splitlines()[0]
+        log.warning("%s is not compiled, which is slower on a CPU: %s", source.stem, why)
         return None
 
 
