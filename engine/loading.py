@@ -16,7 +16,9 @@ from kvstore.block import BlockKey, KVBlock
 from kvstore.layout import layer_groups
 from kvstore.store import TieredStore
 
-STAGING_BYTES = 8 << 20  # memory that blocks pass through: in cache, and touched first only once
+# Memory that blocks pass through, touched for the first time once, as far as there are blocks. So
+# much that each of the store's four threads looks up several blocks before it copies them.
+STAGING_BYTES = 32 << 20
 
 
 class BlocksLost(Exception):
@@ -41,7 +43,7 @@ class Loader:
     layer's are there. Later blocks overwrite earlier ones where they overlap.
 
     Args:
-        length: of the prompt.
+        length: of the prompt, or of its start up to the last block.
         computed: blocks that need not be read.
     """
 
@@ -52,14 +54,15 @@ class Loader:
         store: TieredStore,
         blocks: Sequence[Placed],
         length: int,
-        computed: Mapping[BlockKey, KVBlock],
+        computed: Mapping[BlockKey, KVBlock] | None = None,
     ) -> None:
-        self._model, self._cache, self._store, self._computed = model, cache, store, computed
+        self._model, self._cache, self._store = model, cache, store
+        self._computed = computed or {}
         self.tables = Tables(torch.arange(length, device=model.shape.device))
         self.load_s = self.waited_s = 0.0
         self._batches = list(self._stretches(blocks, self._at_once(blocks)))
         self._loads: dict[int, Future[None]] = {}
-        # one thread of torch's: a second set would wait for the loop's cores
+        # one thread of torch's: a second set would wait for the loop's cores (75 ms instead of 90)
         self._thread = ThreadPoolExecutor(1, "headrace-loader", torch.set_num_threads, (1,))
         for group in self._groups(blocks):
             self._loads |= dict.fromkeys(group, self._thread.submit(self._load, group))

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.loading import BlocksLost, Loader, Placed
 from engine.memory import Memory
 from engine.model import Model
 from engine.prefill import prefill
-from engine.prefix import Prefix, PrefixLost
 from engine.recorder import Recorder
 from engine.request import Running
 from kvstore.block import BlockKey, Kind
@@ -59,7 +59,7 @@ class Plain:
             for _ in range(ATTEMPTS):
                 try:
                     return self._read(run, usable[: self._store.lookup(usable)])
-                except PrefixLost as lost:  # counted by the store, which will not offer it again
+                except BlocksLost as lost:  # counted by the store, which will not offer it again
                     log.warning("computing the prompt again: %s", lost)
             return self._read(run, [])
 
@@ -75,7 +75,7 @@ class Plain:
 
     def _read(self, run: Running, stored: Sequence[BlockKey]) -> Float[Tensor, " vocab"]:
         """Prefill behind the `stored` blocks."""
-        size, prefix = self._config.block_tokens, None
+        size, loader = self._config.block_tokens, None
         start = len(stored) * size
         recorder = Recorder(self._model.shape, size=size, start=start)
         run.release()  # what a lost prefix left
@@ -83,17 +83,19 @@ class Plain:
         run.stored, run.stats.cached_tokens = stored, start
         try:
             if stored:
-                prefix = Prefix(self._model, run.cache, self._store, stored)
+                placed = [Placed(key, i * size) for i, key in enumerate(stored)]
+                loader = Loader(self._model, run.cache, self._store, placed, start)
+                run.cache.advance(start)
             logits = prefill(
                 self._model,
                 run.cache,
                 torch.tensor(run.request.prompt[start:], device=self._model.shape.device),
                 chunk=self._config.prefill_chunk,
-                prefix=prefix,
+                loader=loader,
                 after_chunk=lambda: self.save(run),
             )
             run.cache.finalize()
             return logits
         finally:
-            if prefix is not None:
-                prefix.cancel()
+            if loader is not None:
+                loader.cancel()
