@@ -2,41 +2,24 @@
 
 import sys
 
-import msgspec
-import torch
-
-from engine.commands.session import quiet
 from engine.demo import Answer, Job, Outcome
+from engine.demo_worker import work
 from engine.engine import Engine
-from engine.errors import EngineError, PromptError
+from engine.errors import PromptError
 from engine.haystack import KEYS, Fact, Haystack
 from engine.question import prompt
-from kvstore.errors import StoreError
 
 MAX_NEW_TOKENS = 16
 
 
-def main() -> int:
-    try:
-        quiet()
-        outcome = answer_all(msgspec.json.decode(sys.stdin.buffer.read(), type=Job))
-    except (EngineError, StoreError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return 1
-    sys.stdout.buffer.write(msgspec.json.encode(outcome) + b"\n")
-    return 0
-
-
-def answer_all(job: Job) -> Outcome:
+def answer_all(engine: Engine, job: Job) -> Outcome:
     """Hide the facts, and ask for each."""
-    dtype = None if job.dtype is None else getattr(torch, job.dtype)
-    with Engine.from_pretrained(job.model, job.config, dtype=dtype, device=job.device) as engine:
-        haystack = hide(engine, tokens=job.tokens, facts=job.facts, seed=job.seed)
-        answers = [ask(engine, haystack.text, haystack.facts[0])]
-        after_first = engine.stats().tiers
-        answers += [ask(engine, haystack.text, fact) for fact in haystack.facts[1:]]
-        engine.store.flush()
-        return Outcome(answers, after_first, engine.stats().tiers)
+    haystack = hide(engine, tokens=job.tokens, facts=job.facts, seed=job.seed)
+    answers = [ask(engine, haystack.text, haystack.facts[0])]
+    after_first = engine.stats().tiers
+    answers += [ask(engine, haystack.text, fact) for fact in haystack.facts[1:]]
+    engine.store.flush()
+    return Outcome(answers, after_first, engine.stats().tiers)
 
 
 def hide(engine: Engine, *, tokens: int, facts: int, seed: int) -> Haystack:
@@ -67,4 +50,4 @@ def ask(engine: Engine, text: str, fact: Fact) -> Answer:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(work(Job, answer_all))

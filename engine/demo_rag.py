@@ -2,21 +2,14 @@
 
 import msgspec
 
-from engine.config import EngineConfig
+from engine import demo
 from engine.demo import DemoError
 
 
-class Job(msgspec.Struct, frozen=True):
-    """What a process of the demo is to do: `add` the documents first, then ask for each fact."""
+class Job(demo.Job, frozen=True, kw_only=True):
+    """Of prompts of all documents: `add` these first, then ask for each fact."""
 
-    model: str
-    config: EngineConfig
-    tokens: int  # of a prompt of all documents
-    facts: int
-    seed: int
     add: bool
-    dtype: str | None = None
-    device: str | None = None
 
 
 class Answer(msgspec.Struct, frozen=True):

@@ -5,48 +5,33 @@ import sys
 import time
 from pydoc_data.topics import topics
 
-import msgspec
 import torch
 
 from engine.cache import SequenceCache
 from engine.catalogue import Document
-from engine.commands.session import quiet
 from engine.demo_rag import Answer, Job, Outcome
+from engine.demo_worker import work
 from engine.engine import Engine
-from engine.errors import ConfigError, EngineError
+from engine.errors import ConfigError
 from engine.haystack import KEYS, SENTENCE_END, Fact
 from engine.prefill import prefill
 from engine.rag import Rag
 from engine.splitter import split
-from kvstore.errors import StoreError
 
 MAX_NEW_TOKENS = 16
 
 
-def main() -> int:
-    try:
-        quiet()
-        outcome = run(msgspec.json.decode(sys.stdin.buffer.read(), type=Job))
-    except (EngineError, StoreError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return 1
-    sys.stdout.buffer.write(msgspec.json.encode(outcome) + b"\n")
-    return 0
-
-
-def run(job: Job) -> Outcome:
+def run(engine: Engine, job: Job) -> Outcome:
     """Add the documents if asked to, and ask for every fact."""
-    dtype = None if job.dtype is None else getattr(torch, job.dtype)
-    with Engine.from_pretrained(job.model, job.config, dtype=dtype, device=job.device) as engine:
-        rag, (facts, texts) = Rag(engine), documents(engine, job)
-        start = time.perf_counter()
-        if job.add:
-            rag.add(texts)
-        spent, kept = time.perf_counter() - start, rag.documents()
-        answers = [ask(rag, job, fact, kept) for fact in facts]
-        disk = engine.stats().tiers["disk"]
-        chunks = sum(len(document.chunks) for document in kept)
-        return Outcome(len(kept), chunks, spent, answers, disk.reads, disk.used_bytes)
+    rag, (facts, texts) = Rag(engine), documents(engine, job)
+    start = time.perf_counter()
+    if job.add:
+        rag.add(texts)
+    spent, kept = time.perf_counter() - start, rag.documents()
+    answers = [ask(rag, job, fact, kept) for fact in facts]
+    disk = engine.stats().tiers["disk"]
+    chunks = sum(len(document.chunks) for document in kept)
+    return Outcome(len(kept), chunks, spent, answers, disk.reads, disk.used_bytes)
 
 
 def documents(engine: Engine, job: Job) -> tuple[list[Fact], list[dict[str, str]]]:
@@ -106,4 +91,4 @@ def _hide(rng: random.Random, text: str, fact: Fact) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(work(Job, run))
