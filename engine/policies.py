@@ -36,6 +36,10 @@ class Budget:
     def left(self) -> float:
         return max(0.0, self.share * self._reusable * self.num_layers - self._spent)
 
+    def behind(self, layer: int) -> float:
+        """Tokens that what is left allows in each of the layers after this one."""
+        return self.left / max(1, self.num_layers - layer - 1)
+
     def charge(self, tokens: int) -> None:
         """Take note of tokens computed in one layer."""
         self._spent += tokens
@@ -125,7 +129,7 @@ class Deviation:
         relevance: Float[Tensor, " n"],
         deviation: Float[Tensor, " n"],
     ) -> Bool[Tensor, " n"]:
-        return best(reuse, deviation, budget.left / max(1, budget.num_layers - self.check - 1))
+        return best(reuse, deviation, budget.behind(self.check))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +151,8 @@ class Union:
     The question names candidates, more than are kept, and only they are computed up to the check
     layer. It lies in the middle: what a token made of the text before it shows in its values only
     behind the layers that found it there. With a check at layer 1, the block that states a
-    link to another chunk is dropped, as it deviates no more than others yet
-    (`scripts/bench_blend_quality.py` measures it).
+    link to another chunk deviates no more than others yet (`scripts/bench_blend_quality.py` shows
+    what becomes of `Deviation`, which checks there).
 
     Args:
         check: the layer at which candidates are compared with what is stored.
@@ -178,7 +182,7 @@ class Union:
         relevance: Float[Tensor, " n"],
         deviation: Float[Tensor, " n"],
     ) -> Bool[Tensor, " n"]:
-        tokens = budget.left / max(1, budget.num_layers - self.check - 1)
+        tokens = budget.behind(self.check)
         score = relevance * deviation.sqrt()
         return self._with_boundary(reuse, relevance, score, tokens, tokens)
 
