@@ -48,7 +48,7 @@ class SparseStats:
 class Cache(Protocol):
     """What the loops need of a request's cache.
 
-    append, write: as in `SequenceCache`; view, too, until a prompt is complete.
+    append, write: as in `SequenceCache`; view, too, until a layer's prompt is complete.
     advance: so many more tokens are complete.
     observe: unrotated queries of the prompt, chunk by chunk, for indexes that learn from them.
     finalize: the prompt is complete; called once, before the first `attend`.
@@ -93,22 +93,22 @@ class SequenceCache:
     """The working set of one request, in buffers that are written in place.
 
     Keys here are rotated (a dense step must not rotate its whole context); what the store gets
-    are the unrotated ones, through `recorder`.
+    are the unrotated ones, through `recorder`. A layer takes memory from its first write on, so
+    that a loop which reads layer after layer, and releases each, has one at a time.
 
         [0, length) complete in every layer   [length, length + N) being written by a loop
 
     Args:
-        capacity: tokens to make room for at once; the buffers grow beyond it by half.
+        capacity: tokens a layer has room for at first; its buffers grow beyond it by half.
         recorder: takes the unrotated KV of new tokens; None where nothing is stored.
     """
 
     def __init__(self, shape: Shape, capacity: int, recorder: Recorder | None = None) -> None:
         self.length = 0
         self.recorder = recorder
-        self._shape = shape
-        self._capacity = max(1, capacity)
-        self._k = [self._buffer() for _ in range(shape.num_layers)]
-        self._v = [self._buffer() for _ in range(shape.num_layers)]
+        self._shape, self._capacity = shape, max(1, capacity)
+        nothing = LayerKV(self._buffer(0), self._buffer(0))
+        self._layers = dict.fromkeys(range(shape.num_layers), nothing)  # less those released
 
     def append(
         self,
@@ -131,9 +131,9 @@ class SequenceCache:
     ) -> LayerKV:
         """Write N rotated keys and values at `start`; returns tokens [0, start + N), a view."""
         stop = start + v.shape[1]
-        self._reserve(stop)
-        self._k[layer][:, start:stop] = rotated
-        self._v[layer][:, start:stop] = v
+        kv = self._reserve(layer, stop)
+        kv.k[:, start:stop] = rotated
+        kv.v[:, start:stop] = v
         return self.view(layer, stop)
 
     def advance(self, count: int) -> None:
@@ -146,13 +146,13 @@ class SequenceCache:
         return attend_token(query.rotated, kv.k, kv.v, spec)
 
     def view(self, layer: int, stop: int) -> LayerKV:
-        """Tokens [0, stop) of a layer."""
-        return LayerKV(self._k[layer][:, :stop], self._v[layer][:, :stop])
+        """Tokens [0, stop) of a layer. KeyError if it was released."""
+        kv = self._reserve(layer, stop)
+        return LayerKV(kv.k[:, :stop], kv.v[:, :stop])
 
     def release(self, layer: int) -> None:
         """Free the memory of a layer, which is used no more."""
-        empty = torch.empty(0, dtype=self._shape.dtype)
-        self._k[layer] = self._v[layer] = empty
+        del self._layers[layer]
 
     wants_guess = False
     stats = None
@@ -169,17 +169,22 @@ class SequenceCache:
     def close(self) -> None:
         """Nothing: memory goes with the object."""
 
-    def _buffer(self) -> Float[Tensor, "Hk capacity D"]:
+    def _buffer(self, tokens: int) -> Float[Tensor, "Hk tokens D"]:
         s = self._shape
-        size = (s.num_kv_heads, self._capacity, s.head_dim)
-        return large_pages(torch.empty(size, dtype=s.dtype, device=s.device))
+        size = (s.num_kv_heads, tokens, s.head_dim)
+        with torch.inference_mode(False):  # whoever writes later need not be in that mode
+            return large_pages(torch.empty(size, dtype=s.dtype, device=s.device))
 
-    def _reserve(self, tokens: int) -> None:
-        if tokens <= self._capacity:
-            return
-        self._capacity = max(tokens, self._capacity + self._capacity // 2)
-        for buffers in (self._k, self._v):
-            for i, old in enumerate(buffers):
-                if old.numel():  # else released
-                    buffers[i] = self._buffer()
-                    buffers[i][:, : old.shape[1]] = old
+    def _reserve(self, layer: int, tokens: int) -> LayerKV:
+        """The whole buffers of a layer, with room for so many tokens."""
+        old = self._layers[layer]
+        have = old.v.shape[1]
+        if tokens > have:
+            size = max(tokens, self._capacity, have + have // 2)
+            self._layers[layer] = LayerKV(*(self._moved(x, size) for x in old))
+        return self._layers[layer]
+
+    def _moved(self, old: Float[Tensor, "Hk T D"], tokens: int) -> Float[Tensor, "Hk tokens D"]:
+        new = self._buffer(tokens)
+        new[:, : old.shape[1]] = old
+        return new

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,8 @@ class Loader:
     Args:
         length: of the prompt, or of its start up to the last block.
         computed: blocks that need not be read.
+        paced: read a group when the loop comes to the last layer before it, not at once: for loops
+            that free a layer before they go on to the next, so that few of them are there.
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class Loader:
         blocks: Sequence[Placed],
         length: int,
         computed: Mapping[BlockKey, KVBlock] | None = None,
+        *,
+        paced: bool = False,
     ) -> None:
         self._model, self._cache, self._store = model, cache, store
         self._computed = computed or {}
@@ -64,19 +69,25 @@ class Loader:
         self._loads: dict[int, Future[None]] = {}
         # one thread of torch's: a second set would wait for the loop's cores (75 ms instead of 90)
         self._thread = ThreadPoolExecutor(1, "headrace-loader", torch.set_num_threads, (1,))
-        for group in self._groups(blocks):
-            self._loads |= dict.fromkeys(group, self._thread.submit(self._load, group))
-        self._thread.shutdown(wait=False)
+        self._left = iter(self._groups(blocks))
+        self._at_a_time = 1 if paced else None
+        self._submit()
 
     def wait(self, layer: int) -> None:
         """Return when `layer` is in the cache. BlocksLost if a block of it is gone."""
         start = time.perf_counter()
         self._loads[layer].result()
         self.waited_s += time.perf_counter() - start
+        if layer + 1 not in self._loads:
+            self._submit()
 
     def cancel(self) -> None:
         """Stop loading; returns when nothing writes to the cache any more."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self) -> None:
+        for group in islice(self._left, self._at_a_time):
+            self._loads |= dict.fromkeys(group, self._thread.submit(self._load, group))
 
     def _layer_bytes(self, tokens: int) -> int:
         shape = self._model.shape

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
+
 from engine.cache import Cache, SequenceCache
 from engine.config import EngineConfig
 from engine.errors import PromptError
@@ -10,6 +12,7 @@ from engine.model import Model
 from engine.recorder import Recorder
 from engine.request import Running
 from engine.sparse_cache import SparseCache, pool_shape, sparse_layers
+from kvstore.layout import layer_groups
 from kvstore.pinned import PinnedTier
 from kvstore.pool import Pool
 from kvstore.spill import Spill
@@ -18,8 +21,9 @@ from kvstore.spill import Spill
 class Memory:
     """Makes the caches of requests, within the budgets of the configuration.
 
-    With a sparse method, a prompt is read in memory of the model's device (`cache_bytes`), and
-    then rests in one pool for all requests (`pinned_bytes`, and `spill_bytes` on disk).
+    With a sparse method, a prompt is read in memory of the model's device (`cache_bytes`), layer
+    by layer, and rests in one pool for all requests (`pinned_bytes`, and `spill_bytes` on disk).
+    Prompts are read one after the other; what stays on the device is the KV of dense layers.
 
     Raises:
         PoolFull: a budget does not hold one block; names the setting.
@@ -27,19 +31,23 @@ class Memory:
 
     def __init__(self, model: Model, config: EngineConfig) -> None:
         self._model, self._config = model, config
+        self.method = config.method
+        self.batched = model.shape.device.type == "cuda"  # see `engine.decoding`
+        first = torch.zeros(1, dtype=torch.int64, device=model.shape.device)
+        self._hidden_bytes = model.embed(first).nbytes  # of a token
         self.pool: Pool | None = None
-        if sparse_layers(model, config.method):
+        if sparse_layers(model, self.method):
             spill = None
             if config.spill_path is not None:
                 spill = Spill(Path(config.spill_path), config.spill_bytes)
-            shape = pool_shape(model, config.method)
+            shape = pool_shape(model, self.method)
             self.pool = PinnedTier(shape, config.pinned_bytes, spill=spill)
 
     def cache(self, run: Running, recorder: Recorder | None) -> Cache:
         """An empty cache with room for all that a request may need. PoolFull if there is none."""
         if self.pool is None:
             return SequenceCache(self._model.shape, run.capacity, recorder)
-        return SparseCache(self._model, run.capacity, self._config.method, self.pool, recorder)
+        return SparseCache(self._model, run.capacity, self.method, self.pool, recorder)
 
     def groups(self, runs: Iterable[Running]) -> Iterator[list[Running]]:
         """Runs that have room together, in order. PromptError for one that has none alone."""
@@ -54,10 +62,11 @@ class Memory:
             yield group
 
     def _refuse(self, run: Running) -> None:
-        needed = run.capacity * self._model.shape.kv_bytes_per_token
+        needed, what = self._device_bytes([run]), "KV"
         if needed > self._config.cache_bytes:
+            what += "" if self.pool is None else " and hidden states on the device"
             raise PromptError(
-                f"a request of up to {run.capacity} tokens needs {needed} bytes of KV, "
+                f"a request of up to {run.capacity} tokens needs {needed} bytes of {what}, "
                 f"cache_bytes is {self._config.cache_bytes}: raise it, or ask for less"
             )
         if self.pool is not None and self._blocks(run) > self.pool.num_blocks:
@@ -68,10 +77,32 @@ class Memory:
             )
 
     def _fit(self, runs: list[Running]) -> bool:
-        if self.pool is not None:
-            return sum(map(self._blocks, runs)) <= self.pool.num_blocks
-        taken = sum(run.capacity for run in runs) * self._model.shape.kv_bytes_per_token
-        return taken <= self._config.cache_bytes
+        if self._device_bytes(runs) > self._config.cache_bytes:
+            return False
+        return self.pool is None or sum(map(self._blocks, runs)) <= self.pool.num_blocks
+
+    def _device_bytes(self, runs: list[Running]) -> int:
+        """At most, while one of `runs` reads its prompt: what stays of all, and what passes."""
+        shape = self._model.shape
+        layer = shape.kv_bytes_per_token // shape.num_layers  # of a token
+        moved = 0 if self.pool is None else self.pool.shape.num_layers
+        stays = sum(run.capacity for run in runs) * layer * (shape.num_layers - moved)
+        return stays + max(self._passing(run, layer, moved) for run in runs)
+
+    def _passing(self, run: Running, layer: int, moved: int) -> int:
+        """Bytes that a prompt takes while it is read, beside the KV of dense layers.
+
+        Of the layers that move to the pool, a plain prompt has one on the device at a time, and
+        as much again while its index is built; where its start is stored, the group of layers that
+        are read together, too. One of segments has them all (`engine.blend`).
+        """
+        if run.segments is not None:
+            return run.capacity * layer * moved
+        hidden = len(run.request.prompt) * self._hidden_bytes if moved else 0
+        together = len(
+            layer_groups(self._model.shape.num_layers, layer * self._config.block_tokens)[0]
+        )
+        return hidden + run.capacity * layer * min(1 + together, moved)
 
     def _blocks(self, run: Running) -> int:
         assert self.pool is not None

@@ -2,18 +2,21 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from engine.cache import Cache
 from engine.config import EngineConfig
 from engine.loading import BlocksLost, Loader, Placed
 from engine.memory import Memory
 from engine.model import Model
-from engine.prefill import prefill
+from engine.prefill import prefill, prefill_layers
 from engine.recorder import Recorder
 from engine.request import Running
+from engine.sparse_cache import SparseCache
 from kvstore.block import BlockKey, Kind
 from kvstore.identity import ModelIdentity
 from kvstore.store import TieredStore
@@ -79,23 +82,32 @@ class Plain:
         start = len(stored) * size
         recorder = Recorder(self._model.shape, size=size, start=start)
         run.release()  # what a lost prefix left
-        run.cache = self._memory.cache(run, recorder)
+        cache = run.cache = self._memory.cache(run, recorder)
         run.stored, run.stats.cached_tokens = stored, start
         try:
             if stored:
                 placed = [Placed(key, i * size) for i, key in enumerate(stored)]
-                loader = Loader(self._model, run.cache, self._store, placed, start)
-                run.cache.advance(start)
-            logits = prefill(
-                self._model,
-                run.cache,
-                torch.tensor(run.request.prompt[start:], device=self._model.shape.device),
-                chunk=self._config.prefill_chunk,
-                loader=loader,
-                after_chunk=lambda: self.save(run),
-            )
-            run.cache.finalize()
+                by_layer = isinstance(cache, SparseCache)
+                loader = Loader(self._model, cache, self._store, placed, start, paced=by_layer)
+                cache.advance(start)
+            logits = self._compute(run, cache, recorder, loader)
+            cache.finalize()
             return logits
         finally:
             if loader is not None:
                 loader.cancel()
+
+    def _compute(
+        self, run: Running, cache: Cache, recorder: Recorder, loader: Loader | None
+    ) -> Float[Tensor, " vocab"]:
+        """Read what of the prompt is not stored; layer by layer where layers move to a pool."""
+        device, chunk = self._model.shape.device, self._config.prefill_chunk
+        tokens = torch.tensor(run.request.prompt[cache.length :], device=device)
+        if not isinstance(cache, SparseCache):
+            save = partial(self.save, run)
+            return prefill(self._model, cache, tokens, chunk=chunk, loader=loader, after_chunk=save)
+        recorder.fill_on(torch.device("cpu"))  # all blocks are open until the last layer
+        logits = prefill_layers(self._model, cache, tokens, chunk=chunk, loader=loader)
+        self.save(run)
+        recorder.fill_on(device)
+        return logits

@@ -1,4 +1,4 @@
-"""Loop one: read a prompt, fill a cache."""
+"""Loop one: read a prompt, fill a cache; chunk by chunk, or layer by layer."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,8 +9,9 @@ from torch import Tensor
 from engine.attention import attend_chunk
 from engine.cache import Cache
 from engine.loading import Loader
-from engine.model import Model
+from engine.model import Layer, Model
 from engine.rope import Tables
+from engine.sparse_cache import SparseCache
 
 
 @torch.inference_mode()
@@ -29,6 +30,36 @@ def prefill(
         last = x[-1:]
         after_chunk()
     return model.logits(last)[0]
+
+
+@torch.inference_mode()
+def prefill_layers(
+    model: Model,
+    cache: SparseCache,
+    tokens: Int[Tensor, " T"],
+    *,
+    chunk: int = 512,
+    loader: Loader | None = None,
+) -> Float[Tensor, " vocab"]:
+    """As `prefill`, but a layer reads all tokens before the next one reads any.
+
+    Each layer's KV moves to the pool as soon as it is complete. So the device holds, of layers
+    whose tokens are selected, the KV of one at a time, and beside it the hidden states of all
+    tokens with the tables of their rotations. Every chunk meets what it meets in `prefill`, so the
+    results are equal. Blocks are complete in the last layer only: the recorder holds them all.
+    """
+    x, start = model.embed(tokens), cache.length
+    runs = range(start, start + len(x), chunk)
+    positions = torch.arange(start, start + len(x), device=x.device)
+    tables = [Tables(part) for part in positions.split(chunk)]
+    for i, layer in enumerate(model.layers):
+        if loader is not None:
+            loader.wait(i)
+        for at, part, table in zip(runs, x.split(chunk), tables, strict=True):
+            part.copy_(_layer(layer, i, cache, part, at, table))
+        cache.complete(i, start + len(x))
+    cache.advance(len(x))
+    return model.logits(x[-1:])[0]
 
 
 @torch.inference_mode()
@@ -52,17 +83,25 @@ def hidden_states(
 def _chunk(
     model: Model, cache: Cache, tokens: Int[Tensor, " N"], loader: Loader | None
 ) -> Float[Tensor, "N E"]:
-    x = model.embed(tokens)
-    positions = torch.arange(cache.length, cache.length + len(tokens), device=x.device)
-    tables = Tables(positions)
+    x, start = model.embed(tokens), cache.length
+    tables = Tables(torch.arange(start, start + len(tokens), device=x.device))
     for i, layer in enumerate(model.layers):
         if loader is not None:
             loader.wait(i)
-        q, k, v = layer.qkv(x)
-        cache.observe(i, q)
-        table = tables[layer.rope]
-        seen = cache.append(i, k, layer.rope.rotate(k, table), v)
-        heads = attend_chunk(layer.rope.rotate(q, table), seen.k, seen.v, layer.attention)
-        x = layer.finish(x, heads)
+        x = _layer(layer, i, cache, x, start, tables)
     cache.advance(len(tokens))
     return x
+
+
+def _layer(
+    layer: Layer, i: int, cache: Cache, x: Float[Tensor, "N E"], start: int, tables: Tables
+) -> Float[Tensor, "N E"]:
+    """What layer number `i` makes of the tokens from `start` on; their KV goes to the cache."""
+    q, k, v = layer.qkv(x)
+    cache.observe(i, q)
+    if cache.recorder is not None:
+        cache.recorder.write(i, start, k, v)
+    table = tables[layer.rope]
+    seen = cache.write(i, start, layer.rope.rotate(k, table), v)
+    heads = attend_chunk(layer.rope.rotate(q, table), seen.k, seen.v, layer.attention)
+    return layer.finish(x, heads)

@@ -12,6 +12,8 @@ class Recorder:
     """Collects KV layer by layer, token by token, and hands over blocks as they fill.
 
     Blocks are filled on the model's device and leave it whole: one copy a block, none a layer.
+    A loop that reads layer after layer completes no block before its end, and has them filled in
+    host memory instead (`fill_on`): one copy a write, and there the whole prompt's KV once.
 
     Args:
         size: tokens per block.
@@ -24,7 +26,7 @@ class Recorder:
             raise ValueError(f"recording starts at a block border, a multiple of {size}: {start}")
         self.size = size
         self._origin = origin
-        self._shape = shape
+        self._shape, self._device = shape, shape.device
         self._open: dict[int, Tensor] = {}  # block number -> [L 2 Hk P D]
         self._next = start // size
 
@@ -37,12 +39,26 @@ class Recorder:
         """
         start -= self._origin
         stop = start + k.shape[1]
-        for number in range(max(start // self.size, self._next), -(-stop // self.size)):
+        numbers = range(max(start // self.size, self._next), -(-stop // self.size))
+        if numbers and k.device != self._device:
+            k, v = torch.stack([k, v]).to(self._device)  # one copy, not two a block
+        for number in numbers:
             base = number * self.size
             lo, hi = max(start, base), min(stop, base + self.size)
             block = self._block(number)[layer]
             block[0, :, lo - base : hi - base] = k[:, lo - start : hi - start]
             block[1, :, lo - base : hi - base] = v[:, lo - start : hi - start]
+
+    def fill_on(self, device: torch.device) -> None:
+        """From now on fill blocks on `device`; those that are not taken yet move there."""
+        self._device = device
+        self._open = {number: block.to(device) for number, block in self._open.items()}
+
+    def write_token(self, start: int, kv: Float[Tensor, "L 2 Hk D"]) -> None:
+        """Record one token in all layers at once."""
+        number, within = divmod(start - self._origin, self.size)
+        if number >= self._next:
+            self._block(number)[..., within, :] = kv
 
     def take(self, length: int) -> list[tuple[int, KVBlock]]:
         """Blocks complete once `length` tokens are, with their numbers; each is given once."""
@@ -61,5 +77,5 @@ class Recorder:
         if number not in self._open:
             s = self._shape
             size = (s.num_layers, 2, s.num_kv_heads, self.size, s.head_dim)
-            self._open[number] = torch.empty(size, dtype=s.dtype, device=s.device)
+            self._open[number] = torch.empty(size, dtype=s.dtype, device=self._device)
         return self._open[number]

@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from engine.cache import Query, SequenceCache, SparseStats
@@ -46,10 +47,20 @@ def _codec(name: str, dtype: torch.dtype) -> RowCodec:
     return Raw(dtype) if name == "exact" else row_codec(name)
 
 
+@runtime_checkable
+class Seat(Protocol):
+    """A request's place in a batch: what it did there, and how it is given up."""
+
+    def stats(self) -> SparseStats: ...
+    def leave(self) -> None: ...
+
+
 class SparseCache:
     """Dense while the prompt is read; then KV moves to a pool and each step attends to a choice.
 
-    Layers with a sliding window, and the method's dense layers, stay as they are.
+    A layer moves when it is `complete`, or with all others in `finalize`: a loop that reads layer
+    after layer (`prefill_layers`) never has more than one of those that move. Layers with a
+    sliding window, and the method's dense layers, stay as they are.
 
     Args:
         predict: replaces guessed queries of `prefetch`; for tests.
@@ -66,6 +77,7 @@ class SparseCache:
     ) -> None:
         self.method, self._predict = method, predict
         self._dense = SequenceCache(model.shape, capacity, recorder)
+        self._num_layers = model.shape.num_layers
         self._lease = pool.lease()
         self._layers = {
             i: _layer(model, method, pool, self._lease, number, i)
@@ -73,6 +85,7 @@ class SparseCache:
         }
         self._queries: dict[int, Tensor] = {}
         self._final = self._closed = False
+        self._seat: Seat | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._pending: dict[int, Future[None]] = {}
 
@@ -87,6 +100,8 @@ class SparseCache:
     @property
     def stats(self) -> SparseStats:
         """Of all layers; a step counts once."""
+        if self._seat is not None:
+            return self._seat.stats()
         total = SparseStats()
         for layer in self._layers.values():
             total += layer.stats
@@ -111,7 +126,7 @@ class SparseCache:
         return self._dense.write(layer, start, rotated, v)
 
     def view(self, layer: int, stop: int) -> LayerKV:
-        """As `SequenceCache.view`; until the prompt is complete."""
+        """As `SequenceCache.view`; until the layer's prompt is complete."""
         return self._dense.view(layer, stop)
 
     def observe(self, layer: int, queries: Float[Tensor, "Hq N D"]) -> None:
@@ -119,12 +134,18 @@ class SparseCache:
         if layer in self._layers and (self.method.index == "vq" or self.method.prefetch == "step"):
             self._queries[layer] = queries[:, -OBSERVED:].clone()
 
+    def complete(self, layer: int, length: int) -> None:
+        """A layer has all `length` tokens of the prompt: move them to the pool, build its index."""
+        if layer in self._layers:
+            kv = self._dense.view(layer, length)
+            self._layers[layer].fill(kv.k, kv.v, self._queries.pop(layer, None))
+            self._dense.release(layer)
+
     def finalize(self) -> None:
-        """Move the prompt's KV to the pool and build the indexes, a layer at a time."""
+        """The prompt is complete in every layer: move those that were not moved one by one."""
         for i, layer in self._layers.items():
-            kv = self._dense.view(i, self.length)
-            layer.fill(kv.k, kv.v, self._queries.pop(i, None))
-            self._dense.release(i)
+            if layer.choice is None:
+                self.complete(i, self.length)
         self._final = True
 
     def fill(
@@ -197,10 +218,34 @@ class SparseCache:
             pending.result()
             self._layers[layer].stats.waited_s += time.perf_counter() - start
 
+    # in a batch
+
+    def blocks(self, tokens: int) -> Int[Tensor, " N"]:
+        """The pool's blocks for so many tokens, taken now. PoolFull if there are too few."""
+        self._lease.reserve(tokens)
+        return self._lease.table
+
+    def seated(self, seat: "Seat") -> None:
+        """A batch decodes this request from now on: only its blocks and its recorder stay here."""
+        self._seat = seat
+        for i in range(self._num_layers):
+            if i in self._layers:
+                self._layers[i].surrender()
+            else:
+                self._dense.release(i)
+
+    def take(self, kv: Float[Tensor, "L 2 Hk D"]) -> None:
+        """The unrotated KV of one more token, as the batch made it."""
+        if self.recorder is not None:
+            self.recorder.write_token(self.length, kv)
+        self.advance(1)
+
     def close(self) -> None:
         """Free the pool's blocks; returns when no thread uses them any more."""
         if not self._closed:
             self._closed = True
+            if self._seat is not None:
+                self._seat.leave()
             if self._thread is not None:
                 self._thread.shutdown(wait=True, cancel_futures=True)
             self._lease.close()
