@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -16,6 +16,7 @@ from retrieval.metric import Metric
 
 RUN_ELEMENTS = 1 << 21  # distances held at once while coding: 8 MiB
 RUN_TOKENS = 1 << 13  # keys moved to the metric at once
+GPU_BYTES = 256 << 20  # that FAISS may take on a GPU while it trains; it would take 1.5 GiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +130,11 @@ def train_codebook(
     centroids: int = 256,
     training: Training | None = None,
 ) -> Codebook:
-    """A codebook of these keys, on their device; trained on the CPU.
+    """A codebook of these keys, on their device.
 
-    Where a head has no more distinct keys than `centroids`, they are its centroids: its scores
-    are exact then.
+    FAISS trains it there too, if that is a GPU and FAISS is built for one; else on the CPU, where
+    the same keys give the same codebook whatever the threads. Where a head has no more distinct
+    keys than `centroids`, they are its centroids: its scores are exact then.
 
     Raises:
         ImportError: if FAISS is needed and missing; names the extra that brings it.
@@ -170,20 +172,22 @@ def _distinct(rows: Float[Tensor, "N S"], most: int) -> Float[Tensor, "n S"] | N
 def _trained(
     points: Sequence[Float[Tensor, "_ S"]], centroids: int, training: Training
 ) -> list[Float[Tensor, "_ S"]]:
-    """A codebook for each set of points, on one thread each: more would change the sums."""
+    """A codebook for each set of points, on one thread each: more would change the sums.
+
+    On a GPU one after the other: each fills it.
+    """
     few = [_distinct(x, centroids) for x in points]
     if all(x is not None for x in few):
         return [x for x in few if x is not None]
-    faiss = faiss_module()
+    faiss, device = faiss_module(), points[0].device
+    threads = 1 if _on_gpu(faiss, device) else torch.get_num_threads()
 
     def train(index: int) -> Tensor:
         own = few[index]
         return _kmeans(faiss, points[index], centroids, training) if own is None else own
 
-    with ThreadPoolExecutor(
-        torch.get_num_threads(), initializer=faiss.omp_set_num_threads, initargs=(1,)
-    ) as pool:
-        return [x.to(points[0].device) for x in pool.map(train, range(len(points)))]
+    with ThreadPoolExecutor(threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
+        return [x.to(device) for x in pool.map(train, range(len(points)))]
 
 
 def _kmeans(
@@ -195,8 +199,22 @@ def _kmeans(
     run.niter, run.seed = training.iterations, training.seed
     run.min_points_per_centroid = 1  # few points are no reason for a warning
     run.max_points_per_centroid = len(points)  # they are a sample already
-    run.train(points.cpu().contiguous().numpy(), faiss.IndexFlatL2(size))
+    run.train(points.cpu().contiguous().numpy(), _nearest_by(faiss, size, points.device))
     return torch.from_numpy(faiss.vector_to_array(run.centroids).reshape(centroids, size))
+
+
+def _nearest_by(faiss: ModuleType, size: int, device: torch.device) -> Any:
+    """What of FAISS finds the nearest centroids, on the points' GPU where it can."""
+    if not _on_gpu(faiss, device):
+        return faiss.IndexFlatL2(size)
+    resources, config = faiss.StandardGpuResources(), faiss.GpuIndexFlatConfig()
+    resources.setTempMemory(GPU_BYTES)
+    config.device = device.index or 0
+    return faiss.GpuIndexFlatL2(resources, size, config)
+
+
+def _on_gpu(faiss: ModuleType, device: torch.device) -> bool:
+    return device.type == "cuda" and faiss.get_num_gpus() > 0
 
 
 def _padded(books: Sequence[Float[Tensor, "_ S"]]) -> Float[Tensor, "n C S"]:

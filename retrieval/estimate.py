@@ -12,6 +12,7 @@ from retrieval.pending import products
 from retrieval.units import Units
 
 RUN_TOKENS = 4096  # summarised at once
+CLUSTER_TOKENS = 32
 MOST_WIDENING = 2.0  # of a cluster's logit: one strange key must not widen it without end
 
 
@@ -39,7 +40,7 @@ class Tail:
         num_kv_heads: int,
         head_dim: int,
         *,
-        cluster_tokens: int = 32,
+        cluster_tokens: int = CLUSTER_TOKENS,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -58,6 +59,16 @@ class Tail:
     @property
     def nbytes(self) -> int:
         return self._units.nbytes
+
+    @property
+    def summaries(self) -> Float[Tensor, "Hk C F"]:
+        """Mean key, mean value and variance of the keys of every cluster, the last one begun."""
+        return self._units.summaries
+
+    @property
+    def open(self) -> Float[Tensor, "Hk N E"]:
+        """Keys and values of the cluster that is not full, side by side."""
+        return self._units.state()["open"]
 
     def append(self, keys: Float[Tensor, "Hk N D"], values: Float[Tensor, "Hk N D"]) -> None:
         """The next N tokens, keys rotated: a prompt in any cut, then generated ones."""

@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,58 @@ def test_more_work_makes_better_codebooks():
         for training in (Training(points=1, iterations=1), Training(points=64, iterations=20))
     )
     assert much < 0.9 * little
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("subspaces", [1, 8])
+def test_a_codebook_trained_on_a_gpu_is_as_good_as_one_of_the_cpu(subspaces):
+    faiss = pytest.importorskip("faiss", reason="faiss is not installed")
+    if not torch.cuda.is_available() or not faiss.get_num_gpus():
+        pytest.skip("torch or FAISS finds no GPU on this machine")
+    keys = clustered(2, 6000, 64, clusters=200, noise=1.0)
+    books = [
+        train_codebook(x, plain(x), subspaces=subspaces, centroids=64) for x in (keys, keys.cuda())
+    ]
+    assert books[1].centroids.is_cuda
+    cpu, gpu = (float(b.encode(keys.to(b.centroids)).errors.mean()) for b in books)
+    assert abs(gpu / cpu - 1) < 0.02
+
+
+class Planted(types.ModuleType):
+    """What training asks of a FAISS that is built for GPUs."""
+
+    def __init__(self, gpus):
+        super().__init__("faiss")
+        self.count = gpus
+
+    def get_num_gpus(self):
+        return self.count
+
+    def IndexFlatL2(self, size):
+        return "on the CPU", size
+
+    def GpuIndexFlatL2(self, resources, size, config):
+        return "on the GPU", size, resources.taken, config.device
+
+    class StandardGpuResources:
+        def setTempMemory(self, taken):
+            self.taken = taken
+
+    class GpuIndexFlatConfig:
+        device = None
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "want"),
+    [
+        (0, "cuda:1", ("on the CPU", 8)),
+        (2, "cpu", ("on the CPU", 8)),
+        (2, "cuda:1", ("on the GPU", 8, module.GPU_BYTES, 1)),
+        (2, "cuda", ("on the GPU", 8, module.GPU_BYTES, 0)),
+    ],
+)
+def test_keys_on_a_gpu_are_clustered_there_if_faiss_can(gpus, device, want):
+    assert module._nearest_by(Planted(gpus), 8, torch.device(device)) == want
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16])
