@@ -9,6 +9,8 @@ from kvstore.pool import Pool
 from kvstore.rows import PoolShape
 from kvstore.spill import Spill
 
+REGISTER = 1 | 2  # portable: for every context; mapped: kernels may read it at its own address
+
 
 class PinnedTier(Pool):
     """A pool in host memory, page-locked where there is a GPU, once and whole.
@@ -32,7 +34,7 @@ class PinnedTier(Pool):
                 self._lock_pages(self.slab(layer))
 
     def _lock_pages(self, slab: torch.Tensor) -> None:
-        code = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 1))
+        code = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, REGISTER))
         if code:
             raise PoolFull(
                 f"cannot page-lock {self.capacity_bytes} bytes for the {self.name} pool (CUDA "
