@@ -80,19 +80,19 @@ class FarTable:
 
     def __init__(self, rope: Rope, length: int) -> None:
         device = rope.inv_freq.device
-        self._near = rope.table(torch.arange(self.STEP, device=device))
+        self.near = rope.table(torch.arange(self.STEP, device=device))
         far = torch.arange(0, max(1, length), self.STEP, device=device)
         cos, sin = rope.table(far)
-        self._far = RopeTable(cos / rope.scaling, sin / rope.scaling)  # the scaling counts once
+        self.far = RopeTable(cos / rope.scaling, sin / rope.scaling)  # the scaling counts once
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (*self._near, *self._far))
+        return sum(x.nbytes for x in (*self.near, *self.far))
 
     def table(self, positions: Int[Tensor, " T"]) -> RopeTable:
         """What `Rope.rotate` needs to place tokens at `positions`."""
-        a = [x.index_select(0, positions // self.STEP) for x in self._far]
-        b = [x.index_select(0, positions % self.STEP) for x in self._near]
+        a = [x.index_select(0, positions // self.STEP) for x in self.far]
+        b = [x.index_select(0, positions % self.STEP) for x in self.near]
         return RopeTable(a[0] * b[0] - a[1] * b[1], a[1] * b[0] + a[0] * b[1])
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from engine.attention import MASK_ELEMENTS, capped
 from engine.model import AttentionSpec
+from native.gpu import on_gpu
 
 SPAN = 512  # positions that the queries of a group spread over: keys read in vain, on average half
 
@@ -30,7 +31,8 @@ class Runs:
 
     Bottom-right causal masks, as kernels for contiguous chunks have them, would let scattered
     tokens see their future; here a query at position p sees keys 0 to p, whoever its neighbours
-    are. Memory for masks is bounded: those of long prompts are made when they are needed.
+    are. Memory for masks is bounded: those of long prompts are made when they are needed. On a GPU
+    there are none: a kernel compares positions.
     """
 
     def __init__(self, positions: Int[Tensor, " n"], dtype: torch.dtype) -> None:
@@ -47,6 +49,10 @@ class Runs:
         spec: AttentionSpec,
     ) -> Float[Tensor, "Hq n D"]:
         """Attention of queries at these positions over the prompt's keys, all rotated."""
+        if on_gpu(q, k, v, self.positions):
+            from engine.kernels.attend_runs import attend_runs  # needs triton: not where no GPU is
+
+            return attend_runs(q, k, v, self.positions, spec.scale, spec.softcap, spec.window)
         parts = [
             _attend(q[:, g.lo : g.hi], k[:, g.first : g.stop], v[:, g.first : g.stop], spec, g.mask)
             for g in self._groups(spec.window)
