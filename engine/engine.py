@@ -15,7 +15,7 @@ from engine.blending import Blending, Progress
 from engine.cache import SequenceCache
 from engine.check import check
 from engine.config import EngineConfig
-from engine.decode import decode
+from engine.decoding import decoding
 from engine.errors import EngineError, PromptError
 from engine.hf import HFModel
 from engine.identity import identity
@@ -256,12 +256,13 @@ class Engine:
     def _steps(self, runs: Sequence[Running]) -> Iterator[tuple[Running, Event]]:
         """Prefill each run, then decode all that are not finished, one token a step."""
         try:
+            decoder = decoding(self.model, self.memory, runs)
             for run in runs:
                 yield run, self._step(run, self._prefill(run))
+                if run.finish_reason is None:
+                    decoder.join(run)
             while live := [run for run in runs if run.finish_reason is None]:
-                caches = [run.cache for run in live if run.cache is not None]
-                logits = decode(self.model, caches, self._ids([run.tokens[-1] for run in live]))
-                for run, row in zip(live, logits, strict=True):
+                for run, row in zip(live, decoder.step(live), strict=True):
                     yield run, self._step(run, row)
             for run in runs:  # after the last token: it reads them once more
                 self.store.promote(run.stored)

@@ -153,6 +153,12 @@ class HFModel:
         found = self.module.generation_config.eos_token_id if self.module.can_generate() else None
         return frozenset([found] if isinstance(found, int) else found or ())
 
+    @property
+    def static_shapes(self) -> bool:
+        """False with experts: how many tokens each gets is known when they are routed."""
+        names = ("num_experts", "num_local_experts")
+        return not any(getattr(self.config, name, None) for name in names)
+
     def embed(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N E"]:
         """Token embeddings, scaled where the model scales them."""
         return self._body.embed_tokens(tokens[None])[0]

@@ -19,6 +19,15 @@ class Resolved(NamedTuple):
     miss: Bool[Tensor, "Hk K"]
 
 
+class HotTables(NamedTuple):
+    """A buffer's contents; see `kvstore.kernels.resolve.Residency`."""
+
+    rows: UInt8[Tensor, "Hk S bytes"]
+    slot: Int[Tensor, "Hk T"]
+    token: Int[Tensor, "Hk S"]
+    used: Int[Tensor, "Hk S"]
+
+
 class HotBuffer:
     """Slots for the rows of tokens of one layer and request, least recently used first out.
 
@@ -91,6 +100,13 @@ class HotBuffer:
         """K and V of slots, in the order asked for."""
         rows = self.flat.index_select(0, self.numbers(slots).flatten())
         return self.layout.decode(rows.view(*slots.shape, -1))
+
+    def tables(self, now: int) -> HotTables:
+        """What is here, as a batch whose clock shows `now` counts it."""
+        used = (self._used - self._now + now).clamp(0, now)
+        used = torch.where(self._used == PINNED, torch.iinfo(torch.int32).max, used)
+        used = torch.where(self._token == FREE, FREE, used)
+        return HotTables(self._rows, self._slot, self._token, used)
 
     def _touch(self, slots: Tensor, miss: Tensor) -> Tensor:
         """When the slots of hits were used last: now, unless they are pinned."""

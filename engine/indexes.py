@@ -33,8 +33,7 @@ def make_index(method: Method, shape: Shape, budget: int) -> KVIndex:
     """
     kind, options = INDEXES[method.index], dict(method.options)
     if method.index == "landmarks":
-        fit = budget // (OUTLIER_SHARE * int(options.get("chunk", 8)))
-        options["outlier_chunks"] = min(int(options.get("outlier_chunks", 48)), fit)
+        options["outlier_chunks"] = outlier_chunks(method, budget)
     try:
         made: KVIndex = kind(
             shape.num_kv_heads, shape.head_dim, shape.dtype, shape.device, **options
@@ -42,3 +41,9 @@ def make_index(method: Method, shape: Shape, budget: int) -> KVIndex:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"method.options of {method.index}: {error}") from error
     return made
+
+
+def outlier_chunks(method: Method, budget: int) -> int:
+    """Of landmarks: as many as asked for that fit a budget."""
+    fit = budget // (OUTLIER_SHARE * int(method.options.get("chunk", 8)))
+    return min(int(method.options.get("outlier_chunks", 48)), fit)

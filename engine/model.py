@@ -68,11 +68,16 @@ class Layer(Protocol):
 
 @runtime_checkable
 class Model(Protocol):
-    """What the loops need of a model."""
+    """What the loops need of a model.
+
+    static_shapes: whether no operation depends on values, so that a step can be a CUDA graph.
+    """
 
     shape: Shape
 
     @property
     def layers(self) -> Sequence[Layer]: ...
+    @property
+    def static_shapes(self) -> bool: ...
     def embed(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N E"]: ...
     def logits(self, x: Float[Tensor, "N E"]) -> Float[Tensor, "N vocab"]: ...

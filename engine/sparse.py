@@ -100,6 +100,10 @@ class SparseLayer:
             tokens = torch.arange(start, start + v.shape[1], device=v.device)
             self.hot.insert(tokens.expand(len(v), -1), rotated, v)
 
+    def surrender(self) -> None:
+        """Forget all but what the pool holds: a batch has the rest."""
+        self.choice = self.lowrank = self.hot = self.tail = self._far = None
+
     def _guess(self, length: int, queries: Tensor) -> Query:
         """The prompt's last query: the first step's will be like it."""
         at = self._rope.table(torch.tensor([length - 1], device=queries.device))

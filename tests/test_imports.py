@@ -1,6 +1,8 @@
 """The arrow between packages points one way."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,12 @@ def test_imports_point_down(package):
 def test_the_packages_are_those_of_the_distribution():
     found = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
     assert found == MAY_IMPORT.keys()
+
+
+def test_nothing_but_kernels_needs_triton_which_is_not_everywhere():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import engine.engine, engine.rag, engine.cli, evals.cli, native.gpu"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,50 @@
+"""Two lanes of work in a decode step: what computes, and what fetches ahead of it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
+import torch
+
+
+@runtime_checkable
+class Lanes(Protocol):
+    """Order between computing and fetching ahead, without the host ever waiting.
+
+    ahead: what is asked for inside runs beside all that follows, and after all that came before.
+    join: what follows runs after all that was fetched ahead.
+    """
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]: ...
+    def join(self) -> None: ...
+
+
+class OneLane:
+    """One thing after the other: on a CPU, and where nothing is fetched ahead."""
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Here and now."""
+        yield
+
+    def join(self) -> None:
+        """Nothing to wait for."""
+
+
+class TwoStreams:
+    """A side stream beside the current one; both may be captured in one CUDA graph."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._side = torch.cuda.Stream(device)
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """On the side stream, from where the current one is now."""
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            yield
+
+    def join(self) -> None:
+        """The current stream waits for the side stream."""
+        torch.cuda.current_stream().wait_stream(self._side)
