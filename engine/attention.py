@@ -6,10 +6,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from engine.kernels.attend_token import Partial, attend_token_native, serves
 from engine.model import AttentionSpec
 
+FUSED = (torch.bfloat16, torch.float16)  # what FlashAttention takes
 MASK_ELEMENTS = 1 << 24  # a mask of at most 64 MiB in fp32, however long the context
 
 
@@ -24,10 +26,26 @@ def attend_chunk(
     `q` and `k` are rotated. Memory beyond inputs and output is bounded: queries are taken in
     runs whose mask (or, with a softcap, whose scores) stay below `MASK_ELEMENTS`.
     """
+    if q.is_cuda and spec.softcap is None and spec.window is None and q.dtype in FUSED:
+        return attend_chunk_fused(q, k, v, spec)
     n, s = q.shape[1], k.shape[1]
     scores = 1 if spec.softcap is None else q.shape[0]  # held for every head where they are capped
     run = max(16, MASK_ELEMENTS // (s * scores))
     return torch.cat([_attend_run(q, k, v, spec, i, min(i + run, n)) for i in range(0, n, run)], 1)
+
+
+def attend_chunk_fused(
+    q: Float[Tensor, "Hq N D"],
+    k: Float[Tensor, "Hk S D"],
+    v: Float[Tensor, "Hk S D"],
+    spec: AttentionSpec,
+) -> Float[Tensor, "Hq N D"]:
+    """`attend_chunk` without a window or softcap, its mask a rule that FlashAttention knows."""
+    rule = causal_lower_right(q.shape[1], k.shape[1])
+    out = F.scaled_dot_product_attention(
+        q[None], k[None], v[None], attn_mask=rule, scale=spec.scale, enable_gqa=True
+    )
+    return out[0]
 
 
 def _attend_run(

@@ -1,5 +1,8 @@
 """Loop two for many requests at once in static shapes: on a GPU, a step is one CUDA graph."""
 
+import logging
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +19,9 @@ from engine.rope import Tables
 from engine.sparse_cache import SparseCache, sparse_layers
 from kvstore.pool import Pool
 
+log = logging.getLogger(__name__)
+
+CAPTURES = threading.Lock()  # torch captures one graph at a time in a process
 YOUNGEST = 256  # the clock's first step: ages of what requests bring along are kept
 
 
@@ -115,38 +121,43 @@ class DeviceBatch:
                 f"{len([c for c in self._caches if c])} of {self.slots} slots are taken, each of "
                 f"{self.capacity} tokens; {cache.length + room} were asked for"
             )
-        now = int(self.clock.now)
-        for i, layer in enumerate(self._layers):
-            if isinstance(layer, RingLayer):
-                layer.adopt(slot, cache.view(i, cache.length))
-            else:
-                layer.adopt(slot, cache.layer(i), now)
         table = cache.blocks(cache.length + room)
-        self._blocks[slot] = -1
-        self._blocks[slot, : len(table)] = table.to(self._blocks)
-        self.clock.lengths[slot] = cache.length
+        with self._current():
+            now = int(self.clock.now)
+            for i, layer in enumerate(self._layers):
+                if isinstance(layer, RingLayer):
+                    layer.adopt(slot, cache.view(i, cache.length))
+                else:
+                    layer.adopt(slot, cache.layer(i), now)
+            self._blocks[slot] = -1
+            self._blocks[slot, : len(table)] = table.to(self._blocks)
+            self.clock.lengths[slot] = cache.length
         cache.seated(_Seat(self, slot))
         self._caches[slot] = cache
         return slot
 
-    def slot_of(self, cache: SparseCache) -> int | None:
-        """Where a request sits; None if it does not."""
-        return next((i for i, taken in enumerate(self._caches) if taken is cache), None)
-
     def release(self, slot: int) -> None:
         """The slot is free; closing its cache does that."""
         self._caches[slot] = None
-        self.clock.lengths[slot] = 0
-        for layer in self._layers:
-            if isinstance(layer, SelectedLayer):
-                layer.release(slot)
+        with self._current():
+            self.clock.lengths[slot] = 0
+            for layer in self._layers:
+                if isinstance(layer, SelectedLayer):
+                    layer.release(slot)
+            if self.model.shape.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # its blocks are somebody else's next
 
     def stats(self, slot: int) -> SparseStats:
         """Of a slot's request so far; waits for the device."""
         layers = [layer for layer in self._layers if isinstance(layer, SelectedLayer)]
-        selected, missed = (int(x) for x in sum(layer.counts[slot] for layer in layers))
+        counts = torch.stack([layer.counts[slot] for layer in layers])
+        (selected, missed), steps = counts[:, :2].sum(0).tolist(), int(counts[0, 2])
         return SparseStats(
-            selected=selected, hits=selected - missed, fetched_bytes=missed * layers[0].row_bytes
+            steps=steps,
+            selected=selected,
+            hits=selected - missed,
+            fetched_bytes=missed * layers[0].row_bytes,
+            host_key_rows=missed if layers[0].fetches_keys else 0,
         )
 
     # the step
@@ -158,19 +169,35 @@ class DeviceBatch:
         Args:
             tokens: of free slots: any.
         """
-        self._tokens.copy_(tokens)
-        if self._captured is not None:
-            self._captured.replay()
-        elif self.graph and self._warm:
-            self._captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._captured):
+        with self._current():
+            self._tokens.copy_(tokens)
+            if self.graph and self._warm and self._captured is None:
+                self._captured = self._capture()
+            if self._captured is not None:
+                self._captured.replay()
+            else:
                 self._run()
-            self._captured.replay()
-        else:
-            self._run()
-            self._warm = True
-        self._record()
+                self._warm = True
+            self._record()
         return self._logits
+
+    def _capture(self) -> torch.cuda.CUDAGraph | None:
+        """The step as a graph; None, from now on, where there is no memory for a second one."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with CAPTURES, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._run()
+        except torch.OutOfMemoryError:
+            log.warning("no memory for a graph beside the batch: steps are launched one by one")
+            self._lanes.forget()
+            self.graph = False
+            return None
+        return graph
+
+    def _current(self) -> AbstractContextManager[object]:
+        """Where kernels are launched: on the model's device, which need not be the thread's."""
+        device = self.model.shape.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def _run(self) -> None:
         """All layers, reading and writing tensors at fixed addresses only."""
@@ -181,11 +208,14 @@ class DeviceBatch:
         clock.lengths.add_(taken)
         x = model.embed(self._tokens)
         tables = Tables(clock.positions.clamp_min(0))
+        for layer in model.layers:
+            tables[layer.rope]  # made before the lanes part: both read it
         for i, layer in enumerate(model.layers):
             fresh = _fresh(layer, x, tables)
             self._made[i, 0], self._made[i, 1] = fresh.k.transpose(0, 1), fresh.v.transpose(0, 1)
             self._lanes.join()
-            self._ahead(i + 1, x, tables)
+            held = x  # the side lane reads it until the next join
+            self._ahead(i + 1, held, tables)
             state = self._layers[i]
             if isinstance(state, RingLayer):
                 heads = state.attend(fresh, clock)

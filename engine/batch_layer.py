@@ -121,7 +121,7 @@ class SelectedLayer:
         self._pool, self._number, self._select = pool, number, select
         self._policy = method.policy(min(int(method.budget), capacity))
         self._layout = raw_rows(shape)
-        self._index = device_index(method, shape, slots, capacity, self._policy.budget)
+        self._index = device_index(method, shape, slots, capacity, method.tokens(capacity))
         hot = hot_slots(method)
         size = (slots, shape.num_kv_heads, hot, self._layout.row_bytes)
         self._hot = torch.zeros(size, dtype=torch.uint8, device=shape.device)
@@ -132,7 +132,12 @@ class SelectedLayer:
         if method.keys == "lowrank":
             self._lowrank = BatchFactors(shape, rope, method.rank, slots, capacity)
         self._tail = BatchTail(shape, slots, capacity) if method.tail else None
-        self.counts = torch.zeros(slots, 2, dtype=torch.int64, device=shape.device)
+        self.counts = torch.zeros(slots, 3, dtype=torch.int64, device=shape.device)
+
+    @property
+    def fetches_keys(self) -> bool:
+        """Whether a row that is fetched holds a key."""
+        return self._pool.shape.layout.k is not None
 
     @property
     def row_bytes(self) -> int:
@@ -169,7 +174,8 @@ class SelectedLayer:
     def _take(self, slot: int, tables: HotTables) -> None:
         forget(self._there, slot)
         self._hot[slot] = tables.rows
-        self._there.slot[slot, :, : tables.slot.shape[1]] = tables.slot
+        width = min(tables.slot.shape[1], self._there.slot.shape[2])  # none is behind the capacity
+        self._there.slot[slot, :, :width] = tables.slot[:, :width]
         self._there.token[slot], self._there.used[slot] = tables.token, tables.used
 
     # the step
@@ -188,6 +194,7 @@ class SelectedLayer:
         found = self._fetch(ids, clock, blocks)
         self.counts[:, 0] += (ids >= 0).sum((1, 2))
         self.counts[:, 1] += found.count.sum(1)
+        self.counts[:, 2] += clock.lengths > 0
         return self._attended(fresh.rotated_q, ids, found.slots, clock.lengths)
 
     def _attended(

@@ -76,7 +76,7 @@ class Blending:
             identity,
             tenant=config.tenant.encode(),
             size=config.block_tokens,
-            step=config.prefill_chunk,
+            step=config.chunk(model.shape.device),
             speeds=self.speeds,
         )
 

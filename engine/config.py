@@ -18,7 +18,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Settings of an engine.
 
     Args:
-        prefill_chunk: prompt tokens computed at once.
+        prefill_chunk: prompt tokens computed at once; None takes 512, or 4,096 on a GPU, which
+            needs larger products to be busy.
         block_tokens: tokens per stored block; a prompt's last, partial block is not stored.
         cache_bytes: budget of the keys and values of one call on the model's device. Its prompts
             that do not fit together run one group after the other. A sparse method counts here the
@@ -34,7 +35,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         blend: how prompts of `Segments` reuse their chunks; see `engine.repair`.
     """
 
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     block_tokens: int = 64
     cache_bytes: int = 8 << 30
     method: Method = Method()
@@ -47,8 +48,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def __post_init__(self) -> None:
         for name in ("prefill_chunk", "block_tokens", "cache_bytes", "pinned_bytes", "spill_bytes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+
+    def chunk(self, device: torch.device) -> int:
+        """Prompt tokens computed at once on a device."""
+        return self.prefill_chunk or (4096 if device.type == "cuda" else 512)
 
     def check(self, shape: Shape) -> None:
         """ConfigError for a tier that could not hold one block of a model of this shape."""

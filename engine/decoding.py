@@ -49,18 +49,20 @@ class Seated:
 
     def __init__(self, batch: "DeviceBatch") -> None:
         self._batch = batch
+        self._slots: dict[Running, int] = {}
 
     def join(self, run: Running) -> None:
         """The request takes a slot."""
         assert isinstance(run.cache, SparseCache)
-        self._batch.adopt(run.cache, run.capacity - run.cache.length)
+        self._slots[run] = self._batch.adopt(run.cache, run.capacity - run.cache.length)
 
     def step(self, live: Sequence[Running]) -> Iterable[Float[Tensor, " vocab"]]:
-        """Logits after each one's newest token, until the next step."""
-        slots = [self._batch.slot_of(run.cache) for run in live]
-        tokens = torch.zeros(self._batch.slots, dtype=torch.int64)
-        tokens[slots] = torch.tensor([run.tokens[-1] for run in live])
-        rows = self._batch.step(tokens)
+        """Logits after each one's newest token."""
+        slots = [self._slots[run] for run in live]
+        tokens = [0] * self._batch.slots
+        for slot, run in zip(slots, live, strict=True):
+            tokens[slot] = run.tokens[-1]
+        rows = self._batch.step(torch.tensor(tokens)).cpu()  # one copy for all that are sampled
         return [rows[slot] for slot in slots]
 
 

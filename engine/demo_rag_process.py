@@ -80,7 +80,7 @@ def full(rag: Rag, question: str, chunks: list[str]) -> float:
     start = time.perf_counter()
     cache = SequenceCache(model.shape, len(tokens))
     ids = torch.tensor(tokens, device=model.shape.device)
-    prefill(model, cache, ids, chunk=rag.engine.config.prefill_chunk)
+    prefill(model, cache, ids, chunk=rag.engine.config.chunk(ids.device))
     return time.perf_counter() - start
 
 

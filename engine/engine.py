@@ -185,7 +185,7 @@ class Engine:
         request.check(self.model.shape.vocab, self.model.shape.max_positions)
         cache = SequenceCache(self.model.shape, len(request.prompt))
         ids = self._ids(request.prompt)
-        chunks = hidden_states(self.model, cache, ids, chunk=self.config.prefill_chunk)
+        chunks = hidden_states(self.model, cache, ids, chunk=self.config.chunk(ids.device))
         return torch.cat([self.model.logits(x) for x in chunks])
 
     def stats(self) -> StoreStats:

@@ -13,11 +13,13 @@ class Lanes(Protocol):
 
     ahead: what is asked for inside runs beside all that follows, and after all that came before.
     join: what follows runs after all that was fetched ahead.
+    forget: the step ended in the middle.
     """
 
     @contextmanager
     def ahead(self) -> Iterator[None]: ...
     def join(self) -> None: ...
+    def forget(self) -> None: ...
 
 
 class OneLane:
@@ -31,20 +33,37 @@ class OneLane:
     def join(self) -> None:
         """Nothing to wait for."""
 
+    def forget(self) -> None:
+        """Nothing."""
+
 
 class TwoStreams:
-    """A side stream beside the current one; both may be captured in one CUDA graph."""
+    """A side stream beside the current one; both may be captured in one CUDA graph.
+
+    What is made ahead must not be read, and what is read there not be freed, before `join`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._side = torch.cuda.Stream(device)
+        self._forked = False
 
     @contextmanager
     def ahead(self) -> Iterator[None]:
         """On the side stream, from where the current one is now."""
-        self._side.wait_stream(torch.cuda.current_stream())
+        self._side.wait_stream(torch.cuda.current_stream(self._side.device))
+        self._forked = True
         with torch.cuda.stream(self._side):
             yield
 
     def join(self) -> None:
-        """The current stream waits for the side stream."""
-        torch.cuda.current_stream().wait_stream(self._side)
+        """The current stream waits for the side stream; of one that did not fork there is nothing.
+
+        A stream that is captured may wait only for streams of the same capture.
+        """
+        if self._forked:
+            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+            self._forked = False
+
+    def forget(self) -> None:
+        """A step ended in the middle: nothing of it is waited for."""
+        self._forked = False

@@ -101,7 +101,7 @@ class Plain:
         self, run: Running, cache: Cache, recorder: Recorder, loader: Loader | None
     ) -> Float[Tensor, " vocab"]:
         """Read what of the prompt is not stored; layer by layer where layers move to a pool."""
-        device, chunk = self._model.shape.device, self._config.prefill_chunk
+        device, chunk = self._model.shape.device, self._config.chunk(self._model.shape.device)
         tokens = torch.tensor(run.request.prompt[cache.length :], device=device)
         if not isinstance(cache, SparseCache):
             save = partial(self.save, run)

@@ -111,9 +111,8 @@ class SparseLayer:
         return Query(self._rope.rotate(newest, at)[:, 0], newest[:, 0])
 
     def _store(self, start: int, rotated: Tensor, v: Tensor) -> None:
-        stop, where = start + v.shape[1], self._pool.device
-        self._lease.reserve(stop)
-        self._lease.write(self._number, start, rotated.to(where), v.to(where))
+        self._lease.reserve(start + v.shape[1])
+        self._lease.write(self._number, start, rotated, v)
         if self._method.tail:
             self.tail = self.tail or self._new_tail()
             self.tail.append(rotated, v)

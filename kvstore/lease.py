@@ -14,6 +14,7 @@ from kvstore.rows import PoolShape, TokenKV, words
 from kvstore.slots import Numbers, Slots
 
 WRITE_NUMBERS = 1 << 20  # of K encoded at once, and of V: at most 4 MiB where that takes fp32
+DEVICE_NUMBERS = 16 * WRITE_NUMBERS  # on a GPU, where many small operations cost more than memory
 Found = tuple[Int64[Tensor, " some"] | None, Int64[Tensor, " some"]]
 
 
@@ -28,6 +29,7 @@ class Blocks(Protocol):
 
     @property
     def stationary(self) -> bool: ...
+    def slab(self, layer: int) -> UInt8[Tensor, "slots Hk P row"]: ...
     def flat(self, layer: int) -> UInt8[Tensor, "rows row"]: ...
     def slots(self, layer: int) -> Slots | None: ...
     def take(self, count: int) -> list[int]: ...
@@ -52,6 +54,7 @@ class Lease:
         self._block_rows = pool.shape.num_kv_heads * pool.shape.block_tokens
         self._written = [0] * pool.shape.num_layers
         self._open = True
+        self._sent: torch.cuda.Event | None = None  # when rows from a GPU are all there
         self.table = self._tensor([])  # the blocks, by their numbers in the pool
         self._firsts = self.table  # the first row of each, where they are stationary
 
@@ -80,7 +83,7 @@ class Lease:
     def write(
         self, layer: int, start: int, k: Float[Tensor, "Hk N D"] | None, v: Float[Tensor, "Hk N D"]
     ) -> None:
-        """Encode N tokens from `start` on. Raises ValueError for a gap, or without room.
+        """Encode N tokens from `start` on, on any device. ValueError for a gap, or without room.
 
         Run by run, so that the memory it takes meanwhile does not grow with N.
         """
@@ -91,7 +94,8 @@ class Lease:
                 f"{self.name}: tokens {start} to {stop} of layer {layer} must follow the "
                 f"{self._written[layer]} written, within the {self.reserved} reserved"
             )
-        run = max(1, WRITE_NUMBERS // (len(v) * v.shape[2]))
+        numbers = WRITE_NUMBERS if v.device.type == "cpu" else DEVICE_NUMBERS
+        run = max(1, numbers // (len(v) * v.shape[2]))
         for lo in range(0, stop - start, run):
             part = slice(lo, lo + run)
             self._put(layer, start + lo, None if k is None else k[:, part], v[:, part])
@@ -129,6 +133,9 @@ class Lease:
     def gather(self, layer: int, ids: Int[Tensor, "Hk K"]) -> TokenKV:
         """K and V of chosen tokens. Raises ValueError for one that is not written (on a CPU)."""
         self._check(layer, ids)
+        if self._sent is not None:
+            self._sent.synchronize()
+            self._sent = None
         flat = words(self._pool.flat(layer))
         out: Tensor | None = None
         with self._at_rest(layer):
@@ -166,11 +173,44 @@ class Lease:
         self.close()
 
     def _put(self, layer: int, start: int, k: Tensor | None, v: Tensor) -> None:
-        encoded = words(self._pool.shape.layout.encode(k, v).flatten(0, 1))
+        rows = self._pool.shape.layout.encode(k, v)
+        if rows.device != self._pool.device and self._pool.stationary:
+            self._send(layer, start, rows)
+            return
+        encoded = words(rows.to(self._pool.device).flatten(0, 1))
         flat, ids = words(self._pool.flat(layer)), self._run(start, start + v.shape[1])
         with self._at_rest(layer):
             for chosen, rows in self._passes(layer, ids, writing=True):
                 flat.index_copy_(0, rows, encoded if chosen is None else encoded[chosen])
+
+    def _send(self, layer: int, start: int, rows: UInt8[Tensor, "Hk N row"]) -> None:
+        """Rows from another device, blocks that lie side by side in one copy.
+
+        From a GPU to page-locked memory the host does not wait for them; `gather` does.
+        """
+        size, slab = self._pool.shape.block_tokens, self._pool.slab(layer)
+        for block, lo, hi in self._stretches(start, start + rows.shape[1]):
+            part, base = rows[:, lo - start : hi - start], lo // size * size
+            if lo > base or (hi - lo) % size:
+                slab[block, :, lo - base : hi - base] = part
+                continue
+            whole = part.unflatten(1, (-1, size)).transpose(0, 1).contiguous()
+            slab[block : block + len(whole)].copy_(whole, non_blocking=True)
+        if rows.is_cuda:
+            self._sent = torch.cuda.current_stream(rows.device).record_event()
+
+    def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Tokens [lo, hi) that lie side by side from a block on: whole blocks, or a part of one."""
+        size, table = self._pool.shape.block_tokens, self.table.tolist()
+        lo = start
+        while lo < stop:
+            first = lo // size
+            hi = min(stop, (first + 1) * size)
+            whole = lo == first * size and hi - lo == size
+            while whole and hi + size <= stop and table[hi // size] == table[hi // size - 1] + 1:
+                hi += size
+            yield table[first], lo, hi
+            lo = hi
 
     def _at_rest(self, layer: int) -> AbstractContextManager[object]:
         """In which no block of the layer moves but by `_passes`."""

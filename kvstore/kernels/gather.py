@@ -39,6 +39,7 @@ from native.gpu import Build
 
 PROGRAMS = 64
 TILE_BYTES = 1 << 13
+SEARCHED = 1 << 12  # places looked at at once by a program's 128 threads
 
 
 def gather(
@@ -101,15 +102,18 @@ def gather_triton(
     _gather[(PROGRAMS,)](
         slab, blocks.contiguous(), *lists, hot.view(layout.dtype),
         batch * heads, resolved.missing.shape[2], slots, blocks.shape[1],
-        HK=heads, P=slab.shape[2], LISTS=triton.next_power_of_2(batch * heads),
-        **_constants(layout, hot_layout),
+        HK=heads, P=slab.shape[2],
+        **_constants(layout, hot_layout, batch * heads),
     )  # fmt: skip
 
 
-def _constants(layout: RowLayout, hot_layout: RowLayout) -> dict[str, object]:
+def _constants(layout: RowLayout, hot_layout: RowLayout, lists: int) -> dict[str, object]:
+    """Of many lists fewer rows at once: each row is looked for in all of them, in registers."""
     found = constants(layout, "kind", "at", "scales", "group", "run", "runs")
+    lists = triton.next_power_of_2(lists)
     rows = triton.next_power_of_2(TILE_BYTES // layout.row_bytes)
-    return found | hot_constants(hot_layout) | {"TILE": max(4, min(32, rows))}
+    tile = max(1, min(max(4, rows), 32, SEARCHED // lists))
+    return found | hot_constants(hot_layout) | {"LISTS": lists, "TILE": tile}
 
 
 @triton.jit
@@ -204,13 +208,14 @@ def _unpacked(codes, scales, here):
     return codes.to(tl.float32) * scale + least
 
 
-def _build(name: str, layout: RowLayout) -> Build:
-    values = _constants(layout, hot_rows(layout)) | {"HK": 8, "P": 64, "LISTS": 64}
+def _build(name: str, layout: RowLayout, lists: int = 64) -> Build:
+    values = _constants(layout, hot_rows(layout), lists) | {"HK": 8, "P": 64}
     signature = {"slab": "*u8", "hot": POINTERS[layout.dtype]}
     signature |= dict.fromkeys(("blocks", "missing", "target", "count"), "*i32")
     signature |= dict.fromkeys(("lists", "K", "S", "N"), "i32")
     constexprs = dict.fromkeys(values, "constexpr")
-    return Build(f"gather, {name}", _gather, signature | constexprs, values)
+    return Build(f"gather, {name}, {lists} lists", _gather, signature | constexprs, values)
 
 
 AOT = [_build(name, layout) for name, layout in common_layouts().items()]
+AOT += [_build(name, layout, 1024) for name, layout in common_layouts().items() if "bf16" in name]

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine import attention
-from engine.attention import attend_chunk, attend_token
+from engine.attention import attend_chunk, attend_chunk_fused, attend_token
 from engine.model import AttentionSpec
 
 HEADS = pytest.mark.parametrize(("hq", "hk"), [(4, 4), (8, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
@@ -82,6 +82,26 @@ def test_a_chunk_taken_in_runs_is_the_chunk_at_once(
     at_once = attend_chunk(q, k, v, spec)
     monkeypatch.setattr(attention, "MASK_ELEMENTS", 1)  # runs of 16 queries, the last one of 4
     torch.testing.assert_close(attend_chunk(q, k, v, spec), at_once)
+
+
+@pytest.mark.parametrize("n", [1, 40, 300])
+@HEADS
+def test_what_a_gpu_takes_in_one_go_is_the_same_chunk(hq: int, hk: int, n: int) -> None:
+    q, k, v = tensors(hq, hk, n, 300, 64)
+    spec = AttentionSpec(64**-0.5)
+    got = attend_chunk_fused(q, k, v, spec)
+    torch.testing.assert_close(got.double(), reference(q, k, v, spec), rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 200, 700])
+def test_on_a_gpu_a_chunk_in_bf16_errs_at_most_twice_as_much_as_torch(n: int) -> None:
+    q, k, v = tensors(8, 2, n, 700, 128)
+    spec, narrow = AttentionSpec(128**-0.5), [x.to("cuda", torch.bfloat16) for x in (q, k, v)]
+    want = reference(*(x.double().cpu() for x in narrow), spec)
+    theirs = (attend_chunk(*(x.cpu() for x in narrow), spec).double() - want).abs().max()
+    ours = (attend_chunk(*narrow, spec).cpu().double() - want).abs().max()
+    assert ours <= 2 * theirs
 
 
 def test_keys_of_a_cache_with_room_to_spare_are_read_in_place() -> None:

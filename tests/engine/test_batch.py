@@ -168,6 +168,24 @@ def test_with_an_estimated_tail_too(batch_of):
         assert batch.followed == 40 * 3 * 3
 
 
+def test_outliers_that_a_short_request_has_little_room_for(batch_of):
+    method = preset("shadowkv", attend_on="device", rank=40)  # 48 chunks of outliers, of 2,048
+    with batch_of(build("llama"), method, room=40, capacity=290) as batch:
+        along(batch, [prompt(250), prompt(30)], some_tokens(10, 2))
+        assert batch.followed == 10 * 2 * 3
+
+
+def test_tables_that_have_grown_beyond_a_slot_fit_it():
+    """A buffer's table of tokens grows by more than a token; behind the last all are free."""
+    with Batch(build("llama"), small("headrace"), slots=1, capacity=100, room=4) as batch:
+        batch.join(prompt(96))
+        layer = batch.batch._layers[0]
+        tables = batch.twins[0].layer(0).hot.tables(300)
+        wider = torch.nn.functional.pad(tables.slot, (0, 30), value=-1)
+        layer._take(0, tables._replace(slot=wider))
+        assert torch.equal(layer._there.slot[0, :, :96].long(), tables.slot[:, :96].long())
+
+
 def test_requests_join_and_leave_without_a_trace_in_the_others(batch_of):
     texts, tokens = [prompt(200), prompt(90), prompt(120)], some_tokens(30, 3)
     with batch_of(build("qwen3"), small("headrace"), slots=2) as batch:
@@ -203,7 +221,9 @@ def test_a_batch_counts_what_it_attends_to_and_fetches(batch_of):
         ours, theirs = batch.leave(0)
         row = batch.pool.shape.layout.row_bytes
     assert ours.selected == theirs.selected == 20 * 3 * 2 * 48
+    assert ours.steps == theirs.steps == 20
     assert 0 < ours.hits < ours.selected
+    assert ours.host_key_rows == ours.selected - ours.hits
     assert abs(ours.hits - theirs.hits) < 0.02 * theirs.hits  # of equal age, others may leave
     assert ours.fetched_bytes == (ours.selected - ours.hits) * row
 

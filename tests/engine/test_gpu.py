@@ -1,9 +1,13 @@
 """The same answers on a GPU as on the CPU."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from msgspec import structs
 
 from engine import Engine, EngineConfig
+from engine.batch import DeviceBatch
 from engine.method import preset
 from tests.engine import oracle
 from tests.engine.families import CASES, build, prompt
@@ -49,15 +53,95 @@ def test_bf16_on_a_gpu_stays_within_twice_the_error_of_torch():
     assert ours <= 2 * theirs
 
 
-@pytest.mark.parametrize("name", ["headrace", "shadowkv", "quest"])
-def test_a_sparse_method_on_a_gpu_at_full_budget_is_dense(name):
-    module, asked = build("llama"), [prompt(n).tolist() for n in (5, 64, 300)]
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that were captured."""
+    capture, made = DeviceBatch._capture, []
+    monkeypatch.setattr(
+        DeviceBatch, "_capture", lambda self: made.append(capture(self)) or made[-1]
+    )
+    return made
+
+
+def full(name, **changes):
     options = {"outlier_chunks": 0} if name == "shadowkv" else {}
-    method = preset(name, budget=10_000, hot=1.0, rank=1000, prefetch="layer", options=options)
+    given = dict(budget=10_000, hot=2.0, rank=1000, options=options)
+    return preset(name, **(given | changes))
+
+
+def answers(module, asked, method, count, **changes):
+    config = EngineConfig(method=method, pinned_bytes=256 << 20, **changes)
+    with Engine(module.to("cuda"), None, config) as engine:
+        return engine.generate(asked, max_new_tokens=count)
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "prefetch"),
+    [
+        ("headrace", "llama", "none"),
+        ("headrace", "gemma3", "layer"),  # two rotations, and windows
+        ("headrace", "gemma2", "none"),  # softcaps
+        ("shadowkv", "llama", "layer"),
+        ("quest", "llama", "layer"),
+        ("pqcache", "llama", "none"),
+    ],
+)
+def test_a_sparse_method_on_a_gpu_at_full_budget_is_dense(name, family, prefetch, graphs):
+    if name == "pqcache":
+        pytest.importorskip("faiss", reason="codebooks are trained by FAISS")
+    module, asked = build(family), [prompt(n).tolist() for n in (5, 64, 300)]
     with Engine(module) as engine:
         want = engine.generate(asked, max_new_tokens=60)
-    config = EngineConfig(method=method, pinned_bytes=64 << 20)
-    with Engine(module.to("cuda"), None, config) as engine:
-        done = engine.generate(asked, max_new_tokens=60)
+    done = answers(module, asked, full(name, prefetch=prefetch), 60)
+    assert len(graphs) == 1
+    assert graphs[0] is not None
     for text, ours, theirs in zip(asked, done, want):
         oracle.assert_same_answer(module, torch.tensor(text), ours.tokens, theirs.tokens)
+
+
+@pytest.mark.parametrize("name", ["headrace", "quest"])
+def test_the_graph_takes_the_steps_that_are_taken_one_by_one(name, graphs, monkeypatch):
+    module, asked = build("llama"), [prompt(n).tolist() for n in (40, 200, 300)]
+    method = preset(name, budget=64, prefetch="layer")
+    replayed = answers(module, asked, method, 100)
+    assert len(graphs) == 1
+    monkeypatch.setattr(DeviceBatch, "_capture", lambda self: None)
+    eager = answers(module, asked, method, 100)
+    assert [c.tokens for c in replayed] == [c.tokens for c in eager]
+
+
+def test_4000_tokens_do_not_drift():
+    """At full budget, from a buffer that holds it all: dense attention, token by token."""
+    module = build("llama", max_position_embeddings=8192)
+    text = prompt(100)
+    done = answers(module, [text.tolist()], full("headrace", budget=5000), 4000)[0]
+    every = torch.tensor([*text.tolist(), *done.tokens[:-1]], device="cuda")
+    best = oracle.logits(module, every)[len(text) - 1 :].topk(2)
+    taken = torch.tensor(done.tokens, device="cuda")
+    ties = (best.values[:, 0] - best.values[:, 1]) <= 10 * oracle.TOLERANCE
+    assert ((best.indices[:, 0] == taken) | ties).all()
+
+
+def test_two_threads_capture_and_replay_at_once():
+    module, texts = build("llama").to("cuda"), [prompt(n).tolist() for n in (50, 200)]
+    config = EngineConfig(method=full("headrace"), pinned_bytes=256 << 20)
+    with Engine(module, None, config) as engine:
+        want = [engine.generate(text, max_new_tokens=80)[0].tokens for text in texts]
+        with ThreadPoolExecutor(2) as pool:
+            both = pool.map(lambda text: engine.generate(text, max_new_tokens=80), texts)
+            assert [done[0].tokens for done in both] == want
+
+
+def test_what_a_batch_on_a_gpu_generated_is_in_the_store(tmp_path):
+    module, method = build("llama").to("cuda"), full("headrace")
+    config = settings(tmp_path / "store")
+    config = structs.replace(config, method=method, pinned_bytes=256 << 20)
+    text = prompt(100).tolist()
+    with Engine(module, None, config) as engine:
+        answer = engine.generate(text, max_new_tokens=60)[0].tokens
+    turn = [*text, *answer, *prompt(9).tolist()]
+    with Engine(module, None, config) as engine:
+        again = engine.generate(turn, max_new_tokens=20)[0]
+    assert again.stats.cached_tokens == 144
+    theirs = oracle.generate(build("llama"), [torch.tensor(turn)], 20)[0]
+    oracle.assert_same_answer(module, torch.tensor(turn), again.tokens, theirs)

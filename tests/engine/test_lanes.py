@@ -7,6 +7,7 @@ import torch
 
 from engine.batch_layer import SelectedLayer
 from engine.lanes import OneLane
+from engine.rope import Rope
 from tests.engine.families import build, prompt
 from tests.engine.test_batch import Batch, small
 
@@ -31,6 +32,9 @@ class Clocks:
 
     def join(self):
         self.main = max(self.main, self.side)
+
+    def forget(self):
+        raise AssertionError("no step ends in the middle here")
 
     def spend(self, what, layer, seconds):
         lane = "side" if self.aside else "main"
@@ -82,6 +86,20 @@ def test_what_fetching_takes_longer_than_a_layer_is_all_that_is_waited_for(monke
     timed(monkeypatch, clocks, fetch=1.5)
     step(clocks)
     assert clocks.main == pytest.approx(1.5 + 1.5 + COMPUTE)
+
+
+def test_rotations_are_made_before_the_lanes_part(monkeypatch):
+    """What one lane makes and the other reads would be read too early."""
+    clocks, made = Clocks(), []
+    table = Rope.table
+    monkeypatch.setattr(Rope, "table", lambda *a: made.append(clocks.aside) or table(*a))
+    module = build("gemma3")  # its layers have two rotations
+    with Batch(module, small("headrace", prefetch="layer"), lanes=clocks) as batch:
+        slot, _ = batch.join(prompt(90))
+        made.clear()
+        batch.step({slot: 3})
+    assert len(made) == 2
+    assert not any(made)
 
 
 def test_in_one_lane_the_same_comes_out_one_after_the_other(monkeypatch):

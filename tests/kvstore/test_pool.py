@@ -1,6 +1,7 @@
 """Pools of rows: what leases write is what they read, within a budget, and nobody else's."""
 
 import threading
+from itertools import pairwise
 
 import pytest
 import torch
@@ -242,6 +243,44 @@ def test_an_error_in_a_write_leaves_the_pool_usable():
         lease.write(0, 10, k, v)
     assert lease.written(0) == 10
     assert torch.equal(lease.read(0, 0, 10).k, all_kv[0][0])
+
+
+@pytest.mark.parametrize(
+    ("lo", "hi"), [(0, 64), (0, 5), (3, 8), (5, 61), (16, 48), (8, 23), (63, 64)]
+)
+def test_rows_from_another_device_land_where_all_others_do(lo, hi):
+    """As they are sent block by block: here from this device, as if it were another."""
+    shape = shaped(layers=1)
+    plain, sent = made(shape), made(shape)
+    k, v = numbers(shape, 64)
+    for pool in (plain, sent):
+        lease, other = pool.lease(), pool.lease()
+        for tokens in (8, 24, 32, 64):  # blocks that lie side by side, and some that do not
+            lease.reserve(tokens)
+            other.reserve(tokens // 2)
+        lease.write(0, 0, torch.zeros_like(k), torch.zeros_like(v))
+        if pool is plain:
+            lease.write(0, lo, k[:, lo:hi], v[:, lo:hi])
+        else:
+            lease._send(0, lo, shape.layout.encode(k[:, lo:hi], v[:, lo:hi]))
+    taken = lease.table.tolist()
+    assert any(a + 1 == b for a, b in pairwise(taken))
+    assert any(a + 1 != b for a, b in pairwise(taken))
+    assert torch.equal(plain.slab(0)[taken], sent.slab(0)[taken])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codec", [BF16, Int8(), Int4()])
+def test_what_a_gpu_sends_is_there_when_it_is_read(gpu, codec):
+    shape = shaped(heads=8, dim=128, layers=1, k=codec, v=codec, tokens=64)
+    pool = PinnedTier(shape, 512 * shape.block_bytes)
+    k, v = numbers(shape, 20_000)
+    with pool.lease() as lease:
+        lease.reserve(20_000)
+        lease.write(0, 0, k.cuda(), v.cuda())
+        got = lease.read(0, 0, 20_000)
+    torch.testing.assert_close(got.k, shape.layout.decode(shape.layout.encode(k, v)).k)
+    torch.testing.assert_close(got.v, shape.layout.decode(shape.layout.encode(k, v)).v)
 
 
 def test_threads_share_a_pool_without_sharing_blocks():
