@@ -255,6 +255,23 @@ def _point(point: dict[str, float]) -> str:
     return f"{point['kl']:.4f}{right}"
 
 
+def aot(record: dict[str, Any]) -> str:
+    """Registers and spills of every kernel, by generation."""
+    about = (
+        f"Compiled by Triton {record['triton']} for sm_80, sm_90 and sm_100, not run: registers of "
+        "a thread, bytes of shared memory\nof a program on sm_90, bytes spilled. "
+        "`scripts/bench_aot.py`"
+    )
+    rows = ["| kernel | registers 80 / 90 / 100 | shared | spilled |", "|" + " --- |" * 4]
+    for name, made in record["builds"].items():
+        each = [made[f"sm_{arch}"] for arch in (80, 90, 100)]
+        registers = " / ".join(str(x["registers"]) for x in each)
+        spilled = [x["spill_bytes"] for x in each]
+        shown = " / ".join(map(str, spilled)) if any(spilled) else "0"
+        rows.append(f"| {name.replace(chr(124), chr(47))} | {registers} | {each[1]['shared_bytes']} | {shown} |")
+    return "\n".join([about, "", *rows])
+
+
 PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode": decode,
     "store": store,
@@ -267,7 +284,9 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "memory": memory,
     "blend": blend,
     "blend_quality": blend_quality,
+    "aot": aot,
 }
+TITLES = {"aot": "Kernels, compiled ahead of time"}
 
 
 def page() -> str:
@@ -280,7 +299,7 @@ def page() -> str:
         )
         where = f"{record['device']}, {' '.join(record.get('flags', []))}".rstrip(", ")
         source = f"{where}; {versions}; commit {record['commit'][:8]}; {record['date'][:10]}"
-        title = name.replace("_", " ").capitalize()
+        title = TITLES.get(name, name.replace("_", " ").capitalize())
         parts.append(f"## {title}\n\n{table(record)}\n\n{source}\n")
     return "\n".join(parts)
 
