@@ -1,12 +1,12 @@
 """The order of computing and fetching ahead in a step, by a clock that is not real."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 
 from engine.batch_layer import SelectedLayer
-from engine.lanes import OneLane
+from engine.lanes import OneLane, TwoStreams
 from engine.rope import Rope
 from tests.engine.families import build, prompt
 from tests.engine.test_batch import Batch, small
@@ -104,3 +104,35 @@ def test_rotations_are_made_before_the_lanes_part(monkeypatch):
 
 def test_in_one_lane_the_same_comes_out_one_after_the_other(monkeypatch):
     torch.testing.assert_close(step(Clocks()), step(OneLane()), rtol=0, atol=0)
+
+
+class Stream:
+    """Stands in for one of CUDA's, and remembers what it waited for."""
+
+    device = torch.device("cuda:0")
+
+    def __init__(self):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+
+def test_a_stream_waits_for_the_side_stream_only_if_that_forked(monkeypatch):
+    """In a capture it may not wait for a stream that is no part of it."""
+    main, side = Stream(), Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    lanes = TwoStreams(torch.device("cuda:0"))
+    lanes.join()
+    assert main.waited == []
+    with lanes.ahead():
+        assert side.waited == [main]
+    lanes.join()
+    lanes.join()
+    assert main.waited == [side]
+    with lanes.ahead():
+        lanes.forget()  # the step failed here
+    lanes.join()
+    assert main.waited == [side]
