@@ -268,7 +268,9 @@ def aot(record: dict[str, Any]) -> str:
         registers = " / ".join(str(x["registers"]) for x in each)
         spilled = [x["spill_bytes"] for x in each]
         shown = " / ".join(map(str, spilled)) if any(spilled) else "0"
-        rows.append(f"| {name.replace(chr(124), chr(47))} | {registers} | {each[1]['shared_bytes']} | {shown} |")
+        rows.append(
+            f"| {name.replace(chr(124), chr(47))} | {registers} | {each[1]['shared_bytes']} | {shown} |"
+        )
     return "\n".join([about, "", *rows])
 
 
