@@ -268,9 +268,8 @@ def aot(record: dict[str, Any]) -> str:
         registers = " / ".join(str(x["registers"]) for x in each)
         spilled = [x["spill_bytes"] for x in each]
         shown = " / ".join(map(str, spilled)) if any(spilled) else "0"
-        rows.append(
-            f"| {name.replace(chr(124), chr(47))} | {registers} | {each[1]['shared_bytes']} | {shown} |"
-        )
+        label, shared = name.replace("|", "/"), each[1]["shared_bytes"]  # a bar ends a cell
+        rows.append(f"| {label} | {registers} | {shared} | {shown} |")
     return "\n".join([about, "", *rows])
 
 
