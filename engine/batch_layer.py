@@ -15,13 +15,12 @@ from engine.kernels.merge_parts import merge_parts
 from engine.method import Method
 from engine.model import AttentionSpec, Shape
 from engine.rope import Rope
-from engine.sparse import SparseLayer
+from engine.sparse import SparseLayer, raw_rows
 from kvstore.block import LayerKV
 from kvstore.kernels.append import append
 from kvstore.kernels.gather import gather
 from kvstore.kernels.resolve import Residency, Resolved, empty, forget, resolve
 from kvstore.pool import Pool
-from kvstore.rows import Raw, RowLayout
 from retrieval.kernels.choose import best_tokens
 from retrieval.kernels.scores import Scores
 
@@ -119,10 +118,11 @@ class SelectedLayer:
     ) -> None:
         self._shape, self._spec, self._rope, self._method = shape, spec, rope, method
         self._pool, self._number, self._select = pool, number, select
-        self._policy = method.policy(min(int(method.budget), capacity))
+        budget = method.tokens(capacity)  # as every request has it: no share of its prompt
+        self._policy = method.policy(min(budget, capacity))
         self._layout = raw_rows(shape)
-        self._index = device_index(method, shape, slots, capacity, method.tokens(capacity))
-        hot = hot_slots(method)
+        self._index = device_index(method, shape, slots, capacity, budget)
+        hot = method.hot_slots(budget)
         size = (slots, shape.num_kv_heads, hot, self._layout.row_bytes)
         self._hot = torch.zeros(size, dtype=torch.uint8, device=shape.device)
         self._there: Residency = empty(
@@ -266,13 +266,3 @@ class SelectedLayer:
         if self._lowrank is not None:
             self._lowrank.rebuild(found, self._hot, self._layout)
         return found
-
-
-def raw_rows(shape: Shape) -> RowLayout:
-    """Keys and values as numbers of the model's dtype, side by side."""
-    return RowLayout(Raw(shape.dtype), Raw(shape.dtype), shape.head_dim, shape.dtype)
-
-
-def hot_slots(method: Method) -> int:
-    """Of each KV head: as `SparseLayer` makes them."""
-    return round(method.hot * int(method.budget)) + method.window

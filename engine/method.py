@@ -88,6 +88,10 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         asked = self.budget if self.budget >= 1 else self.budget * prompt_tokens
         return max(round(asked), self.sinks + self.window + 1)
 
+    def hot_slots(self, budget: int) -> int:
+        """Rows that a buffer on the device holds of a KV head, at a budget in tokens."""
+        return round(self.hot * budget) + self.window
+
     def policy(self, budget: int) -> Policy:
         """How tokens are selected. ConfigError names the setting that does not fit."""
         try:

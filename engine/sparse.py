@@ -132,9 +132,8 @@ class SparseLayer:
         assert self.choice is not None
         policy = self.choice.policy
         s, length = self._shape, v.shape[1]
-        layout = RowLayout(Raw(s.dtype), Raw(s.dtype), s.head_dim, s.dtype)
-        slots = round(self._method.hot * policy.budget) + policy.window
-        self.hot = HotBuffer(s.num_kv_heads, slots, layout, v.device)
+        slots = self._method.hot_slots(policy.budget)
+        self.hot = HotBuffer(s.num_kv_heads, slots, raw_rows(s), v.device)
         sinks = torch.arange(min(policy.sinks, length), device=v.device)
         ends = torch.arange(max(len(sinks), length - policy.window), length, device=v.device)
         self._insert(sinks.expand(len(v), -1), rotated, v, pinned=True)
@@ -301,3 +300,8 @@ class SparseLayer:
         keys = self.lowrank.rows(tokens).to(v.dtype)
         table = self._far.table(tokens.flatten())
         return LayerKV(self._rope.rotate(keys.flatten(0, 1)[None], table)[0].view_as(v), v)
+
+
+def raw_rows(shape: Shape) -> RowLayout:
+    """Keys and values as numbers of the model's dtype, side by side: ready to attend to."""
+    return RowLayout(Raw(shape.dtype), Raw(shape.dtype), shape.head_dim, shape.dtype)

@@ -201,16 +201,23 @@ class Lease:
 
     def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Tokens [lo, hi) that lie side by side from a block on: whole blocks, or a part of one."""
-        size, table = self._pool.shape.block_tokens, self.table.tolist()
+        size = self._pool.shape.block_tokens
+        begun = start // size
+        table = self.table[begun : -(-stop // size)].tolist()
         lo = start
         while lo < stop:
             first = lo // size
             hi = min(stop, (first + 1) * size)
             whole = lo == first * size and hi - lo == size
-            while whole and hi + size <= stop and table[hi // size] == table[hi // size - 1] + 1:
+            while whole and hi + size <= stop and self._adjoins(table, hi // size - begun):
                 hi += size
-            yield table[first], lo, hi
+            yield table[first - begun], lo, hi
             lo = hi
+
+    @staticmethod
+    def _adjoins(table: list[int], i: int) -> bool:
+        """Whether a block lies right behind the one before it."""
+        return table[i] == table[i - 1] + 1
 
     def _at_rest(self, layer: int) -> AbstractContextManager[object]:
         """In which no block of the layer moves but by `_passes`."""

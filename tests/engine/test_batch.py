@@ -175,6 +175,14 @@ def test_outliers_that_a_short_request_has_little_room_for(batch_of):
         assert batch.followed == 10 * 2 * 3
 
 
+def test_a_budget_of_the_ends_alone_takes_one_token_more_as_it_does_alone(batch_of):
+    method = preset("headrace", budget=20, attend_on="device")
+    with batch_of(build("llama"), method) as batch:
+        along(batch, [prompt(120)], some_tokens(4, 1))
+        ours, theirs = batch.leave(0)
+    assert ours.selected == theirs.selected == 4 * 3 * 2 * 21
+
+
 def test_tables_that_have_grown_beyond_a_slot_fit_it():
     """A buffer's table of tokens grows by more than a token; behind the last all are free."""
     with Batch(build("llama"), small("headrace"), slots=1, capacity=100, room=4) as batch:
