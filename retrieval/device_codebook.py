@@ -60,7 +60,7 @@ class DeviceBooks:
                 f"most {most} centroids, got {list(got)}"
             )
         self.centroids[slot, :, :, :count] = book.centroids
-        self.centroids[slot, :, :, count:] = 0
+        self.centroids[slot, :, :, count:] = book.centroids[:, :, -1:]  # widens no table's range
         self.half[slot] = torch.inf
         self.half[slot, :, :, :count] = book.centroids.square().sum(-1) / 2
         mean, factor, inverse = book.metric
