@@ -11,9 +11,9 @@ from engine.model import Model
 from engine.policies import Budget, Policy
 from engine.probe import Probe
 from engine.reuse import Reuse
+from engine.slices import Slices, drained
 
 
-@torch.inference_mode()
 def blend(
     model: Model,
     cache: Cache,
@@ -23,7 +23,20 @@ def blend(
     policy: Policy,
     budget: Budget,
 ) -> Float[Tensor, " vocab"]:
-    """Fill `cache` with the whole prompt; returns the logits after its last token.
+    """Fill `cache` with the whole prompt; returns the logits after its last token."""
+    return drained(blend_layers(model, cache, tokens, reuse, loader, policy, budget))
+
+
+def blend_layers(
+    model: Model,
+    cache: Cache,
+    tokens: Int[Tensor, " N"],
+    reuse: Reuse,
+    loader: Loader,
+    policy: Policy,
+    budget: Budget,
+) -> Slices[Float[Tensor, " vocab"]]:
+    """As `blend`, a layer a slice.
 
     A layer's stored KV is in place before the layer starts. What is computed afresh replaces it,
     and attends to all of its own past, stored or fresh, and to nothing else. Where a policy
@@ -34,6 +47,7 @@ def blend(
         probe = Probe(model, cache, reuse, loader)
         relevance = probe.relevance(tokens)
         budget.charge(probe.tokens * probe.layers)
+        yield probe.tokens * probe.layers // len(model.layers)
     blocks = reuse.everything if budget.whole else policy.first(reuse, budget, relevance)
     active = Active(model, reuse, reuse.active(blocks))
     x, last = model.embed(tokens[active.positions]), len(model.layers) - 1
@@ -52,6 +66,7 @@ def blend(
         active.write(i, cache, kv, fresh, k)
         if rows is not None:
             active, x, q = active.take(rows), x[rows], q[:, rows]
+        yield len(fresh.v[0]) // len(model.layers)
         x = layer.finish(x, active.attend(layer, q, kv))
     cache.advance(len(tokens))
     return model.logits(x)[0]

@@ -1,7 +1,6 @@
 """What the engine does for a prompt of segments: find, complete, decide, blend, report."""
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from engine.blend import blend
+from engine.blend import blend_layers
 from engine.chunks import Chunks, Computed
 from engine.config import EngineConfig
 from engine.errors import ModelError
@@ -28,6 +27,7 @@ from engine.repair import BlendConfig, BlendReport
 from engine.request import Running
 from engine.reuse import EXACT, FRESH, Reuse, plan
 from engine.segments import Segments, Tokens, digest
+from engine.slices import Slices, Watch, drained
 from kvstore.block import BlockKey, Kind
 from kvstore.identity import ModelIdentity
 from kvstore.layout import layer_groups
@@ -89,8 +89,10 @@ class Blending:
                 "whose stored start is reused"
             )
 
-    def precompute(self, prefix: Tokens, chunks: Sequence[Tokens], progress: Progress) -> None:
-        """Store the chunks that are not there yet; they are durable when it returns.
+    def precompute(
+        self, prefix: Tokens, chunks: Sequence[Tokens], progress: Progress
+    ) -> Slices[None]:
+        """Store the chunks that are not there yet, one a slice; at the end they are durable.
 
         Raises:
             PromptError: a chunk cannot be read, e.g. because it is too long; none was stored.
@@ -100,12 +102,17 @@ class Blending:
         for chunk in chunks:
             self.chunks.check(prefix, chunk)
         once = list(dict.fromkeys(chunks))
-        for done, _ in enumerate(self.chunks.complete(prefix, once), 1):
+        for done, made in enumerate(self.chunks.complete(prefix, once), 1):
             progress(done, len(once))
+            yield sum(key.num_tokens for key in made)
         self._store.flush()
 
     def prefill(self, run: Running) -> Float[Tensor, " vocab"]:
         """Logits after the prompt of `run`, whose chunks are reused as its settings say."""
+        return drained(self.prefill_slices(run))
+
+    def prefill_slices(self, run: Running) -> Slices[Float[Tensor, " vocab"]]:
+        """As `prefill`: a missing chunk, a layer of the blend, or a chunk of a plain prompt."""
         assert run.segments is not None
         report = run.stats.blend = BlendReport(
             run.blend.policy,
@@ -118,16 +125,16 @@ class Blending:
         lost: set[BlockKey] = set()
         for _ in range(ATTEMPTS):
             try:
-                return self._attempt(run, report, lost)
+                return (yield from self._attempt(run, report, lost))
             except BlocksLost as error:  # counted by the store, which will not offer them again
                 log.warning("computing chunks again: %s", error)
                 lost.update(error.keys)
         report.reason, report.share = "compute: stored blocks could not be read", 1.0
-        return self._compute(run, report)
+        return (yield from self._compute(run, report))
 
     def _attempt(
         self, run: Running, report: BlendReport, lost: set[BlockKey]
-    ) -> Float[Tensor, " vocab"]:
+    ) -> Slices[Float[Tensor, " vocab"]]:
         """One try; BlocksLost if a block cannot be read."""
         segments = run.segments
         assert segments is not None
@@ -139,16 +146,16 @@ class Blending:
             tokens = report.prompt_tokens
             leading = [self._leading(chain, lost, tokens) for chain in (exact, repaired)]
             start = max(leading, key=len)
-            found = self._find(run, report, keys, start, lost)
+            found = yield from self._find(run, report, keys, start, lost)
             report.repaired_tokens = len(start) * self._size * (start is leading[1])
             work = self._work(found, run.blend.share)
             decision = self._decide(run.blend, found, work)
             report.share, report.reason = decision.share, decision.reason
             report.loaded = decision.load
             if not decision.load:
-                return self._compute(run, report)
+                return (yield from self._compute(run, report))
             run.keys = repaired
-            return self._blend(run, report, found, work)
+            return (yield from self._blend(run, report, found, work))
 
     def _find(
         self,
@@ -157,7 +164,7 @@ class Blending:
         keys: Mapping[Tokens, list[BlockKey]],
         start: Sequence[BlockKey],
         lost: set[BlockKey],
-    ) -> Found:
+    ) -> Slices[Found]:
         """Complete the chunks that are not wholly stored, and place all blocks in the prompt."""
         assert run.segments is not None
         computed: Computed = {}
@@ -165,6 +172,7 @@ class Blending:
         for made in self.chunks.complete(run.segments.prefix, list(keys), lost):
             computed |= made
             missing += bool(made)
+            yield sum(key.num_tokens for key in made)
         report.corrupt = sum(not lost.isdisjoint(chain) for chain in keys.values())
         report.missed = report.missed or missing - report.corrupt
         done, placed = len(start) * self._size, []
@@ -177,22 +185,23 @@ class Blending:
 
     def _blend(
         self, run: Running, report: BlendReport, found: Found, work: Work
-    ) -> Float[Tensor, " vocab"]:
+    ) -> Slices[Float[Tensor, " vocab"]]:
         """Load, blend, and take note of what it took."""
         tokens = torch.tensor(found.segments.tokens, device=self._model.shape.device)
         budget = Budget(report.share, found.reuse, self._model.shape.num_layers)
-        began = time.perf_counter()
+        watch = Watch()
         run.release()  # what a lost block left
         cache = run.cache = self._memory.cache(run, self._recorder(run, found.start))
         loader = Loader(self._model, cache, self._store, found.placed, len(tokens), found.computed)
         try:
             policy = run.blend.chosen(self._model.shape.num_layers)
-            logits = blend(self._model, cache, tokens, found.reuse, loader, policy, budget)
+            slices = blend_layers(self._model, cache, tokens, found.reuse, loader, policy, budget)
+            logits = yield from watch.timed(slices)
             cache.finalize()
         finally:
             loader.cancel()
         run.stored = [block.key for block in found.placed]
-        report.compute_s = time.perf_counter() - began - loader.waited_s
+        report.compute_s = watch.seconds - loader.waited_s
         report.load_s, report.waited_s = loader.load_s, loader.waited_s
         report.charged, reuse = budget.charged, found.reuse
         report.exact_tokens, report.fresh_tokens = reuse.count(EXACT), reuse.count(FRESH)
@@ -201,12 +210,12 @@ class Blending:
         self._learn(report, work)
         return logits
 
-    def _compute(self, run: Running, report: BlendReport) -> Float[Tensor, " vocab"]:
+    def _compute(self, run: Running, report: BlendReport) -> Slices[Float[Tensor, " vocab"]]:
         """Everything but a stored start, exactly."""
         run.repair = None
-        began = time.perf_counter()
-        logits = self._plain.prefill(run)
-        report.compute_s = time.perf_counter() - began
+        watch = Watch()
+        logits = yield from watch.timed(self._plain.prefill_slices(run))
+        report.compute_s = watch.seconds
         report.loaded, report.charged = False, report.share
         report.exact_tokens = run.stats.cached_tokens
         report.repaired_tokens = report.reused_tokens = 0

@@ -10,6 +10,8 @@ from engine.errors import ConfigError
 from engine.method import Method, preset
 from engine.model import Shape
 from engine.repair import BlendConfig
+from engine.schedule import ScheduleConfig
+from engine.serve.config import ServeConfig
 from kvstore.config import StoreConfig
 from kvstore.ledger import entry_cost
 
@@ -33,6 +35,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             asking the same question.
         store: where KV rests between requests; see `kvstore.config`.
         blend: how prompts of `Segments` reuse their chunks; see `engine.repair`.
+        schedule: how requests of a service run together; see `engine.schedule`.
+        serve: of the HTTP server; see `engine.serve.config`.
     """
 
     prefill_chunk: int | None = None
@@ -45,6 +49,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tenant: str = "default"
     store: StoreConfig = StoreConfig()
     blend: BlendConfig = BlendConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    serve: ServeConfig = ServeConfig()
 
     def __post_init__(self) -> None:
         for name in ("prefill_chunk", "block_tokens", "cache_bytes", "pinned_bytes", "spill_bytes"):

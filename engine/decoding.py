@@ -66,25 +66,29 @@ class Seated:
         return [rows[slot] for slot in slots]
 
 
-def decoding(model: Model, memory: Memory, runs: Sequence[Running]) -> Decoding:
-    """For these requests: a batch where there is a GPU and a sparse method of static shapes.
+def seats(model: Model, memory: Memory, slots: int, capacity: int) -> Seated | None:
+    """A batch of so many requests of so many tokens each, where requests are decoded in one.
 
     Raises:
         EngineError: if the device has no room for what a batch takes.
     """
     if memory.pool is None or not memory.batched:
-        return Loop(model)
+        return None
     from engine.batch import DeviceBatch, why_not  # needs Triton, which not every machine has
 
     if why_not(memory.method, memory.pool) is not None:
-        return Loop(model)
-    capacity = max(run.capacity for run in runs)
+        return None
     try:
         return Seated(
-            DeviceBatch(model, memory.method, memory.pool, slots=len(runs), capacity=capacity)
+            DeviceBatch(model, memory.method, memory.pool, slots=slots, capacity=capacity)
         )
     except torch.OutOfMemoryError as error:
         raise EngineError(
-            f"the device has no room for {len(runs)} requests of up to {capacity} tokens at once "
+            f"the device has no room for {slots} requests of up to {capacity} tokens at once "
             f"({error}): ask for fewer or shorter ones, or lower method.hot"
         ) from error
+
+
+def decoding(model: Model, memory: Memory, runs: Sequence[Running]) -> Decoding:
+    """For these requests: a batch where there is a GPU and a sparse method of static shapes."""
+    return seats(model, memory, len(runs), max(run.capacity for run in runs)) or Loop(model)

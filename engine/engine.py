@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Generator, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from jaxtyping import Float, Int
 from jinja2 import TemplateError
@@ -27,6 +29,7 @@ from engine.repair import BlendConfig
 from engine.request import Completion, Event, Prompt, Request, Running, listed
 from engine.sampling import Sampling
 from engine.segments import Segments, ids_of
+from engine.slices import Slices, drained
 from kvstore.errors import StoreError
 from kvstore.stats import StoreStats
 from kvstore.store import TieredStore
@@ -63,6 +66,7 @@ class Engine:
     ) -> None:
         refuse_module(module)
         self._closed = False
+        self._parent: Engine | None = None  # whose store and memory these are
         self.config = config or EngineConfig()
         self.tokenizer = tokenizer
         self.model = HFModel(module.eval())
@@ -71,6 +75,9 @@ class Engine:
         self.identity = identity(self.model, _folder)
         self.memory = Memory(self.model, self.config)
         self.store = TieredStore.open(self.config.store)
+        self._serve()
+
+    def _serve(self) -> None:
         parts = self.model, self.store, self.memory, self.identity, self.config
         self.plain = Plain(*parts)
         self.blending = Blending(*parts, self.plain)
@@ -120,7 +127,7 @@ class Engine:
             PromptError: a prompt or a setting is out of range; nothing was generated.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
-        runs = [self._running(p, max_new_tokens, sampling, stop, blend) for p in listed(prompts)]
+        runs = [self.accept(p, max_new_tokens, sampling, stop, blend) for p in listed(prompts)]
         for group in list(self.memory.groups(runs)):  # all, before the first runs
             for _ in self._steps(group):
                 pass
@@ -140,7 +147,7 @@ class Engine:
     ) -> Generator[Event]:
         """Token by token; the last event carries the completion. Closing it cancels the request."""
         sampling = Sampling(temperature, top_k, top_p, seed)
-        run = self._running(prompt, max_new_tokens, sampling, stop, blend)
+        run = self.accept(prompt, max_new_tokens, sampling, stop, blend)
         list(self.memory.groups([run]))  # refuse now what does not fit
         return (event for _, event in self._steps([run]))
 
@@ -155,8 +162,30 @@ class Engine:
         Prompts of these chunks behind the same prefix then reuse it, wherever they stand. What is
         kept on disk is there when this returns.
         """
+        drained(self.precompute_slices(chunks, prefix, progress))
+
+    def precompute_slices(
+        self,
+        chunks: Sequence[Sequence[int]],
+        prefix: Sequence[int] = (),
+        progress: Progress = lambda done, of: None,
+    ) -> Slices[None]:
+        """As `precompute`, a chunk a slice: for whoever has other things to do between them."""
         self._refuse_closed()
-        self.blending.precompute(ids_of(prefix), [ids_of(chunk) for chunk in chunks], progress)
+        whole = [ids_of(chunk) for chunk in chunks]
+        yield from self.blending.precompute(ids_of(prefix), whole, progress)
+
+    def of_tenant(self, secret: str) -> "Engine":
+        """This engine for another owner of KV: same model, store and memory, other blocks.
+
+        Neither finds what the other stored. It works as long as this engine does; to close it
+        closes nothing else.
+        """
+        view = copy(self)
+        view._parent = self
+        view.config = msgspec.structs.replace(self.config, tenant=secret)
+        view._serve()
+        return view
 
     def render(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation ({"role", "content"}), by the tokenizer's chat template."""
@@ -199,6 +228,8 @@ class Engine:
             StoreError: some blocks could not be written, e.g. because the disk is full.
         """
         self._closed = True
+        if self._parent is not None:
+            return
         try:
             self.store.close()
         finally:
@@ -217,14 +248,16 @@ class Engine:
 
     # one request
 
-    def _running(
+    def accept(
         self,
         prompt: Prompt,
         max_new_tokens: int,
         sampling: Sampling,
-        stop: str | Sequence[str],
+        stop: str | Sequence[str] = (),
         blend: BlendConfig | None = None,
+        logprobs: int | None = None,
     ) -> Running:
+        """A request that has not begun. PromptError if it can never be served."""
         self._refuse_closed()
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if stops and self.tokenizer is None:
@@ -233,7 +266,7 @@ class Engine:
         if segments is not None:
             self.blending.refuse()
         tokens = self._flat(prompt)
-        request = Request(tokens, max_new_tokens, sampling, stops)
+        request = Request(tokens, max_new_tokens, sampling, stops, logprobs)
         positions = self.model.shape.max_positions
         request.check(self.model.shape.vocab, positions)
         limit = min(max_new_tokens, positions - len(tokens) + 1)  # the last one is not fed back
@@ -283,7 +316,7 @@ class Engine:
         return (self.plain if run.segments is None else self.blending).prefill(run)
 
     def _refuse_closed(self) -> None:
-        if self._closed:
+        if self._closed or (self._parent is not None and self._parent._closed):
             raise EngineError("this engine is closed: make a new one")
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:

@@ -1,7 +1,7 @@
 """Stored blocks, loaded to wherever a prompt has them, ahead of the loop that needs them."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple
@@ -80,6 +80,21 @@ class Loader:
         self.waited_s += time.perf_counter() - start
         if layer + 1 not in self._loads:
             self._submit()
+
+    # as a future of all layers, for loaders that are not paced
+
+    def done(self) -> bool:
+        """Whether all is there, or lost: `result` returns, or raises, at once."""
+        return all(load.done() for load in self._loads.values())
+
+    def result(self) -> None:
+        """Return when all layers are in the cache. BlocksLost if a block is gone."""
+        for layer in range(self._model.shape.num_layers):
+            self.wait(layer)
+
+    def add_done_callback(self, call: Callable[[Future[None]], object]) -> None:
+        """Call from whatever thread, once `done`."""
+        self._loads[max(self._loads)].add_done_callback(call)  # one thread loads them, in order
 
     def cancel(self) -> None:
         """Stop loading; returns when nothing writes to the cache any more."""

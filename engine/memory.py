@@ -8,9 +8,11 @@ import torch
 from engine.cache import Cache, SequenceCache
 from engine.config import EngineConfig
 from engine.errors import PromptError
+from engine.job import Need
 from engine.model import Model
 from engine.recorder import Recorder
 from engine.request import Running
+from engine.slab import SlabCache
 from engine.sparse_cache import SparseCache, pool_shape, sparse_layers
 from kvstore.layout import layer_groups
 from kvstore.pinned import PinnedTier
@@ -46,7 +48,8 @@ class Memory:
     def cache(self, run: Running, recorder: Recorder | None) -> Cache:
         """An empty cache with room for all that a request may need. PoolFull if there is none."""
         if self.pool is None:
-            return SequenceCache(self._model.shape, run.capacity, recorder)
+            kind = SlabCache if run.movable else SequenceCache
+            return kind(self._model.shape, run.capacity, recorder)
         return SparseCache(self._model, run.capacity, self.method, self.pool, recorder)
 
     def groups(self, runs: Iterable[Running]) -> Iterator[list[Running]]:
@@ -103,6 +106,28 @@ class Memory:
             layer_groups(self._model.shape.num_layers, layer * self._config.block_tokens)[0]
         )
         return hidden + run.capacity * layer * min(1 + together, moved)
+
+    def need(self, run: Running) -> Need:
+        """Bytes of a token of a request that runs together with others over time.
+
+        Prompts are then read chunk by chunk, so all layers of one are on the device until it is
+        complete.
+        """
+        shape = self._model.shape
+        if self.pool is None:
+            return Need(shape.kv_bytes_per_token, shape.kv_bytes_per_token, movable=run.movable)
+        stays = shape.num_layers - self.pool.shape.num_layers
+        return Need(
+            prompt=shape.kv_bytes_per_token,
+            answer=shape.kv_bytes_per_token // shape.num_layers * stays,
+            pool=-(-self._blocks(run) * self.pool.shape.block_bytes // run.capacity),
+            movable=False,
+        )
+
+    @property
+    def pool_bytes(self) -> int:
+        """Of all requests' KV in the pool, in memory or not."""
+        return 0 if self.pool is None else self.pool.num_blocks * self.pool.shape.block_bytes
 
     def _blocks(self, run: Running) -> int:
         assert self.pool is not None

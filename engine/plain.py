@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -13,9 +12,10 @@ from engine.config import EngineConfig
 from engine.loading import BlocksLost, Loader, Placed
 from engine.memory import Memory
 from engine.model import Model
-from engine.prefill import prefill, prefill_layers
+from engine.prefill import hidden_states, prefill_layers
 from engine.recorder import Recorder
 from engine.request import Running
+from engine.slices import Slices, drained
 from engine.sparse_cache import SparseCache
 from kvstore.block import BlockKey, Kind
 from kvstore.identity import ModelIdentity
@@ -55,16 +55,24 @@ class Plain:
 
     def prefill(self, run: Running) -> Float[Tensor, " vocab"]:
         """Logits after the prompt; its start comes from the store as far as that has it."""
-        size, prompt = self._config.block_tokens, run.request.prompt
-        run.keys = self.keys(prompt)
-        usable = run.keys[: (len(prompt) - 1) // size]  # one token is always computed
+        return drained(self.prefill_slices(run))
+
+    def prefill_slices(self, run: Running) -> Slices[Float[Tensor, " vocab"]]:
+        """As `prefill`, a chunk a slice; all at once where it goes layer by layer."""
+        usable = self.usable(run)
         with self._store.pin(usable):
             for _ in range(ATTEMPTS):
                 try:
-                    return self._read(run, usable[: self._store.lookup(usable)])
+                    found = usable[: self._store.lookup(usable)]
+                    return (yield from self._read(run, found))
                 except BlocksLost as lost:  # counted by the store, which will not offer it again
                     log.warning("computing the prompt again: %s", lost)
-            return self._read(run, [])
+            return (yield from self._read(run, []))
+
+    def usable(self, run: Running) -> Sequence[BlockKey]:
+        """Blocks that may stand in for the start of a prompt: one token is always computed."""
+        run.keys = self.keys(run.request.prompt)
+        return run.keys[: (len(run.request.prompt) - 1) // self._config.block_tokens]
 
     def save(self, run: Running) -> None:
         """Give the store the blocks that became complete, where the run keeps any."""
@@ -76,36 +84,50 @@ class Plain:
                 run.keys = self.keys(run.all_tokens[: run.cache.length], run.repair)
             self._store.put([(run.keys[number], block) for number, block in blocks])
 
-    def _read(self, run: Running, stored: Sequence[BlockKey]) -> Float[Tensor, " vocab"]:
+    def _read(self, run: Running, stored: Sequence[BlockKey]) -> Slices[Float[Tensor, " vocab"]]:
         """Prefill behind the `stored` blocks."""
-        size, loader = self._config.block_tokens, None
-        start = len(stored) * size
-        recorder = Recorder(self._model.shape, size=size, start=start)
-        run.release()  # what a lost prefix left
-        cache = run.cache = self._memory.cache(run, recorder)
-        run.stored, run.stats.cached_tokens = stored, start
+        loader = self.begin(run, stored, paced=self._memory.pool is not None)
+        cache = run.cache
+        assert cache is not None
         try:
-            if stored:
-                placed = [Placed(key, i * size) for i, key in enumerate(stored)]
-                by_layer = isinstance(cache, SparseCache)
-                loader = Loader(self._model, cache, self._store, placed, start, paced=by_layer)
-                cache.advance(start)
-            logits = self._compute(run, cache, recorder, loader)
+            logits = yield from self._compute(run, cache, loader)
             cache.finalize()
             return logits
         finally:
             if loader is not None:
                 loader.cancel()
 
+    def begin(
+        self, run: Running, stored: Sequence[BlockKey], *, paced: bool = False
+    ) -> Loader | None:
+        """Make the run's cache, and load the `stored` blocks; the caller cancels the loader."""
+        size = self._config.block_tokens
+        start = len(stored) * size
+        run.release()  # what a lost prefix left
+        recorder = Recorder(self._model.shape, size=size, start=start)
+        cache = run.cache = self._memory.cache(run, recorder)
+        run.stored, run.stats.cached_tokens = stored, start
+        if not stored:
+            return None
+        placed = [Placed(key, i * size) for i, key in enumerate(stored)]
+        loader = Loader(self._model, cache, self._store, placed, start, paced=paced)
+        cache.advance(start)
+        return loader
+
     def _compute(
-        self, run: Running, cache: Cache, recorder: Recorder, loader: Loader | None
-    ) -> Float[Tensor, " vocab"]:
+        self, run: Running, cache: Cache, loader: Loader | None
+    ) -> Slices[Float[Tensor, " vocab"]]:
         """Read what of the prompt is not stored; layer by layer where layers move to a pool."""
         device, chunk = self._model.shape.device, self._config.chunk(self._model.shape.device)
         tokens = torch.tensor(run.request.prompt[cache.length :], device=device)
         if not isinstance(cache, SparseCache):
-            save = partial(self.save, run)
-            return prefill(self._model, cache, tokens, chunk=chunk, loader=loader, after_chunk=save)
+            for x in hidden_states(self._model, cache, tokens, chunk=chunk, loader=loader):
+                last = x[-1:]
+                self.save(run)
+                yield len(x)
+            return self._model.logits(last)[0]
+        recorder = cache.recorder
+        assert recorder is not None
         recorder.fill_on(torch.device("cpu"))  # all blocks are open until the last layer
         logits = prefill_layers(self._model, cache, tokens, chunk=chunk, loader=loader)
         self.save(run)

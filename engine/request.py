@@ -3,12 +3,12 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from engine.cache import Cache, SparseStats
 from engine.errors import PromptError
 from engine.repair import BlendConfig, BlendReport
-from engine.sampling import Sampling, sample
+from engine.sampling import Sampling, TokenLogprob, logprobs, sample
 from engine.segments import Segments
 from engine.text import TextStream
 from kvstore.block import BlockKey
@@ -60,16 +60,31 @@ class Event:
     token: int
     text: str
     completion: Completion | None = None
+    logprob: TokenLogprob | None = None
+
+
+class Chosen(NamedTuple):
+    """A token, and why it is the last one, as far as tokens tell: a stop string may end before."""
+
+    token: int
+    ending: FinishReason | None
+    logprob: TokenLogprob | None
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked: token ids, how to choose the next, and when to end."""
+    """What is asked: token ids, how to choose the next, and when to end.
+
+    Args:
+        logprobs: how many of the most probable tokens come with each chosen one and its own
+            probability; None for none of it.
+    """
 
     prompt: tuple[int, ...]
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
 
     def check(self, vocab: int, max_positions: int) -> None:
         """PromptError unless a model of this vocabulary and length can take it."""
@@ -92,7 +107,11 @@ class Request:
 
 
 class Running:
-    """State of a request between two steps."""
+    """State of a request between two steps.
+
+    Args:
+        movable: its KV may be moved to a lower tier and back.
+    """
 
     def __init__(
         self,
@@ -103,8 +122,9 @@ class Running:
         tokenizer: Any,
         segments: Segments | None = None,
         blend: BlendConfig | None = None,
+        movable: bool = False,
     ) -> None:
-        self.request = request
+        self.request, self.movable = request, movable
         self.segments, self.blend = segments, blend or BlendConfig()
         self.tokens: list[int] = []
         self.cache: Cache | None = None  # while it runs
@@ -115,6 +135,7 @@ class Running:
         self.finish_reason: FinishReason | None = None
         self._eos, self._limit = eos, limit
         self._text = None if tokenizer is None else TextStream(tokenizer, request.stop)
+        self._told: list[int] = []  # of the tokens, those whose text was given out
         self._pieces: list[str] = []
         self._generator = request.sampling.generator()
         self._started = time.perf_counter()
@@ -131,18 +152,33 @@ class Running:
 
     def step(self, logits: Any) -> Event:
         """Choose a token from `logits` [vocab] and take note of it."""
+        return self.tell(self.choose(logits))
+
+    def choose(self, logits: Any) -> Chosen:
+        """The next token. Its text is another matter, which may be another thread's: `tell`."""
         token = sample(logits, self.request.sampling, self._generator)
         self.tokens.append(token)
-        self.stats.new_tokens = len(self.tokens)
-        self.stats.total_s = time.perf_counter() - self._started
         if len(self.tokens) == 1:
-            self.stats.ttft_s = self.stats.total_s
-        text = "" if self._text is None else self._text.push(token)
-        self.finish_reason = self._ending(token)
-        if self.finish_reason and self._text is not None:
-            text += self._text.finish()
+            self.stats.ttft_s = time.perf_counter() - self._started
+        top = self.request.logprobs
+        logprob = None if top is None else logprobs(logits, token, top)
+        return Chosen(token, self._ending(token), logprob)
+
+    def tell(self, chosen: Chosen) -> Event:
+        """What a chosen token makes certain, in the order of choice; sets `finish_reason`."""
+        self._told.append(chosen.token)
+        text, self.finish_reason = "", chosen.ending
+        if self._text is not None:
+            text = self._text.push(chosen.token)
+            if self._text.stopped:
+                self.finish_reason = "stop"
+            if self.finish_reason is not None:
+                text += self._text.finish()
         self._pieces.append(text)
-        return Event(token, text, self.completion() if self.finish_reason else None)
+        self.stats.new_tokens = len(self._told)
+        self.stats.total_s = time.perf_counter() - self._started
+        done = self.completion() if self.finish_reason else None
+        return Event(chosen.token, text, done, chosen.logprob)
 
     def release(self) -> None:
         """Free the cache; what it did stays in `stats`."""
@@ -154,10 +190,10 @@ class Running:
     def completion(self) -> Completion:
         """The answer as it stands; complete once `finish_reason` is set."""
         text = None if self._text is None else "".join(self._pieces)
-        return Completion(self.tokens, text, self.finish_reason or "length", self.stats)
+        return Completion(self._told, text, self.finish_reason or "length", self.stats)
 
     def _ending(self, token: int) -> FinishReason | None:
-        if token in self._eos or (self._text is not None and self._text.stopped):
+        if token in self._eos:
             return "stop"
         return "length" if len(self.tokens) >= self._limit else None
 

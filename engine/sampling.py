@@ -1,6 +1,7 @@
 """From logits to a token."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -61,6 +62,34 @@ def sample(logits: Float[Tensor, " vocab"], sampling: Sampling, generator: torch
     return int(
         torch.multinomial(_nucleus(scores.softmax(-1), sampling.top_p), 1, generator=generator)
     )
+
+
+class Likely(NamedTuple):
+    """A token and the logarithm of its probability."""
+
+    token: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How probable a chosen token was, by the model's own distribution (temperature 1, no cuts).
+
+    Args:
+        top: the most probable tokens, best first, as many as were asked for.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[Likely, ...] = ()
+
+
+def logprobs(logits: Float[Tensor, " vocab"], token: int, top: int) -> TokenLogprob:
+    """Of the token that was chosen, and of the `top` best."""
+    logs = logits.double().cpu().log_softmax(-1)
+    best = logs.topk(min(top, len(logs)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return TokenLogprob(token, float(logs[token]), tuple(Likely(*pair) for pair in pairs))
 
 
 def _nucleus(probs: Float[Tensor, " vocab"], top_p: float) -> Float[Tensor, " vocab"]:

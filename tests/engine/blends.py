@@ -36,7 +36,7 @@ def segments(count: int = 4, *, separator: list[int] | None = None) -> Segments:
 def blended(engine: Engine, asked: Segments, **settings: Any) -> Blended:
     """Prefill `asked`; the controller loads always."""
     config = BlendConfig(**({"controller": False} | settings))
-    run = engine._running(asked, 1, Sampling(), (), config)
+    run = engine.accept(asked, 1, Sampling(), (), config)
     try:
         logits = engine.blending.prefill(run)
         assert isinstance(run.cache, SequenceCache)

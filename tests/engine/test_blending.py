@@ -256,7 +256,7 @@ def test_an_answer_behind_repaired_kv_is_stored_under_the_names_of_its_own_token
 
 def name_of(engine, asked, config):
     """What names the blocks of a blend."""
-    run = engine._running(asked, 1, Sampling(), (), config)
+    run = engine.accept(asked, 1, Sampling(), (), config)
     engine.blending._repaired(run)
     return run.repair
 
@@ -304,7 +304,7 @@ def test_the_divergence_of_a_fifth_repaired_and_a_fiftieth_attended_is_reported(
     want = oracle.logits(module, [*asked.tokens, 5])[-1].log_softmax(-1)
     settings = BlendConfig(share=0.2, controller=False)
     with sparse(module, budget=0.02) as engine:
-        run = engine._running(asked, 4, Sampling(), (), settings)
+        run = engine.accept(asked, 4, Sampling(), (), settings)
         engine.blending.prefill(run)
         got = decode(engine.model, [run.cache], torch.tensor([5]))[0].log_softmax(-1)
         run.release()

@@ -77,7 +77,7 @@ def test_a_stream_that_is_closed_leaves_its_slot_and_its_blocks():
 )
 def test_a_batch_decodes_where_there_is_one_and_the_method_can(batched, changes, kind):
     with engine_with(full("headrace", **changes), batched) as engine:
-        run = engine._running(prompt(20).tolist(), 5, Sampling(), ())
+        run = engine.accept(prompt(20).tolist(), 5, Sampling(), ())
         assert type(decoding(engine.model, engine.memory, [run])) is kind
 
 

@@ -63,7 +63,7 @@ def test_a_budget_for_one_request_at_a_time_changes_no_token(module):
 def running(engine, prompts):
     from engine.sampling import Sampling
 
-    return [engine._running(p.tolist(), 9, Sampling(), ()) for p in prompts]
+    return [engine.accept(p.tolist(), 9, Sampling()) for p in prompts]
 
 
 def test_generated_tokens_are_reused_too(engine, module):

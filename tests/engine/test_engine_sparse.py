@@ -60,7 +60,7 @@ def test_small_pools_run_one_group_of_requests_after_the_other():
     config = EngineConfig(store=BIG, method=preset("headrace"), pinned_bytes=2 << 20)
     with Engine(build("llama"), None, config) as engine:
         asked = [prompt(150 + i).tolist() for i in range(5)]
-        groups = list(engine.memory.groups([engine._running(p, 5, Sampling(), ()) for p in asked]))
+        groups = list(engine.memory.groups([engine.accept(p, 5, Sampling(), ()) for p in asked]))
         assert 1 < len(groups) < 5
         assert len(engine.generate(asked, max_new_tokens=5)) == 5
 

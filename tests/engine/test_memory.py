@@ -26,7 +26,7 @@ def engine(module, cache_bytes, **method):
 
 
 def running(engine, *asked):
-    return [engine._running(p, NEW, Sampling(), ()) for p in asked]
+    return [engine.accept(p, NEW, Sampling(), ()) for p in asked]
 
 
 @pytest.mark.parametrize("dense_layers", [0, 1, 7])

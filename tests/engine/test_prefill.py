@@ -127,7 +127,7 @@ def test_behind_a_start_stored_in_lmdb_it_is_the_same(name, tmp_path):
     with Engine(module, None, config(small(name), disk)) as engine:
         engine.generate(tokens[:100].tolist(), max_new_tokens=1)
     with Engine(module, None, config(small(name), disk)) as engine:
-        run = engine._running(tokens.tolist(), 9, Sampling(), ())
+        run = engine.accept(tokens.tolist(), 9, Sampling(), ())
         logits = engine.plain.prefill(run)
         assert run.stats.cached_tokens == 96
         ours = [x.clone() for x in kv(engine.model, run.cache)]

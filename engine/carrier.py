@@ -1,0 +1,269 @@
+"""What plans say, done: caches made, KV loaded and moved, steps computed, tokens chosen."""
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from engine.cache import Cache
+from engine.decoding import seats
+from engine.engine import Engine
+from engine.live import Live
+from engine.plain import ATTEMPTS
+from engine.request import Chosen
+from engine.room import Limits
+from engine.plan import Plan, Started
+from engine.slab import SlabCache
+from engine.sparse_cache import SparseCache
+from engine.step import Piece, step
+from engine.swap import Swap, SwapStats
+from kvstore.spill import Spill
+
+GROWTH = 256  # tokens by which a request's memory grows, on a CPU, which backs it as it is used
+
+
+class Done(NamedTuple):
+    """What a step came to, by request."""
+
+    chosen: list[tuple[Live, Chosen]]
+    failed: list[tuple[Live, Exception]]
+
+
+class Carrier:
+    """Carries out plans with one engine's model, store and memory. For the engine thread alone."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._model, self._memory, self._store = engine.model, engine.memory, engine.store
+        self._device, self._config = engine.model.shape.device, engine.config
+        self.max_tokens = engine.config.schedule.max_tokens or engine.model.shape.max_positions
+        self._batch = seats(
+            self._model, self._memory, engine.config.schedule.max_running, self.max_tokens
+        )
+        self.swap = self._new_swap()
+        self._unsettled: list[Live] = []  # prompts that are complete, but for their indexes
+        self._promoter = ThreadPoolExecutor(1, "headrace-promoter", torch.set_num_threads, (1,))
+
+    @property
+    def movable(self) -> bool:
+        """Whether KV of running requests may move: that of sparse ones is in the pool anyway."""
+        return self._memory.pool is None
+
+    def limits(self) -> Limits:
+        """What all requests together may take."""
+        schedule, on_gpu = self._config.schedule, self._device.type == "cuda"
+        return Limits(
+            step_tokens=schedule.step_tokens or self._config.chunk(self._device),
+            max_running=schedule.max_running,
+            max_waiting=schedule.max_waiting,
+            device_bytes=self._config.cache_bytes,
+            lower_bytes=0 if self.swap is None else self.swap.capacity_bytes,
+            pool_bytes=self._memory.pool_bytes,
+            granule=None if on_gpu else GROWTH,
+        )
+
+    def swap_stats(self) -> SwapStats:
+        """What was moved."""
+        return SwapStats() if self.swap is None else copy(self.swap.stats)
+
+    def _new_swap(self) -> Swap | None:
+        """Where KV may be moved to; None where there is no such place."""
+        config, spill = self._config, None
+        if not self.movable:
+            return None
+        if config.spill_path is not None:
+            spill = Spill(Path(config.spill_path), config.spill_bytes)
+        if spill is None and not config.schedule.swap_bytes:
+            return None
+        return Swap(config.schedule.swap_bytes, self._device, spill)
+
+    # places
+
+    def start(self, live: Live, stir: Callable[[], None], *, alone: bool) -> Started:
+        """A request gets its place: its cache, and what is stored of its prompt on the way there.
+
+        Args:
+            stir: called from another thread when it is there.
+            alone: nobody would be held up if the step waited for it, layer by layer.
+        """
+        live.mark("queue")
+        if live.run.segments is not None:
+            live.work = live.engine.blending.prefill_slices(live.run)
+            return Started(0, ready=True)
+        plain = live.engine.plain
+        usable = plain.usable(live.run) if live.attempts < ATTEMPTS else []
+        live.attempts += 1
+        live.pins.enter_context(self._store.pin(usable))
+        live.loader = plain.begin(live.run, usable[: self._store.lookup(usable)])
+        live.mark("lookup")
+        if live.loader is not None and not alone:
+            live.coming = live.loader
+            live.loader.add_done_callback(lambda _: stir())
+        return Started(live.run.stats.cached_tokens, ready=live.coming is None)
+
+    def arrived(self, live: Live) -> None:
+        """Take note of what has come: stored KV, or what was moved down. Raises what went wrong."""
+        coming, live.coming = live.coming, None
+        assert coming is not None
+        coming.result()
+        live.mark("load" if coming is live.loader else "swap")
+        live.loaded()
+
+    def out(self, live: Live) -> None:
+        """Move a request's KV down."""
+        live.mark("decode" if live.run.tokens else "prefill")
+        assert self.swap is not None
+        self.swap.out(_slab(live))
+        live.mark("swap")
+
+    def back(self, live: Live, stir: Callable[[], None]) -> None:
+        """Begin to bring it back; `stir` as in `start`."""
+        assert self.swap is not None
+        live.coming = self.swap.back(_slab(live))
+        live.coming.add_done_callback(lambda _: stir())
+
+    def end(self, live: Live) -> None:
+        """Free all that a request has, and keep near what it had from the store."""
+        if live in self._unsettled:
+            self._unsettled.remove(live)
+        if live.coming is not None and live.coming is not live.loader:
+            live.coming.exception()  # nothing writes to its cache any more
+        if self.swap is not None and isinstance(live.run.cache, SlabCache):
+            self.swap.forget(live.run.cache)
+        live.release()
+        if live.run.stored:  # by another thread: it may read from the disk
+            self._promoter.submit(self._store.promote, live.run.stored)
+
+    def close(self) -> None:
+        """Free what requests were moved to."""
+        self._promoter.shutdown()
+        if self.swap is not None:
+            self.swap.close()
+
+    # steps
+
+    def step(self, plan: Plan, lives: Mapping[int, Live]) -> Done:
+        """Compute what a plan says; what fails in one request changes nothing for the others."""
+        done = Done([], [])
+        for live, row in [*self._packed(plan, lives, done), *self._parts(plan, lives, done)]:
+            self._attempt(live, done, lambda live, row=row: self._complete(live, row))
+        for live in list(self._unsettled):
+            self._attempt(live, done, self._settle)
+        return done
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether there is work beside what plans know of."""
+        return bool(self._unsettled)
+
+    def _packed(
+        self, plan: Plan, lives: Mapping[int, Live], done: Done
+    ) -> Iterator[tuple[Live, Float[Tensor, " vocab"]]]:
+        """The rows of logits after newest tokens and complete prompts."""
+        running = [lives[job.id] for job in plan.decode]
+        reading = [(lives[job.id], n) for job, n in plan.prompt if lives[job.id].work is None]
+        pieces = [self._chunk(live, n) for live, n in reading]
+        if self._batch is None:
+            pieces = [*map(self._newest, running), *pieces]
+        rows: list[Tensor | None] = list(step(self._model, pieces)) if pieces else []
+        errors = [piece.error for piece in pieces]
+        if self._batch is not None and running:
+            rows = [*self._batch.step([live.run for live in running]), *rows]
+            errors = [None] * len(running) + errors
+        everyone = [*running, *(live for live, _ in reading)]
+        for live, row, error in zip(everyone, rows, errors, strict=True):
+            live.mark("decode" if live.run.tokens else "prefill")
+            if error is not None:
+                done.failed.append((live, error))
+            elif self._attempt(live, done, _save) and row is not None:
+                yield live, row
+
+    def _newest(self, live: Live) -> Piece:
+        newest = torch.tensor(live.run.tokens[-1:], device=self._device)
+        return Piece(_cache(live), newest, prompt=False)
+
+    def _chunk(self, live: Live, count: int) -> Piece:
+        cache, prompt = _cache(live), live.run.request.prompt
+        stop = cache.length + count
+        tokens = torch.tensor(prompt[cache.length : stop], device=self._device)
+        last = stop == len(prompt)
+        return Piece(cache, tokens, prompt=True, logits=last, loader=live.loader)
+
+    def _parts(
+        self, plan: Plan, lives: Mapping[int, Live], done: Done
+    ) -> Iterator[tuple[Live, Float[Tensor, " vocab"]]]:
+        """The rows of logits after prompts of parts that became complete."""
+        for job, count in plan.prompt:
+            live = lives[job.id]
+            if live.work is None:
+                continue
+            live.credit += count
+            try:
+                while live.credit > 0:
+                    live.credit -= next(live.work)
+            except StopIteration as end:
+                live.work = None
+                yield live, end.value
+            except Exception as error:
+                done.failed.append((live, error))
+            live.mark("blend")
+
+    def _complete(self, live: Live, row: Float[Tensor, " vocab"]) -> Chosen | None:
+        """After a row of logits: the next token, or, of a new prompt, its indexes first."""
+        cache = live.run.cache
+        if not live.run.tokens and live.run.segments is None:
+            live.loaded()
+            if isinstance(cache, SparseCache):
+                live.logits, live.settling = row, cache.settle()
+                self._unsettled.append(live)
+                return None
+        if not live.run.tokens and self._batch is not None:
+            self._batch.join(live.run)
+        chosen = live.run.choose(row)
+        live.mark("sample")
+        return chosen
+
+    def _settle(self, live: Live) -> Chosen | None:
+        """One more layer of a complete prompt moves to the pool and gets its index."""
+        assert live.settling is not None
+        try:
+            next(live.settling)
+        except StopIteration:
+            self._unsettled.remove(live)
+            assert live.logits is not None
+            row, live.logits, live.settling = live.logits, None, None
+            if self._batch is not None:
+                self._batch.join(live.run)
+            return live.run.choose(row)
+        finally:
+            live.mark("prefill")
+        return None
+
+    def _attempt(self, live: Live, done: Done, act: Callable[[Live], Chosen | None]) -> bool:
+        """Do something for one request; whether that went well."""
+        try:
+            chosen = act(live)
+        except Exception as error:
+            done.failed.append((live, error))
+            return False
+        if chosen is not None:
+            done.chosen.append((live, chosen))
+        return True
+
+
+def _cache(live: Live) -> Cache:
+    assert live.run.cache is not None, "it was started"
+    return live.run.cache
+
+
+def _slab(live: Live) -> SlabCache:
+    assert isinstance(live.run.cache, SlabCache), "only those are movable"
+    return live.run.cache
+
+
+def _save(live: Live) -> None:
+    live.engine.plain.save(live.run)

@@ -1,0 +1,295 @@
+"""Requests that run together over time: one thread takes step after step, others ask and listen."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from copy import deepcopy
+from itertools import count
+from typing import TypeVar
+
+import torch
+
+from engine.ask import Ask, Failure, Listener, Ticket
+from engine.carrier import Carrier
+from engine.chores import Chores
+from engine.engine import Engine
+from engine.errors import Cancelled, DeadlineExceeded, EngineError, PromptError, ServerStopping
+from engine.job import Job, State
+from engine.live import Live
+from engine.loading import BlocksLost
+from engine.outbox import Outbox
+from engine.request import Chosen
+from engine.plan import Plan, Started
+from engine.scheduler import Scheduler
+from engine.segments import Segments
+from engine.service_stats import ServiceStats, TenantCounts
+from engine.slices import Slices
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Service:
+    """Serves requests with one engine, as they come. All methods may be called from any thread.
+
+    Every step computes a token of each running request and chunks of prompts beside them; see
+    `engine.scheduler`. Answers are those that each request would get alone.
+
+    The engine's `cache_bytes`, pool and `schedule` bound what runs. The engine stays its owner's:
+    close it after the service, and use it for little else meanwhile.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._carrier = Carrier(engine)
+        self._scheduler = Scheduler(self._carrier.limits(), engine.config.schedule.order())
+        self._live: dict[int, Live] = {}  # by the job's id
+        self._numbers = count(1)
+        self._door = threading.Condition()  # guards the scheduler, and all of these
+        self._stirred = self._draining = self._closed = False
+        self._stats = ServiceStats()
+        self._chores = Chores()
+        self._outbox = Outbox(lambda live: self._end_by(live, Cancelled("it has all it asked for")))
+        self._thread = threading.Thread(target=self._work, name="headrace-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, ask: Ask, listener: Listener) -> Ticket:
+        """Take a request; events come to the listener, from one thread, which it must not hold up.
+
+        The last event has a completion, or is a `Failure`.
+
+        Raises:
+            PromptError: it can never be served, and why.
+            Busy: too many requests wait already.
+            ServerStopping: the service takes no more.
+        """
+        live = self._accept(ask, listener)
+        with self._door:
+            self._refuse_stopping()
+            self._scheduler.add(live.job)
+            self._live[live.job.id] = live
+            self._counts(live).requests += 1
+            self._counts(live).prompt_tokens += live.job.prompt
+            self._stir()
+        return live.ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request at its next step; its listener gets a `Failure`. Idempotent."""
+        with self._door:
+            if (live := self._live.get(ticket.id)) is not None:
+                self._end_by(live, Cancelled("the request was cancelled"))
+
+    def background(self, work: Callable[[], Slices[T]]) -> Future[T]:
+        """Do what can wait, a slice at a time between steps; ServerStopping if no more is taken."""
+        with self._door:
+            self._refuse_stopping()
+            self._stir()
+            return self._chores.add(work)
+
+    def stats(self) -> ServiceStats:
+        """What it does now, and what it did since it began."""
+        with self._door:
+            stats, now = deepcopy(self._stats), self._scheduler
+            stats.waiting, stats.running, stats.swapped = len(now.waiting), now.running, now.out
+            stats.device_bytes, stats.device_capacity_bytes = (
+                now.device_used,
+                now.limits.device_bytes,
+            )
+            stats.lower_bytes, stats.lower_capacity_bytes = now.lower_used, now.limits.lower_bytes
+            stats.pool_bytes, stats.pool_capacity_bytes = now.pool_used, now.limits.pool_bytes
+            stats.chores, stats.preemptions = len(self._chores), now.preemptions
+            stats.swap = self._carrier.swap_stats()
+        return stats
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take no more requests, and wait for those there are; whether all have ended."""
+        with self._door:
+            self._draining = True
+            return self._door.wait_for(lambda: not (self._live or self._chores), timeout_s)
+
+    def close(self) -> None:
+        """End all requests, and the thread. Idempotent."""
+        with self._door:
+            self._draining = self._closed = True
+            self._stir()
+        if self._thread.is_alive():
+            self._thread.join()
+            self._outbox.close()
+            self._carrier.close()
+
+    def _accept(self, ask: Ask, listener: Listener) -> Live:
+        engine, number = ask.engine or self.engine, next(self._numbers)
+        run = engine.accept(
+            ask.prompt, ask.max_new_tokens, ask.sampling, ask.stop, ask.blend, ask.logprobs
+        )
+        run.movable, prompt = self._carrier.movable, len(run.request.prompt)
+        if run.capacity > self._carrier.max_tokens:
+            raise PromptError(
+                f"{prompt} tokens of prompt and {ask.max_new_tokens} of answer are more than "
+                f"schedule.max_tokens ({self._carrier.max_tokens}): raise it, or ask for less"
+            )
+        job = Job(
+            id=number,
+            tenant=ask.tenant,
+            prompt=prompt,
+            limit=run.capacity + 1 - prompt,
+            need=engine.memory.need(run),
+            priority=ask.priority,
+            whole=isinstance(ask.prompt, Segments),
+        )
+        return Live(Ticket(number), ask, engine, run, job, listener)
+
+    # the engine thread
+
+    @torch.inference_mode()
+    def _work(self) -> None:
+        while not self._closed:
+            try:
+                busy = self._turn()
+            except Exception as error:  # no request's alone: those that run cannot go on
+                log.exception("a step failed")
+                busy = True
+                for live in self._begun():
+                    self._fail(live, EngineError(f"a step failed: {type(error).__name__}"))
+            if not busy:
+                with self._door:
+                    self._door.wait_for(lambda: self._stirred, self._rest_s())
+        for live in list(self._live.values()):
+            self._fail(live, ServerStopping("the service was stopped"))
+        self._chores.cancel()
+
+    def _turn(self) -> bool:
+        """One step; False if there was nothing to do, and nobody stirred since."""
+        self._stirred = False
+        self._sweep()
+        with self._door:
+            plan = self._scheduler.next(self._start)
+        for job in plan.out:
+            self._guarded(self._live[job.id], self._carrier.out)
+        for job in plan.back:
+            self._guarded(self._live[job.id], lambda live: self._carrier.back(live, self._wake))
+        step = self._carrier.step(plan, self._live)
+        with self._door:
+            self._scheduler.done(plan)
+            self._count(plan)
+        for live, error in step.failed:
+            self._failed(live, error)
+        for live, chosen in step.chosen:
+            self._chose(live, chosen)
+        chore = self._chores.take(reading=bool(plan.prompt))
+        worked = plan.tokens or plan.out or plan.back
+        return bool(worked) or chore or self._carrier.unsettled
+
+    def _sweep(self) -> None:
+        """End what was cancelled, is late or could not start; go on with what has come."""
+        for live in list(self._live.values()):
+            if live.late:
+                self._end_by(live, DeadlineExceeded(f"not complete in {live.ask.deadline_s} s"))
+            if live.ended_by is not None:
+                self._fail(live, live.ended_by)
+            elif live.coming is not None and live.coming.done():
+                self._guarded(live, self._arrived)
+
+    def _arrived(self, live: Live) -> None:
+        self._carrier.arrived(live)
+        with self._door:
+            if live.job.state is State.COMING:
+                self._scheduler.arrived(live.job)
+            else:
+                self._scheduler.ready(live.job)
+
+    def _start(self, job: Job) -> Started:
+        """A waiting request gets its place. The door is held."""
+        live, alone = self._live[job.id], len(self._scheduler.started) == 1
+        try:
+            return self._carrier.start(live, self._wake, alone=alone)
+        except Exception as error:  # it ends before the next step
+            self._end_by(live, error)
+            return Started(0, ready=False)
+
+    def _chose(self, live: Live, chosen: Chosen) -> None:
+        """A token was chosen: the request decodes on, or ends."""
+        with self._door:
+            if len(live.run.tokens) == 1:
+                self._scheduler.settled(live.job)
+            self._counts(live).new_tokens += 1
+            self._stats.new_tokens += 1
+        if chosen.ending is not None:
+            self._end(live)
+            self._stats.completed += 1
+        self._outbox.put(live, chosen)
+
+    def _failed(self, live: Live, error: Exception) -> None:
+        """Something failed in one request. Blocks that were lost are computed, all else ends it."""
+        if not isinstance(error, BlocksLost) or live.run.segments is not None:
+            self._fail(live, error)
+            return
+        log.warning("computing the prompt again: %s", error)
+        live.loaded()
+        live.run.release()
+        with self._door:
+            self._scheduler.again(live.job)
+
+    def _guarded(self, live: Live, act: Callable[[Live], None]) -> None:
+        try:
+            act(live)
+        except Exception as error:
+            self._failed(live, error)
+
+    def _fail(self, live: Live, error: Exception) -> None:
+        """End a request without a completion."""
+        self._end(live)
+        if live.quiet:  # its text came to a stop
+            self._stats.completed += 1
+        elif isinstance(error, Cancelled):
+            self._stats.cancelled += 1
+        else:
+            self._stats.failed += 1
+        self._outbox.put(live, Failure(error))
+
+    def _end(self, live: Live) -> None:
+        """Free all that a request has, in whatever state it is."""
+        try:
+            self._carrier.end(live)
+        finally:
+            with self._door:
+                self._scheduler.finish(live.job)
+                self._live.pop(live.job.id, None)
+                self._counts(live).cached_tokens += live.run.stats.cached_tokens
+                self._door.notify_all()
+
+    def _begun(self) -> list[Live]:
+        return [live for live in self._live.values() if live.run.cache is not None or live.work]
+
+    def _count(self, plan: Plan) -> None:
+        self._stats.steps += bool(plan.tokens)
+        self._stats.prompt_tokens += sum(n for _, n in plan.prompt)
+
+    # who stirs it; the door is held
+
+    def _wake(self) -> None:
+        with self._door:
+            self._stir()
+
+    def _end_by(self, live: Live, error: Exception) -> None:
+        """Have a request ended before the next step."""
+        live.ended_by = live.ended_by or error
+        self._wake()
+
+    def _stir(self) -> None:
+        self._stirred = True
+        self._door.notify_all()
+
+    def _rest_s(self) -> float | None:
+        """Until the next deadline."""
+        deadlines = [live.deadline for live in self._live.values() if live.deadline is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _counts(self, live: Live) -> TenantCounts:
+        return self._stats.tenants.setdefault(live.ask.tenant, TenantCounts())
+
+    def _refuse_stopping(self) -> None:
+        if self._draining:
+            raise ServerStopping("the service is stopping: it takes no more")
