@@ -28,6 +28,7 @@ from engine.request import Running
 from engine.reuse import EXACT, FRESH, Reuse, plan
 from engine.segments import Segments, Tokens, digest
 from engine.slices import Slices, Watch, drained
+from engine.sparse_cache import SparseCache
 from kvstore.block import BlockKey, Kind
 from kvstore.identity import ModelIdentity
 from kvstore.layout import layer_groups
@@ -197,7 +198,9 @@ class Blending:
             policy = run.blend.chosen(self._model.shape.num_layers)
             slices = blend_layers(self._model, cache, tokens, found.reuse, loader, policy, budget)
             logits = yield from watch.timed(slices)
-            cache.finalize()
+            if isinstance(cache, SparseCache):
+                for _ in cache.settle():
+                    yield len(tokens) // self._model.shape.num_layers
         finally:
             loader.cancel()
         run.stored = [block.key for block in found.placed]

@@ -1,5 +1,6 @@
 """What one request attends to: rotated keys and values, layer by layer."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -89,26 +90,44 @@ class Cache(Protocol):
     def close(self) -> None: ...
 
 
-class SequenceCache:
-    """The working set of one request, in buffers that are written in place.
+class Everything:
+    """What caches do that choose what to attend to, for those that attend to everything."""
+
+    wants_guess = False
+    stats = None
+
+    def observe(self, layer: int, queries: Float[Tensor, "Hq N D"]) -> None:
+        """Nothing: all tokens are attended to."""
+
+    def finalize(self) -> None:
+        """Nothing, as above."""
+
+    def look_ahead(self, layer: int, guess: Query | None) -> None:
+        """Nothing, as above."""
+
+    def close(self) -> None:
+        """Nothing: memory goes with the object."""
+
+
+class DenseCache(Everything, ABC):
+    """Rotated keys and values of all tokens, in buffers that are written in place.
 
     Keys here are rotated (a dense step must not rotate its whole context); what the store gets
-    are the unrotated ones, through `recorder`. A layer takes memory from its first write on, so
-    that a loop which reads layer after layer, and releases each, has one at a time.
+    are the unrotated ones, through `recorder`.
 
         [0, length) complete in every layer   [length, length + N) being written by a loop
 
     Args:
-        capacity: tokens a layer has room for at first; its buffers grow beyond it by half.
         recorder: takes the unrotated KV of new tokens; None where nothing is stored.
     """
 
-    def __init__(self, shape: Shape, capacity: int, recorder: Recorder | None = None) -> None:
+    def __init__(self, recorder: Recorder | None) -> None:
         self.length = 0
         self.recorder = recorder
-        self._shape, self._capacity = shape, max(1, capacity)
-        nothing = LayerKV(self._buffer(0), self._buffer(0))
-        self._layers = dict.fromkeys(range(shape.num_layers), nothing)  # less those released
+
+    @abstractmethod
+    def buffers(self, layer: int, tokens: int) -> LayerKV:
+        """All memory of a layer, which has room for so many tokens, or for more."""
 
     def append(
         self,
@@ -131,10 +150,10 @@ class SequenceCache:
     ) -> LayerKV:
         """Write N rotated keys and values at `start`; returns tokens [0, start + N), a view."""
         stop = start + v.shape[1]
-        kv = self._reserve(layer, stop)
+        kv = self.buffers(layer, stop)
         kv.k[:, start:stop] = rotated
         kv.v[:, start:stop] = v
-        return self.view(layer, stop)
+        return LayerKV(kv.k[:, :stop], kv.v[:, :stop])
 
     def advance(self, count: int) -> None:
         """Declare `count` more tokens complete in every layer."""
@@ -147,42 +166,44 @@ class SequenceCache:
 
     def view(self, layer: int, stop: int) -> LayerKV:
         """Tokens [0, stop) of a layer. KeyError if it was released."""
-        kv = self._reserve(layer, stop)
+        kv = self.buffers(layer, stop)
         return LayerKV(kv.k[:, :stop], kv.v[:, :stop])
 
-    def release(self, layer: int) -> None:
-        """Free the memory of a layer, which is used no more."""
-        del self._layers[layer]
 
-    wants_guess = False
-    stats = None
+class SequenceCache(DenseCache):
+    """The working set of one request, in buffers of each layer's own.
 
-    def observe(self, layer: int, queries: Float[Tensor, "Hq N D"]) -> None:
-        """Nothing: all tokens are attended to."""
+    A layer takes memory from its first write on, so that a loop which reads layer after layer,
+    and releases each, has one at a time.
 
-    def finalize(self) -> None:
-        """Nothing, as above."""
+    Args:
+        capacity: tokens a layer has room for at first; its buffers grow beyond it by half.
+    """
 
-    def look_ahead(self, layer: int, guess: Query | None) -> None:
-        """Nothing, as above."""
+    def __init__(self, shape: Shape, capacity: int, recorder: Recorder | None = None) -> None:
+        super().__init__(recorder)
+        self._shape, self._capacity = shape, max(1, capacity)
+        nothing = LayerKV(self._buffer(0), self._buffer(0))
+        self._layers = dict.fromkeys(range(shape.num_layers), nothing)  # less those released
 
-    def close(self) -> None:
-        """Nothing: memory goes with the object."""
-
-    def _buffer(self, tokens: int) -> Float[Tensor, "Hk tokens D"]:
-        s = self._shape
-        size = (s.num_kv_heads, tokens, s.head_dim)
-        with torch.inference_mode(False):  # whoever writes later need not be in that mode
-            return large_pages(torch.empty(size, dtype=s.dtype, device=s.device))
-
-    def _reserve(self, layer: int, tokens: int) -> LayerKV:
-        """The whole buffers of a layer, with room for so many tokens."""
+    def buffers(self, layer: int, tokens: int) -> LayerKV:
+        """The buffers of a layer, moved to larger ones where they are too small."""
         old = self._layers[layer]
         have = old.v.shape[1]
         if tokens > have:
             size = max(tokens, self._capacity, have + have // 2)
             self._layers[layer] = LayerKV(*(self._moved(x, size) for x in old))
         return self._layers[layer]
+
+    def release(self, layer: int) -> None:
+        """Free the memory of a layer, which is used no more."""
+        del self._layers[layer]
+
+    def _buffer(self, tokens: int) -> Float[Tensor, "Hk tokens D"]:
+        s = self._shape
+        size = (s.num_kv_heads, tokens, s.head_dim)
+        with torch.inference_mode(False):  # whoever writes later need not be in that mode
+            return large_pages(torch.empty(size, dtype=s.dtype, device=s.device))
 
     def _moved(self, old: Float[Tensor, "Hk T D"], tokens: int) -> Float[Tensor, "Hk tokens D"]:
         new = self._buffer(tokens)

@@ -1,8 +1,9 @@
 """What plans say, done: caches made, KV loaded and moved, steps computed, tokens chosen."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +16,9 @@ from engine.decoding import seats
 from engine.engine import Engine
 from engine.live import Live
 from engine.plain import ATTEMPTS
+from engine.plan import Plan, Started
 from engine.request import Chosen
 from engine.room import Limits
-from engine.plan import Plan, Started
 from engine.slab import SlabCache
 from engine.sparse_cache import SparseCache
 from engine.step import Piece, step
@@ -66,6 +67,11 @@ class Carrier:
             granule=None if on_gpu else GROWTH,
         )
 
+    @property
+    def slack_bytes(self) -> int:
+        """What a request's place below may take beside its KV."""
+        return 0 if self.swap is None else self.swap.slack_bytes
+
     def swap_stats(self) -> SwapStats:
         """What was moved."""
         return SwapStats() if self.swap is None else copy(self.swap.stats)
@@ -79,7 +85,7 @@ class Carrier:
             spill = Spill(Path(config.spill_path), config.spill_bytes)
         if spill is None and not config.schedule.swap_bytes:
             return None
-        return Swap(config.schedule.swap_bytes, self._device, spill)
+        return Swap(self._model.shape, config.schedule.swap_bytes, spill)
 
     # places
 
@@ -90,7 +96,7 @@ class Carrier:
             stir: called from another thread when it is there.
             alone: nobody would be held up if the step waited for it, layer by layer.
         """
-        live.mark("queue")
+        live.mark("load" if live.attempts else "queue")
         if live.run.segments is not None:
             live.work = live.engine.blending.prefill_slices(live.run)
             return Started(0, ready=True)
@@ -131,7 +137,7 @@ class Carrier:
         if live in self._unsettled:
             self._unsettled.remove(live)
         if live.coming is not None and live.coming is not live.loader:
-            live.coming.exception()  # nothing writes to its cache any more
+            wait([live.coming])  # until nothing writes to its cache any more
         if self.swap is not None and isinstance(live.run.cache, SlabCache):
             self.swap.forget(live.run.cache)
         live.release()
@@ -165,17 +171,22 @@ class Carrier:
     ) -> Iterator[tuple[Live, Float[Tensor, " vocab"]]]:
         """The rows of logits after newest tokens and complete prompts."""
         running = [lives[job.id] for job in plan.decode]
-        reading = [(lives[job.id], n) for job, n in plan.prompt if lives[job.id].work is None]
-        pieces = [self._chunk(live, n) for live, n in reading]
-        if self._batch is None:
-            pieces = [*map(self._newest, running), *pieces]
-        rows: list[Tensor | None] = list(step(self._model, pieces)) if pieces else []
-        errors = [piece.error for piece in pieces]
         if self._batch is not None and running:
-            rows = [*self._batch.step([live.run for live in running]), *rows]
-            errors = [None] * len(running) + errors
-        everyone = [*running, *(live for live, _ in reading)]
-        for live, row, error in zip(everyone, rows, errors, strict=True):
+            seated = self._batch.step([live.run for live in running])
+            yield from self._landed(zip(running, seated, repeat(None)), done)
+        pieces = {} if self._batch is not None else {live: self._newest(live) for live in running}
+        for job, count in plan.prompt:
+            if (live := lives[job.id]).work is None:
+                pieces[live] = self._chunk(live, count)
+        rows = _fetched(step(self._model, list(pieces.values()))) if pieces else []
+        errors = [piece.error for piece in pieces.values()]
+        yield from self._landed(zip(pieces, rows, errors, strict=True), done)
+
+    def _landed(
+        self, results: Iterable[tuple[Live, Tensor | None, Exception | None]], done: Done
+    ) -> Iterator[tuple[Live, Float[Tensor, " vocab"]]]:
+        """What became complete goes to the store; the rows of logits that there are, go on."""
+        for live, row, error in results:
             live.mark("decode" if live.run.tokens else "prefill")
             if error is not None:
                 done.failed.append((live, error))
@@ -253,6 +264,15 @@ class Carrier:
         if chosen is not None:
             done.chosen.append((live, chosen))
         return True
+
+
+def _fetched(rows: list[Float[Tensor, " vocab"] | None]) -> list[Float[Tensor, " vocab"] | None]:
+    """Rows of logits where tokens are chosen, in one copy."""
+    there = [row for row in rows if row is not None]
+    if not there or not there[0].is_cuda:
+        return rows
+    here = iter(torch.stack(there).cpu())
+    return [None if row is None else next(here) for row in rows]
 
 
 def _cache(live: Live) -> Cache:

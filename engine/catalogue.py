@@ -153,9 +153,13 @@ class Catalogue:
             with self._changing():
                 self._append(new)
 
-    def settle(self, doomed: Iterable[str], traces: Iterable[Trace]) -> None:
-        """Forget doomed chunks and traces: their KV is deleted."""
+    def settle(
+        self, doomed: Iterable[str], traces: Iterable[Trace], origins: Iterable[Origin] = ()
+    ) -> None:
+        """Forget doomed chunks, traces and origins: their KV is deleted."""
         with self._changing():
+            for origin in origins:
+                self.origins.pop(origin, None)
             for id_ in doomed:
                 self.doomed.pop(id_, None)
             for trace in traces:

@@ -67,6 +67,8 @@ def build_parser() -> Parser:
     _add_chat(commands)
     _add_ask(commands)
     _add_rag(commands)
+    _add_serve(commands)
+    _add_trace(commands)
     _add_demo(commands)
     _add_doctor(commands)
     _add_store(commands)
@@ -119,6 +121,26 @@ def _add_rag(commands: Commands) -> None:
         action.add_argument("--chunk-tokens", type=int, default=512, help="(%(default)s)")
         action.add_argument("--instructions", default="", help="read before all chunks")
     _add_sampling_options(ask)
+
+
+def _add_serve(commands: Commands) -> None:
+    parser = _command(commands, "serve", "answer over HTTP, as OpenAI does; see engine/serve")
+    parser.add_argument("--host", help="address to listen at (the config's, else 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="0 for a free one (the config's, else 8000)")
+    _add_model_options(parser)
+
+
+def _add_trace(commands: Commands) -> None:
+    parser = _command(commands, "trace", "where the time of a server's last requests went")
+    parser.add_argument(
+        "id", nargs="?", metavar="ID",
+        help="show this request's spans: a trace's id or its start, or an x-request-id",
+    )  # fmt: skip
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server (%(default)s)")
+    parser.add_argument("--key", help="an API key ($HEADRACE_API_KEY if not given)")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--otlp", metavar="FILE", help="write OpenTelemetry's JSON; - is stdout")
+    output.add_argument("--json", action="store_true", help="the result as one JSON line")
 
 
 def _add_demo(commands: Commands) -> None:

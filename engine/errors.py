@@ -3,7 +3,11 @@
     EngineError
     ├── ModelError     the model cannot be served: unknown, incomplete, quantized, not reproduced
     ├── PromptError    the request cannot be: empty, too long, token ids out of range
-    └── ConfigError    a setting is unknown or out of range
+    ├── ConfigError    a setting is unknown or out of range
+    ├── Busy           too many requests wait already: try again later
+    ├── ServerStopping no new requests are taken
+    ├── Cancelled      whoever asked has withdrawn the request
+    └── DeadlineExceeded   the request did not end in the time it was given
 
 Each message says what was needed, what came, and what to change. The store has its own
 tree in `kvstore.errors`.
@@ -24,3 +28,19 @@ class PromptError(EngineError, ValueError):
 
 class ConfigError(EngineError, ValueError):
     """A setting is unknown, of the wrong type, or out of range."""
+
+
+class Busy(EngineError):
+    """As many requests wait as may wait: the same request can be served later."""
+
+
+class ServerStopping(EngineError):
+    """The service is being stopped: it takes no new requests, and ends those that take too long."""
+
+
+class Cancelled(EngineError):
+    """The request was withdrawn before it ended."""
+
+
+class DeadlineExceeded(EngineError):
+    """The request did not end before its deadline; what it made until then was delivered."""

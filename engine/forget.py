@@ -1,15 +1,16 @@
 """Deleting KV that belongs to no document any more, wherever prompts have put it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-from engine.catalogue import Catalogue, Trace
+from engine.catalogue import Catalogue, Origin, Trace
 from engine.engine import Engine
 from engine.request import Completion
 from engine.segments import Segments, digest
 from kvstore.block import BlockKey, Kind
 
 TRACES = 1024  # with so many more than last time, those whose blocks were evicted are looked for
+ORIGINS = 128  # likewise, of prefixes
 
 
 class Forgetting:
@@ -20,7 +21,7 @@ class Forgetting:
 
     def __init__(self, engine: Engine, catalogue: Catalogue) -> None:
         self._engine, self._catalogue = engine, catalogue
-        self._enough = TRACES
+        self._enough, self._enough_origins = TRACES, ORIGINS
 
     def finish(self) -> int:
         """Delete the KV of all doomed chunks, also those of a process that died; how many."""
@@ -37,14 +38,14 @@ class Forgetting:
     def note(
         self,
         segments: Segments,
-        ids: Sequence[str],
+        ids: Sequence[str | None],
         generated: Sequence[int],
         done: Completion | None,
     ) -> None:
         """Remember which blocks of a prompt rest on its chunks, unless none was stored.
 
         Args:
-            ids: of its chunks.
+            ids: of its chunks; None for one that belongs to no document, which stays.
             done: None for a request that was cancelled, of which nothing is known.
         """
         report = None if done is None else done.stats.blend
@@ -56,7 +57,35 @@ class Forgetting:
         size = self._engine.config.block_tokens
         keys = self._keys([*segments.tokens, *generated], size)
         starts = [(id_, span.start // size) for id_, span in zip(ids, segments.spans, strict=True)]
-        self._catalogue.note(Trace(i, keys[at].digest.hex()) for i, at in starts if at < len(keys))
+        self._catalogue.note(
+            Trace(id_, keys[at].digest.hex())
+            for id_, at in starts
+            if id_ is not None and at < len(keys)
+        )
+
+    def prune(self, needed: Set[Origin]) -> None:
+        """Forget the prefixes of which no chunk's KV is left, if there are too many.
+
+        Without that, a prefix that is new with every prompt (the time is in it) would stay.
+        """
+        origins = self._catalogue.origins.keys()
+        if len(origins) <= self._enough_origins:
+            return
+        self._engine.store.flush()
+        stale = [origin for origin in origins - needed if not self._stored(origin)]
+        self._enough_origins = len(origins) - len(stale) + ORIGINS
+        self._catalogue.settle((), (), stale)
+
+    def _stored(self, origin: Origin) -> bool:
+        """Whether any chunk has KV behind a prefix."""
+        size, catalogue = origin.block_tokens, self._catalogue
+        known = [chunk.tokens for chunk in catalogue.chunks.values()]
+        known += [chunk.tokens for chunk in catalogue.doomed.values()]
+        for tokens in known:
+            keys = self._keys(tokens[:size], size, kind=Kind.CHUNK, warmup=digest(origin.prefix))
+            if keys and keys[0] in self._engine.store:
+                return True
+        return False
 
     def _forget(self, chunks: Mapping[str, Sequence[int]]) -> None:
         traces = [trace for trace in self._catalogue.traces if trace.chunk in chunks]

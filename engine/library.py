@@ -2,6 +2,7 @@
 
 import hmac
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +16,10 @@ from engine.forget import Forgetting
 from engine.request import Completion
 from engine.retriever import Hit, Retriever
 from engine.segments import Segments
+
+
+class Unknown(PromptError):
+    """There is no such document or chunk; who else may have one does not show."""
 
 
 class Cited(NamedTuple):
@@ -43,6 +48,7 @@ class Library:
         self._retriever = retriever
         self._indexed: set[str] = set()
         self._origin = Origin(prefix, engine.config.block_tokens)
+        self._reading: Counter[Origin] = Counter()  # by prompts that run
         self._lock = threading.RLock()  # guards all others; never held while a model computes
         self._catalogue = Catalogue(catalogue_file(engine, folder))
         self._forgetting = Forgetting(engine, self._catalogue)
@@ -54,18 +60,26 @@ class Library:
             self._catalogue.refresh()
             return list(self._catalogue.documents.values())
 
+    def document(self, id_: str) -> Document:
+        """One document. Unknown: there is none."""
+        with self._lock:
+            self._catalogue.refresh()
+            if id_ not in self._catalogue.documents:
+                raise Unknown(f"there is no document {id_!r}")
+            return self._catalogue.documents[id_]
+
     def add(self, documents: Sequence[Document]) -> None:
         """Put documents on record, in the place of those with the same ids."""
         with self._lock:
             self._catalogue.add(documents, self._origin)
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Forget documents; how many chunks no other document has. PromptError: unknown id."""
+        """Forget documents; how many chunks no other document has. Unknown: an id is."""
         with self._lock:
             self._catalogue.refresh()
             for id_ in ids:
                 if id_ not in self._catalogue.documents:
-                    raise PromptError(f"there is no document {id_!r}: nothing was deleted")
+                    raise Unknown(f"there is no document {id_!r}: nothing was deleted")
             self._catalogue.remove(ids)
             return self._forgetting.finish()
 
@@ -97,10 +111,25 @@ class Library:
                 return found
         raise PromptError("chunks is empty: name at least one, or leave it out for a search")
 
-    def before_reading(self) -> None:
-        """Note where KV of chunks is about to be stored."""
+    def parts(self, id_: str) -> list[Cited]:
+        """The chunks of a document, or the one chunk, with this id. Unknown: there is none."""
         with self._lock:
-            self._catalogue.remember(self._origin)
+            self._catalogue.refresh()
+            document = self._catalogue.documents.get(id_)
+            ids = [id_] if document is None else [chunk.id for chunk in document.chunks]
+            return [self._cited(one, None) for one in ids]
+
+    def before_reading(self, prefix: tuple[int, ...] | None = None) -> None:
+        """Note where KV of chunks is about to be stored; `asked` must follow.
+
+        Args:
+            prefix: that the prompt's chunks stand behind; None is the library's own.
+        """
+        with self._lock:
+            origin = self._behind(prefix)
+            self._reading[origin] += 1
+            self._catalogue.remember(origin)
+            self._forgetting.prune({self._origin, *self._reading})
 
     def stored(self, chunks: Mapping[str, Sequence[int]]) -> None:
         """KV of chunks was stored: delete what was deleted in the meantime."""
@@ -111,19 +140,26 @@ class Library:
     def asked(
         self,
         segments: Segments,
-        ids: Sequence[str],
+        ids: Sequence[str | None],
         generated: Sequence[int],
         done: Completion | None,
     ) -> None:
         """A prompt of chunks has ended, and may have left KV: see `Forgetting.note`."""
         with self._lock:
+            origin = self._behind(segments.prefix)
+            self._reading[origin] -= 1
+            self._reading += Counter()  # without those that nobody reads
             self._catalogue.refresh()
             self._forgetting.note(segments, ids, generated, done)
-            self._forgetting.after(dict(zip(ids, segments.chunks, strict=True)))
+            pairs = zip(ids, segments.chunks, strict=True)
+            self._forgetting.after({id_: chunk for id_, chunk in pairs if id_ is not None})
+
+    def _behind(self, prefix: tuple[int, ...] | None) -> Origin:
+        return self._origin if prefix is None else Origin(prefix, self._origin.block_tokens)
 
     def _cited(self, id_: str, score: float | None) -> Cited:
         if id_ not in self._catalogue.chunks:
-            raise PromptError(
+            raise Unknown(
                 f"there is no chunk {id_!r}: it was never added, or its documents are deleted"
             )
         chunk, owners = self._catalogue.chunks[id_], self._catalogue.owners[id_]

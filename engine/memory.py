@@ -107,15 +107,19 @@ class Memory:
         )
         return hidden + run.capacity * layer * min(1 + together, moved)
 
-    def need(self, run: Running) -> Need:
+    def need(self, run: Running, *, slack: int = 0) -> Need:
         """Bytes of a token of a request that runs together with others over time.
 
         Prompts are then read chunk by chunk, so all layers of one are on the device until it is
         complete.
+
+        Args:
+            slack: see `Need`; of requests that may be moved.
         """
         shape = self._model.shape
         if self.pool is None:
-            return Need(shape.kv_bytes_per_token, shape.kv_bytes_per_token, movable=run.movable)
+            token = shape.kv_bytes_per_token
+            return Need(token, token, slack=slack, movable=run.movable)
         stays = shape.num_layers - self.pool.shape.num_layers
         return Need(
             prompt=shape.kv_bytes_per_token,

@@ -23,13 +23,14 @@ class Outbox:
 
     def __init__(self, enough: Callable[[Live], None]) -> None:
         self._enough = enough
-        self._items: queue.SimpleQueue[tuple[Live, Chosen | Failure] | None] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[tuple[Live, Chosen | Failure, int] | None]
+        self._items = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="headrace-outbox", daemon=True)
         self._thread.start()
 
     def put(self, live: Live, item: Chosen | Failure) -> None:
         """What happened to a request. Nothing is told after its end."""
-        self._items.put((live, item))
+        self._items.put((live, item, time.perf_counter_ns()))
 
     def close(self) -> None:
         """Return when all that was put is told."""
@@ -38,13 +39,12 @@ class Outbox:
 
     def _work(self) -> None:
         while (entry := self._items.get()) is not None:
-            live, item = entry
+            live, item, put_ns = entry
             if not live.quiet:
-                self._tell(live, item)
+                self._tell(live, item, put_ns)
 
-    def _tell(self, live: Live, item: Chosen | Failure) -> None:
+    def _tell(self, live: Live, item: Chosen | Failure, put_ns: int) -> None:
         """One event; a listener that fails has heard enough."""
-        began = time.perf_counter_ns()
         try:
             event = item if isinstance(item, Failure) else live.run.tell(item)
         except Exception as error:  # a tokenizer's: it ends this request and no other
@@ -57,7 +57,7 @@ class Outbox:
             log.exception("the listener of %s failed", live.ticket)
             live.quiet = True
         if live.ask.trace is not None:
-            live.ask.trace.add("detokenise", began, time.perf_counter_ns())
+            live.ask.trace.add("detokenise", put_ns, time.perf_counter_ns())
         ended = isinstance(item, Failure) or item.ending is not None
         if live.quiet and not ended:
             self._enough(live)

@@ -12,7 +12,7 @@ from engine.config import EngineConfig
 from engine.loading import BlocksLost, Loader, Placed
 from engine.memory import Memory
 from engine.model import Model
-from engine.prefill import hidden_states, prefill_layers
+from engine.prefill import hidden_states, layer_slices
 from engine.recorder import Recorder
 from engine.request import Running
 from engine.slices import Slices, drained
@@ -58,7 +58,7 @@ class Plain:
         return drained(self.prefill_slices(run))
 
     def prefill_slices(self, run: Running) -> Slices[Float[Tensor, " vocab"]]:
-        """As `prefill`, a chunk a slice; all at once where it goes layer by layer."""
+        """As `prefill`, a chunk a slice, or one in one layer where it goes layer by layer."""
         usable = self.usable(run)
         with self._store.pin(usable):
             for _ in range(ATTEMPTS):
@@ -129,7 +129,8 @@ class Plain:
         recorder = cache.recorder
         assert recorder is not None
         recorder.fill_on(torch.device("cpu"))  # all blocks are open until the last layer
-        logits = prefill_layers(self._model, cache, tokens, chunk=chunk, loader=loader)
+        slices = layer_slices(self._model, cache, tokens, chunk=chunk, loader=loader)
+        logits = yield from slices
         self.save(run)
         recorder.fill_on(device)
         return logits

@@ -11,7 +11,9 @@ from engine.cache import Cache
 from engine.loading import Loader
 from engine.model import Layer, Model
 from engine.rope import Tables
+from engine.slices import Slices, drained
 from engine.sparse_cache import SparseCache
+from engine.step import Piece, hidden, raise_error
 
 
 @torch.inference_mode()
@@ -32,7 +34,6 @@ def prefill(
     return model.logits(last)[0]
 
 
-@torch.inference_mode()
 def prefill_layers(
     model: Model,
     cache: SparseCache,
@@ -41,7 +42,19 @@ def prefill_layers(
     chunk: int = 512,
     loader: Loader | None = None,
 ) -> Float[Tensor, " vocab"]:
-    """As `prefill`, but a layer reads all tokens before the next one reads any.
+    """As `prefill`, but a layer reads all tokens before the next one reads any."""
+    return drained(layer_slices(model, cache, tokens, chunk=chunk, loader=loader))
+
+
+def layer_slices(
+    model: Model,
+    cache: SparseCache,
+    tokens: Int[Tensor, " T"],
+    *,
+    chunk: int,
+    loader: Loader | None = None,
+) -> Slices[Float[Tensor, " vocab"]]:
+    """As `prefill_layers`, a chunk in one layer a slice.
 
     Each layer's KV moves to the pool as soon as it is complete. So the device holds, of layers
     whose tokens are selected, the KV of one at a time, and beside it the hidden states of all
@@ -57,6 +70,7 @@ def prefill_layers(
             loader.wait(i)
         for at, part, table in zip(runs, x.split(chunk), tables, strict=True):
             part.copy_(_layer(layer, i, cache, part, at, table))
+            yield len(part) // len(model.layers)
         cache.complete(i, start + len(x))
     cache.advance(len(x))
     return model.logits(x[-1:])[0]
@@ -77,20 +91,11 @@ def hidden_states(
     before the first chunk needs it.
     """
     for part in tokens.split(chunk):
-        yield _chunk(model, cache, part, loader)
-
-
-def _chunk(
-    model: Model, cache: Cache, tokens: Int[Tensor, " N"], loader: Loader | None
-) -> Float[Tensor, "N E"]:
-    x, start = model.embed(tokens), cache.length
-    tables = Tables(torch.arange(start, start + len(tokens), device=x.device))
-    for i, layer in enumerate(model.layers):
-        if loader is not None:
-            loader.wait(i)
-        x = _layer(layer, i, cache, x, start, tables)
-    cache.advance(len(tokens))
-    return x
+        piece = Piece(cache, part, prompt=True, loader=loader)
+        x = hidden(model, [piece])
+        raise_error([piece])
+        cache.advance(len(part))
+        yield x
 
 
 def _layer(

@@ -1,5 +1,6 @@
 """A question about a text, as a prompt."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -45,9 +46,34 @@ def around(engine: "Engine", instructions: str, question: str) -> Around:
     tokenizer = engine.tokenizer
     if tokenizer is None or not tokenizer.chat_template:
         return Around(tuple(engine.tokenize(before)), _bare(tokenizer, question))
-    message = {"role": "user", "content": f"{before}{TEXTS}{question}"}
+    return _split(tokenizer, [{"role": "user", "content": f"{before}{TEXTS}{question}"}])
+
+
+def around_chat(engine: "Engine", messages: Sequence[dict[str, str]]) -> Around:
+    """A conversation as tokens, with room for texts in front of the first that a user says.
+
+    There the KV of the texts is the same, however the conversation goes on.
+
+    Raises:
+        PromptError: no message of a user, or a chat template that is missing, refuses the
+            conversation, or cannot be told apart there.
+    """
+    if not engine.tokenizer.chat_template:
+        raise PromptError("the model has no chat template: pass a plain prompt")
+    said = [dict(message) for message in messages]
+    first = next((message for message in said if message["role"] == "user"), None)
+    if first is None:
+        raise PromptError("documents stand in front of what a user says: there is no such message")
+    first["content"] = f"{TEXTS}{first['content']}"
+    return _split(engine.tokenizer, said)
+
+
+def _split(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Around:
+    """Before and behind the texts."""
     try:
-        said = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        said = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False
+        )
     except TemplateError as error:
         raise PromptError(f"the chat template refuses this question: {error}") from error
     parts = str(said).split(TEXTS)

@@ -135,7 +135,7 @@ class Service:
             tenant=ask.tenant,
             prompt=prompt,
             limit=run.capacity + 1 - prompt,
-            need=engine.memory.need(run),
+            need=engine.memory.need(run, slack=self._carrier.slack_bytes),
             priority=ask.priority,
             whole=isinstance(ask.prompt, Segments),
         )

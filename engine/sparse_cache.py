@@ -1,7 +1,7 @@
 """A request's cache that attends to what matters: a drop-in for `SequenceCache`."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
@@ -132,7 +132,7 @@ class SparseCache:
     def observe(self, layer: int, queries: Float[Tensor, "Hq N D"]) -> None:
         """Keep the last unrotated queries of the prompt, where something comes of them."""
         if layer in self._layers and (self.method.index == "vq" or self.method.prefetch == "step"):
-            self._queries[layer] = queries[:, -OBSERVED:].clone()
+            self._queries[layer] = latest(self._queries.get(layer), queries)
 
     def complete(self, layer: int, length: int) -> None:
         """A layer has all `length` tokens of the prompt: move them to the pool, build its index."""
@@ -143,9 +143,16 @@ class SparseCache:
 
     def finalize(self) -> None:
         """The prompt is complete in every layer: move those that were not moved one by one."""
+        for _ in self.settle():
+            pass
+
+    @torch.inference_mode()
+    def settle(self) -> Iterator[None]:
+        """As `finalize`, a layer a slice: for those who have other things to do in between."""
         for i, layer in self._layers.items():
             if layer.choice is None:
                 self.complete(i, self.length)
+                yield
         self._final = True
 
     def fill(
@@ -249,6 +256,16 @@ class SparseCache:
             if self._thread is not None:
                 self._thread.shutdown(wait=True, cancel_futures=True)
             self._lease.close()
+
+
+def latest(
+    before: Float[Tensor, "Hq M D"] | None, queries: Float[Tensor, "Hq N D"]
+) -> Float[Tensor, "Hq K D"]:
+    """The last `OBSERVED` queries of a prompt, of which N follow those kept before."""
+    missing = OBSERVED - queries.shape[1]
+    if before is None or missing <= 0:
+        return queries[:, -OBSERVED:].clone()
+    return torch.cat([before[:, -missing:], queries], 1)
 
 
 @torch.inference_mode()

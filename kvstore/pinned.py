@@ -34,13 +34,23 @@ class PinnedTier(Pool):
                 self._lock_pages(self.slab(layer))
 
     def _lock_pages(self, slab: torch.Tensor) -> None:
-        code = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, REGISTER))
-        if code:
-            raise PoolFull(
-                f"cannot page-lock {self.capacity_bytes} bytes for the {self.name} pool (CUDA "
-                f"error {code}); lower {self.setting}"
-            )
-        weakref.finalize(slab, _unlock_pages, slab.data_ptr())
+        lock_pages(slab, f"the {self.name} pool", self.setting)
+
+
+def lock_pages(buffer: torch.Tensor, what: str, setting: str) -> None:
+    """Have a GPU read and write a buffer at full speed, as long as the buffer lives.
+
+    Raises:
+        PoolFull: the system does not allow to lock so much; says for what, and which setting to
+            lower.
+    """
+    code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, REGISTER))
+    if code:
+        raise PoolFull(
+            f"cannot page-lock {buffer.nbytes} bytes for {what} (CUDA error {code}); lower "
+            f"{setting}"
+        )
+    weakref.finalize(buffer, _unlock_pages, buffer.data_ptr())
 
 
 def _unlock_pages(address: int) -> None:

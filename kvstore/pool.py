@@ -67,6 +67,11 @@ class Pool:
         return len(self._free)
 
     @property
+    def open_leases(self) -> int:
+        """Requests that have blocks, or may take some."""
+        return len(self._leases)
+
+    @property
     def used_bytes(self) -> int:
         """Of the blocks that requests have, in memory or not."""
         return (self.num_blocks - self.free_blocks) * self.shape.block_bytes

@@ -23,7 +23,8 @@ class TierStats:
 
 @dataclass(slots=True)
 class StoreStats:
-    """All tiers, and what waits to be written."""
+    """All tiers, what waits to be written, and how many blocks may not be evicted now."""
 
     tiers: dict[str, TierStats] = field(default_factory=dict)
     queued_bytes: int = 0
+    pinned: int = 0

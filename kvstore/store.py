@@ -163,7 +163,8 @@ class TieredStore:
 
     def stats(self) -> StoreStats:
         queued = self._writer.queued_bytes if self._writer else 0
-        return StoreStats({level.tier.name: level.snapshot() for level in self._levels}, queued)
+        tiers = {level.tier.name: level.snapshot() for level in self._levels}
+        return StoreStats(tiers, queued, len(self._pins))
 
     def __contains__(self, key: BlockKey | bytes) -> bool:
         """Whether some tier has a block; counts as no use of it."""

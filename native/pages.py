@@ -1,9 +1,11 @@
-"""Large pages for large buffers."""
+"""Pages of memory: large ones for large buffers, and buffers that give theirs back."""
 
 import ctypes
+import math
 import mmap
 import sys
 
+import torch
 from torch import Tensor
 
 LEAST_BYTES = 4 << 20  # below it no aligned large page is certain to fit
@@ -24,3 +26,17 @@ def large_pages(buffer: Tensor) -> Tensor:
         ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_HUGEPAGE
     )
     return buffer
+
+
+def own_pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A buffer in host memory, all zeros, in pages that nothing else lies on.
+
+    The system backs each page when it is first touched, and has all of them back as soon as the
+    buffer is freed, which an allocator's memory need not have.
+    """
+    nbytes = math.prod(size) * dtype.itemsize
+    with torch.inference_mode(False):  # whoever writes later need not be in that mode
+        if nbytes == 0:
+            return torch.empty(size, dtype=dtype)
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(pages, dtype=dtype).view(size)

@@ -1,0 +1,201 @@
+"""One step of any number of requests: chunks of prompts and newest tokens, packed side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from traceback import clear_frames
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from engine.attention import attend_chunk
+from engine.cache import Cache, Query
+from engine.loading import Loader
+from engine.model import QKV, AttentionSpec, Layer, Model
+from engine.rope import RopeTable, Tables
+
+
+@dataclass(slots=True, eq=False)
+class Piece:
+    """What one request has in a step.
+
+    Args:
+        tokens: at least one; they follow those in the cache.
+        prompt: a chunk of a prompt; otherwise the newest token of a running request, alone.
+        logits: whether those after the last token are wanted.
+        loader: puts the KV of the tokens before `cache.length` there, a layer at a time.
+        error: set by the step: what went wrong in this piece alone.
+    """
+
+    cache: Cache
+    tokens: Int[Tensor, " n"]
+    prompt: bool
+    logits: bool = True
+    loader: Loader | None = None
+    error: Exception | None = None
+
+
+class Fresh(NamedTuple):
+    """What a layer makes of the tokens of all pieces."""
+
+    plain: QKV
+    q: Float[Tensor, "Hq N D"]  # rotated
+    k: Float[Tensor, "Hk N D"]  # rotated
+
+
+@torch.inference_mode()
+def step(model: Model, pieces: Sequence[Piece]) -> list[Float[Tensor, " vocab"] | None]:
+    """Append every piece's tokens to its cache; returns the logits that are wanted, by piece.
+
+    No token is computed for padding (Prepacking, Zhao et al. 2024), and prompts are read beside
+    running requests (Sarathi-Serve, Agrawal et al. 2024): projections, rotation and MLP run over
+    all tokens, attention over each piece's own cache.
+
+    A piece whose cache or loader raises has the `error`, no logits, and a cache as long as before;
+    nothing changes for the others. What the model raises, this raises: then no cache has grown.
+    """
+    x = hidden(model, pieces)
+    sound = [piece.error is None for piece in pieces]
+    wanted = [fine and piece.logits for fine, piece in zip(sound, pieces, strict=True)]
+    rows = [span.stop - 1 for span, is_it in zip(_spans(pieces), wanted, strict=True) if is_it]
+    found = iter(model.logits(x if len(rows) == len(x) else x[rows]) if rows else ())
+    for fine, piece in zip(sound, pieces, strict=True):
+        if fine:
+            piece.cache.advance(len(piece.tokens))
+    return [next(found) if is_it else None for is_it in wanted]
+
+
+@torch.inference_mode()
+def hidden(model: Model, pieces: Sequence[Piece]) -> Float[Tensor, "N E"]:
+    """The last layer's output for the tokens of all pieces; the caller advances their caches.
+
+    Rows of pieces with an error mean nothing.
+    """
+    x, spans = model.embed(torch.cat([piece.tokens for piece in pieces])), _spans(pieces)
+    tables = Tables(torch.tensor(_positions(pieces), device=x.device))
+    for i, layer in enumerate(model.layers):
+        _look_ahead(model, i + 1, x, tables, pieces, spans)
+        fresh = _fresh(layer, x, tables)
+        heads = [
+            _attend(piece, i, rows, fresh, layer.attention)
+            for piece, rows in zip(pieces, spans, strict=True)
+        ]
+        if all(piece.error is not None for piece in pieces):
+            return x
+        x = layer.finish(x, heads[0] if len(heads) == 1 else torch.cat(heads, 1))
+    return x
+
+
+def raise_error(pieces: Sequence[Piece]) -> None:
+    """Raise the first piece's error, if there is one, for callers whose pieces are one matter."""
+    for piece in pieces:
+        if piece.error is not None:
+            error, piece.error = piece.error, None
+            try:
+                raise error
+            finally:
+                del error  # or it and its own traceback would keep each other
+
+
+def _spans(pieces: Sequence[Piece]) -> list[slice]:
+    """The rows of each piece."""
+    spans, end = [], 0
+    for piece in pieces:
+        start, end = end, end + len(piece.tokens)
+        spans.append(slice(start, end))
+    return spans
+
+
+def _positions(pieces: Sequence[Piece]) -> list[int]:
+    starts = [(piece.cache.length, len(piece.tokens)) for piece in pieces]
+    return [position for start, n in starts for position in range(start, start + n)]
+
+
+def _fresh(layer: Layer, x: Tensor, tables: Tables) -> Fresh:
+    plain = layer.qkv(x)
+    turned = layer.rope.rotate(torch.cat([plain.q, plain.k]), tables[layer.rope])
+    return Fresh(plain, *turned.split([len(plain.q), len(plain.k)]))
+
+
+def _attend(
+    piece: Piece, i: int, rows: slice, fresh: Fresh, spec: AttentionSpec
+) -> Float[Tensor, "Hq n D"]:
+    """What a piece's tokens attend to in layer `i`; zeros from an error on."""
+    if piece.error is None:
+        try:
+            return (_read if piece.prompt else _decode)(piece, i, rows, fresh, spec)
+        except Exception as error:  # whatever it is, it is this request's alone
+            piece.error = _without_tensors(error)
+    return torch.zeros_like(fresh.q[:, rows])
+
+
+def _read(
+    piece: Piece, i: int, rows: slice, fresh: Fresh, spec: AttentionSpec
+) -> Float[Tensor, "Hq n D"]:
+    """Attention of a chunk of a prompt."""
+    if piece.loader is not None:
+        piece.loader.wait(i)
+    plain, cache = fresh.plain, piece.cache
+    cache.observe(i, plain.q[:, rows])
+    seen = cache.append(i, plain.k[:, rows], fresh.k[:, rows], plain.v[:, rows])
+    return attend_chunk(fresh.q[:, rows], seen.k, seen.v, spec)
+
+
+def _decode(
+    piece: Piece, i: int, rows: slice, fresh: Fresh, spec: AttentionSpec
+) -> Float[Tensor, "Hq 1 D"]:
+    """Attention of a running request's newest token."""
+    plain, cache, row = fresh.plain, piece.cache, rows.start
+    cache.append(i, plain.k[:, rows], fresh.k[:, rows], plain.v[:, rows])
+    return cache.attend(i, Query(fresh.q[:, row], plain.q[:, row]), spec)[:, None]
+
+
+def _look_ahead(
+    model: Model,
+    layer: int,
+    x: Tensor,
+    tables: Tables,
+    pieces: Sequence[Piece],
+    spans: Sequence[slice],
+) -> None:
+    """While a layer computes, running requests' caches may fetch what the next one needs."""
+    running = [
+        (piece, span.start)
+        for piece, span in zip(pieces, spans, strict=True)
+        if not piece.prompt and piece.error is None
+    ]
+    if not running or layer == len(model.layers):
+        return
+    guesses = _guesses(model, layer, x, tables, running)
+    for (piece, _), guess in zip(running, guesses, strict=True):
+        try:
+            piece.cache.look_ahead(layer, guess)
+        except Exception as error:  # as in `_attend`
+            piece.error = _without_tensors(error)
+
+
+def _guesses(
+    model: Model, layer: int, x: Tensor, tables: Tables, running: Sequence[tuple[Piece, int]]
+) -> list[Query | None]:
+    """What a layer's queries may be, a layer before: its projections of what is there now.
+
+    The residual stream changes little from one layer to the next (InfiniGen, Lee et al. 2024).
+    """
+    if not any(piece.cache.wants_guess for piece, _ in running):
+        return [None] * len(running)
+    ahead, rows = model.layers[layer], [row for _, row in running]
+    cos, sin = tables[ahead.rope]
+    if len(rows) < len(x):
+        x, cos, sin = x[rows], cos[rows], sin[rows]
+    q = ahead.qkv(x).q
+    rotated = ahead.rope.rotate(q, RopeTable(cos, sin))
+    return [Query(rotated[:, b], q[:, b]) for b in range(len(rows))]
+
+
+def _without_tensors(error: Exception) -> Exception:
+    """The error and where it came from, without what those functions held: it may be kept long."""
+    trace = error.__traceback__
+    assert trace is not None, "it was raised"
+    clear_frames(trace)
+    return error.with_traceback(trace.tb_next)
