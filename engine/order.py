@@ -74,10 +74,10 @@ class Fair:
     c + P + N·A, and f starts only while its c is the lowest in line. The lift keeps that.
 
     *Waiting.* Of the jobs of one tenant and priority that got nothing in a step, the first ages;
-    with every `aging_steps` such steps it rises one class, for good. So a job first in its line
-    is overtaken only by jobs that were first in theirs at most
-    (highest priority - own priority + 1) x `aging_steps` steps after it. The number of these is
-    finite, each ends, and nobody starts before a job that is first and lacks a place.
+    with every `aging_steps` such steps it rises one class, for good. So a job that was first for n
+    steps is overtaken only by those that were for more than
+    n - (highest priority - own + 1) x `aging_steps`: from some step on by nobody who comes later.
+    Those before it end, and nobody starts before a job that is first and lacks a place.
 
     A waiting job moves down running ones whose class, age included, is below its own priority,
     age not included.

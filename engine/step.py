@@ -73,17 +73,21 @@ def hidden(model: Model, pieces: Sequence[Piece]) -> Float[Tensor, "N E"]:
     Rows of pieces with an error mean nothing.
     """
     x, spans = model.embed(torch.cat([piece.tokens for piece in pieces])), _spans(pieces)
+    running = [(x, rows.start) for x, rows in zip(pieces, spans, strict=True) if not x.prompt]
     tables = Tables(torch.tensor(_positions(pieces), device=x.device))
     for i, layer in enumerate(model.layers):
-        _look_ahead(model, i + 1, x, tables, pieces, spans)
-        fresh = _fresh(layer, x, tables)
-        heads = [
-            _attend(piece, i, rows, fresh, layer.attention)
-            for piece, rows in zip(pieces, spans, strict=True)
-        ]
-        if all(piece.error is not None for piece in pieces):
+        _look_ahead(model, i + 1, x, tables, running)
+        fresh, heads = _fresh(layer, x, tables), []
+        for piece, rows in zip(pieces, spans, strict=True):
+            attend = _nothing if piece.error else _read if piece.prompt else _decode
+            try:
+                heads.append(attend(piece, i, rows, fresh, layer.attention))
+            except Exception as error:  # whatever it is, it is this request's alone
+                piece.error = _without_tensors(error)
+                heads.append(_nothing(piece, i, rows, fresh, layer.attention))
+        if all(piece.error for piece in pieces):
             return x
-        x = layer.finish(x, heads[0] if len(heads) == 1 else torch.cat(heads, 1))
+        x = layer.finish(x, _side_by_side(heads, stacked=len(running) == len(pieces)))
     return x
 
 
@@ -118,18 +122,6 @@ def _fresh(layer: Layer, x: Tensor, tables: Tables) -> Fresh:
     return Fresh(plain, *turned.split([len(plain.q), len(plain.k)]))
 
 
-def _attend(
-    piece: Piece, i: int, rows: slice, fresh: Fresh, spec: AttentionSpec
-) -> Float[Tensor, "Hq n D"]:
-    """What a piece's tokens attend to in layer `i`; zeros from an error on."""
-    if piece.error is None:
-        try:
-            return (_read if piece.prompt else _decode)(piece, i, rows, fresh, spec)
-        except Exception as error:  # whatever it is, it is this request's alone
-            piece.error = _without_tensors(error)
-    return torch.zeros_like(fresh.q[:, rows])
-
-
 def _read(
     piece: Piece, i: int, rows: slice, fresh: Fresh, spec: AttentionSpec
 ) -> Float[Tensor, "Hq n D"]:
@@ -144,35 +136,41 @@ def _read(
 
 def _decode(
     piece: Piece, i: int, rows: slice, fresh: Fresh, spec: AttentionSpec
-) -> Float[Tensor, "Hq 1 D"]:
+) -> Float[Tensor, "Hq D"]:
     """Attention of a running request's newest token."""
     plain, cache, row = fresh.plain, piece.cache, rows.start
     cache.append(i, plain.k[:, rows], fresh.k[:, rows], plain.v[:, rows])
-    return cache.attend(i, Query(fresh.q[:, row], plain.q[:, row]), spec)[:, None]
+    return cache.attend(i, Query(fresh.q[:, row], plain.q[:, row]), spec)
+
+
+def _nothing(
+    piece: Piece, i: int, rows: slice, fresh: Fresh, spec: AttentionSpec
+) -> Float[Tensor, "Hq *n D"]:
+    """What goes on in place of a piece that has an error."""
+    return torch.zeros_like(fresh.q[:, rows if piece.prompt else rows.start])
+
+
+def _side_by_side(heads: list[Tensor], *, stacked: bool) -> Float[Tensor, "Hq N D"]:
+    """What pieces attend to, in one tensor; `stacked` if each is of one token."""
+    if stacked:
+        return torch.stack(heads, 1)
+    wide = [part if part.ndim == 3 else part[:, None] for part in heads]
+    return wide[0] if len(wide) == 1 else torch.cat(wide, 1)
 
 
 def _look_ahead(
-    model: Model,
-    layer: int,
-    x: Tensor,
-    tables: Tables,
-    pieces: Sequence[Piece],
-    spans: Sequence[slice],
+    model: Model, layer: int, x: Tensor, tables: Tables, running: Sequence[tuple[Piece, int]]
 ) -> None:
     """While a layer computes, running requests' caches may fetch what the next one needs."""
-    running = [
-        (piece, span.start)
-        for piece, span in zip(pieces, spans, strict=True)
-        if not piece.prompt and piece.error is None
-    ]
     if not running or layer == len(model.layers):
         return
     guesses = _guesses(model, layer, x, tables, running)
     for (piece, _), guess in zip(running, guesses, strict=True):
-        try:
-            piece.cache.look_ahead(layer, guess)
-        except Exception as error:  # as in `_attend`
-            piece.error = _without_tensors(error)
+        if piece.error is None:
+            try:
+                piece.cache.look_ahead(layer, guess)
+            except Exception as error:  # as in `_attend`
+                piece.error = _without_tensors(error)
 
 
 def _guesses(

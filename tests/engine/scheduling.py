@@ -1,4 +1,4 @@
-"""A caller of the scheduler that computes nothing, but looks at every plan with books of its own."""
+"""A caller of the scheduler: it computes nothing, and checks every plan by books of its own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -79,13 +79,17 @@ class Caller:
         if job in self.jobs:
             self.jobs.remove(job)
 
-    def run(self, most: int = 1000) -> int:
+    def run(self) -> None:
         """Steps until everything is over."""
-        for steps in range(most):
-            if not self.jobs:
-                return steps
-            self.step()
-        raise AssertionError(f"not over in {most} steps: {self.jobs}")
+        self.until(lambda: not self.jobs)
+
+    def until(self, seen: Callable[[], object], most: int = 1000) -> Plan:
+        """Steps until something is seen; the last of them."""
+        for _ in range(most):
+            plan = self.step()
+            if seen():
+                return plan
+        raise AssertionError(f"not seen in {most} steps: {self.jobs}")
 
     def _start(self, job: Job) -> Started:
         assert job.state is State.PROMPT

@@ -1,0 +1,57 @@
+"""`headrace serve`: a model behind OpenAI's interface."""
+
+import importlib.util
+import logging
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.commands.session import engine_config, open_engine
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+
+
+def run(args: Namespace) -> int:
+    config = _config(args)
+    if importlib.util.find_spec("uvicorn") is None:
+        raise ConfigError("a server needs more packages: pip install 'headrace[serve]'")
+    from engine.serve.running import serving
+
+    with (
+        open_engine(args, config) as engine,
+        _access_log(config),
+        serving(engine, Path(args.model).name) as server,
+    ):
+        server.run(lambda url: print(f"ready {url}", file=sys.stderr, flush=True))
+    return 0
+
+
+def _config(args: Namespace) -> EngineConfig:
+    config = engine_config(args)
+    changes: dict[str, Any] = {"host": args.host, "port": args.port}
+    given = {name: value for name, value in changes.items() if value is not None}
+    return msgspec.structs.replace(config, serve=msgspec.structs.replace(config.serve, **given))
+
+
+@contextmanager
+def _access_log(config: EngineConfig) -> Iterator[None]:
+    """Requests are logged where the configuration says."""
+    from engine.serve.access_log import AccessLog
+
+    if config.serve.access_log is None:
+        yield
+        return
+    handler, logger = AccessLog(config.serve.access_log), logging.getLogger("headrace.access")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,124 @@
+"""One request in the service, as the server's event loop sees it."""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from concurrent.futures import Executor
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from engine.ask import Ask, Failure, Ticket
+from engine.request import Completion, Event
+from engine.shelf import Reading
+
+if TYPE_CHECKING:
+    from engine.service import Service
+
+
+class Answering:
+    """Events as they come. Close it: that cancels what is not over, and settles what was read.
+
+    Made and awaited by the loop's thread; `start` may be called by another, and even after `close`.
+
+    Args:
+        threads: where all is done that may have to wait.
+    """
+
+    def __init__(self, service: "Service", threads: Executor) -> None:
+        self.completion: Completion | None = None
+        self._service, self._threads = service, threads
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[tuple[int, Event | Failure]] = deque()
+        self._came = asyncio.Event()
+        self._tokens: list[int] = []
+        self._lock = threading.Lock()  # guards what follows
+        self._ask: Ask | None = None
+        self._ticket: Ticket | None = None
+        self._reading: Reading | None = None
+        self._over = self._closed = False
+
+    def start(self, ask: Ask, reading: Reading | None) -> None:
+        """Submit a request, whose reading is ended here from then on.
+
+        Raises:
+            PromptError, Busy, ServerStopping: see `Service.submit`. The reading is the caller's.
+        """
+        self._ask = ask
+        ticket = self._service.submit(ask, self._listen)
+        with self._lock:
+            self._ticket, self._reading = ticket, reading
+            late = self._closed
+        if late:  # nobody else will
+            self._settle()
+
+    async def some(self, timeout_s: float | None = None) -> list[Event]:
+        """What came since the last call, at least one event; none where the time was over.
+
+        Raises:
+            Exception: the request has failed; what came before was given out.
+        """
+        if not self._waiting:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._came.wait()
+        self._came.clear()
+        events: list[Event] = []
+        while self._waiting:
+            said_ns, event = self._waiting[0]
+            if isinstance(event, Failure) and events:
+                break  # next time
+            self._waiting.popleft()
+            if self._ask is not None and self._ask.trace is not None:
+                self._ask.trace.add("detokenise", said_ns, time.perf_counter_ns())
+            if isinstance(event, Failure):
+                self._over = True
+                raise event.error
+            events.append(event)
+            self._tokens.append(event.token)
+            self.completion = event.completion
+        self._over = self.completion is not None
+        return events
+
+    async def all(self) -> list[Event]:
+        """Every event, when the last one is there."""
+        events: list[Event] = []
+        while self.completion is None:
+            events += await self.some()
+        return events
+
+    @property
+    def generated(self) -> int:
+        """Tokens that came so far."""
+        return len(self._tokens)
+
+    async def settled(self) -> None:
+        """What was read is noted: who deletes a document from now on, deletes all that is left."""
+        if self._reading is not None:
+            await self._loop.run_in_executor(self._threads, self._settle)
+
+    def close(self) -> None:
+        """It is over, or nobody wants it any more. Does not wait."""
+        with self._lock:
+            started = self._ticket is not None and not self._closed
+            self._closed = True
+        if started:
+            self._threads.submit(self._settle)
+
+    def _settle(self) -> None:
+        """Cancel what still runs; note what was read."""
+        if not self._over and self._ticket is not None:
+            self._service.cancel(self._ticket)
+        with self._lock:
+            reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.end(self._tokens, self.completion)
+
+    def _listen(self, event: Event | Failure) -> None:
+        """Called by the service's thread."""
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._take, time.perf_counter_ns(), event)
+
+    def _take(self, said_ns: int, event: Event | Failure) -> None:
+        self._waiting.append((said_ns, event))
+        self._came.set()

@@ -1,0 +1,165 @@
+"""Documents over HTTP: added, listed, deleted; each tenant has its own."""
+
+import asyncio
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.catalogue import Document
+from engine.library import Unknown
+from engine.segments import Tokens
+from engine.serve.body import read_body, unless_gone
+from engine.serve.call import CALL, Call
+from engine.serve.desk import Desk
+from engine.serve.refusals import Refusal, no_document, over_quota
+from engine.serve.tenants import Tenant
+from engine.serve.wire_documents import (
+    DocumentDeleted,
+    DocumentList,
+    DocumentObject,
+    NewDocument,
+    page_of,
+    parse_documents,
+    parse_page,
+)
+from engine.shelf import Shelf
+from engine.slices import Slices
+from engine.spans import span
+
+
+class Documents:
+    """The routes of a tenant's documents."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    async def add(self, request: Request) -> Response:
+        """POST /v1/documents: answered when the KV of all is stored."""
+        desk, config = self._desk, self._desk.config
+        call: Call = request.scope[CALL]
+        with ExitStack() as held:
+            with span(call.trace, "http"):
+                tenant = desk.admit(request, held)
+                body = await read_body(request, config.body_bytes, config.body_timeout_s)
+                asked = parse_documents(body)
+            adding = Adding(desk, tenant, call)
+            documents = await unless_gone(request.receive, adding.add(asked.documents))
+            return _json(_listed(documents, has_more=False))
+
+    async def list(self, request: Request) -> Response:
+        """GET /v1/documents."""
+        shelf = shelf_of(self._desk.tenant(request))
+        page = parse_page(request.query_params)
+        documents = await self._desk.in_thread(shelf.documents)
+        return _json(page_of([_object(document) for document in documents], page))
+
+    async def one(self, request: Request) -> Response:
+        """GET /v1/documents/{id}."""
+        shelf, id_ = shelf_of(self._desk.tenant(request)), request.path_params["id"]
+        try:
+            return _json(_object(await self._desk.in_thread(lambda: shelf.document(id_))))
+        except Unknown:
+            raise no_document(id_) from None
+
+    async def delete(self, request: Request) -> Response:
+        """DELETE /v1/documents/{id}."""
+        shelf, id_ = shelf_of(self._desk.tenant(request)), request.path_params["id"]
+        try:
+            await self._desk.in_thread(lambda: shelf.delete(id_))
+        except Unknown:
+            raise no_document(id_) from None
+        return _json(DocumentDeleted(id=id_))
+
+
+class Adding:
+    """Documents on their way in."""
+
+    def __init__(self, desk: Desk, tenant: Tenant, call: Call) -> None:
+        self._desk, self._tenant, self._call = desk, tenant, call
+        self._shelf = shelf_of(tenant)
+
+    async def add(self, given: Sequence[NewDocument]) -> Sequence[Document]:
+        """Read them, put them on record, and compute their KV between the steps of requests.
+
+        Cancelled, or without room for the KV, they stay on record: what is missing is computed by
+        the first request that needs it.
+        """
+        with span(self._call.trace, "tokenise"):
+            sources = [_source(document) for document in given]
+            documents = await self._desk.in_thread(lambda: self._shelf.read(sources))
+        async with self._tenant.adding:
+            await self._desk.in_thread(lambda: self._check_quota(documents))
+            self._tenant.tokens.take(sum(document.tokens for document in documents))
+            chunks = await self._desk.in_thread(lambda: self._shelf.add(documents))
+        with span(self._call.trace, "prefill"):
+            await self._compute(documents, chunks)
+        return documents
+
+    async def _compute(self, documents: Sequence[Document], chunks: Sequence[Tokens]) -> None:
+        left = threading.Event()
+        engine, prefix = self._tenant.engine, self._shelf.prefix
+        future = self._desk.service.background(
+            lambda: _until(left, engine.precompute_slices(chunks, prefix))
+        )
+        threads, stored = self._desk.threads, self._shelf.stored
+        future.add_done_callback(lambda _: threads.submit(stored, documents))
+        try:
+            await asyncio.shield(asyncio.wrap_future(future))
+        finally:
+            left.set()
+
+    def _check_quota(self, documents: Sequence[Document]) -> None:
+        quota = self._tenant.document_tokens
+        if quota is None:
+            return
+        after = {
+            document.id: document.tokens for document in (*self._shelf.documents(), *documents)
+        }
+        needed = sum(after.values())
+        if needed > quota:
+            raise over_quota(
+                f"All documents of this key may have {quota} tokens, with these they would have "
+                f"{needed}: delete some first."
+            )
+
+
+def _until(left: threading.Event, slices: Slices[None]) -> Slices[None]:
+    """The same, but no more of it once nobody waits for it."""
+    with closing(slices):
+        for cost in slices:
+            yield cost
+            if left.is_set():
+                return
+
+
+def shelf_of(tenant: Tenant) -> Shelf:
+    """A tenant's documents. Refusal where the model cannot have any."""
+    if tenant.shelf is None:
+        raise Refusal(403, "This model cannot reuse documents.", code="forbidden")
+    return tenant.shelf
+
+
+def _source(document: NewDocument) -> Mapping[str, str]:
+    source = {"text": document.text, "title": document.title or ""}
+    return source if document.id is None else source | {"id": document.id}
+
+
+def _object(document: Document) -> DocumentObject:
+    chunks = [chunk.id for chunk in document.chunks]
+    return DocumentObject(
+        id=document.id, title=document.title, chunks=chunks, tokens=document.tokens
+    )
+
+
+def _listed(documents: Sequence[Document], *, has_more: bool) -> DocumentList:
+    data = [_object(document) for document in documents]
+    return DocumentList(data=data, first_id=data[0].id, last_id=data[-1].id, has_more=has_more)
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

@@ -1,0 +1,25 @@
+"""Answers for errors of the server's parts, and the log of what was its own fault."""
+
+import logging
+
+from engine.errors import EngineError
+from engine.library import Unknown
+from engine.serve.failures import refused
+from engine.serve.limits import Exceeded
+from engine.serve.refusals import Refusal, rate_limited
+from kvstore.errors import StoreError
+
+log = logging.getLogger(__name__)
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """The answer for any error; see `engine.serve.failures` for those of the engine."""
+    if isinstance(error, Exceeded):
+        return rate_limited(str(error), error.retry_s, type=error.what)
+    if isinstance(error, Unknown):
+        return Refusal(404, str(error), param="documents", code="not_found")
+    refusal = refused(error)
+    if refusal.status == 500:
+        known = isinstance(error, EngineError | StoreError)  # they say themselves what it was
+        log.error("a request failed: %s", error, exc_info=None if known else error)
+    return refusal

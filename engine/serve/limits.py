@@ -1,0 +1,87 @@
+"""How much a tenant may ask for: requests at once, requests and tokens in a minute."""
+
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+
+class Exceeded(Exception):
+    """A limit is reached. The message is for the client.
+
+    Args:
+        what: is limited, "requests" or "tokens".
+        retry_s: when it is worth to try again.
+    """
+
+    def __init__(self, message: str, what: str, retry_s: float) -> None:
+        super().__init__(message)
+        self.what, self.retry_s = what, retry_s
+
+
+class Bucket:
+    """An allowance that fills up evenly, to what it gives in a minute. Thread-safe.
+
+    Args:
+        what: is counted: "requests" or "tokens".
+        per_minute: None for no limit.
+        clock: seconds, never backwards.
+    """
+
+    def __init__(
+        self, what: str, per_minute: int | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._what, self._limit, self._clock = what, per_minute, clock
+        self._lock = threading.Lock()  # guards what follows
+        self._level, self._at = float(per_minute or 0), clock()
+
+    def take(self, amount: int = 1) -> None:
+        """Take `amount`; Exceeded where it is not there yet.
+
+        Of more than a full bucket, a full one is enough, and the rest is owed.
+        """
+        if self._limit is None:
+            return
+        with self._lock:
+            self._fill(self._limit)
+            missing = min(amount, self._limit) - self._level
+            if missing <= 0:
+                self._level -= amount
+                return
+        message = f"Rate limit reached: {self._limit} {self._what} per minute."
+        raise Exceeded(message, self._what, missing * 60 / self._limit)
+
+    def owe(self, amount: int) -> None:
+        """Count `amount` that was used already; give back, where it is negative."""
+        with self._lock:
+            self._level -= amount
+
+    def _fill(self, limit: int) -> None:
+        now = self._clock()
+        self._level = min(limit, self._level + (now - self._at) * limit / 60)
+        self._at = now
+
+
+class Slots:
+    """So many at once. For one thread.
+
+    Args:
+        whose: for messages.
+        limit: None for no limit.
+    """
+
+    def __init__(self, whose: str, limit: int | None) -> None:
+        self._whose, self._limit = whose, limit
+        self.taken = 0
+
+    @contextmanager
+    def hold(self) -> Generator[None]:
+        """One of them. Exceeded where all are taken."""
+        if self._limit is not None and self.taken >= self._limit:
+            message = f"Too many concurrent requests: {self._whose} {self._limit} at once."
+            raise Exceeded(message, "requests", 1.0)
+        self.taken += 1
+        try:
+            yield
+        finally:
+            self.taken -= 1

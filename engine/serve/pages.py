@@ -1,0 +1,81 @@
+"""The routes that show how a server is doing: `/`, `/stats`, `/traces` and `/metrics`."""
+
+import base64
+import hashlib
+import re
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any, Final, TypeAlias
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from engine.otlp import otlp
+from engine.serve.observed import Observed
+from engine.serve.report import TracesReport
+from engine.serve.status import status_report
+from engine.serve.traces import trace_report, visible
+
+Viewer: TypeAlias = Callable[[Request], str | None]
+PAGE: Final = "status.html"
+SAFE: Final = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
+
+
+def routes(observed: Observed, viewer: Viewer) -> list[Route]:
+    """Routes to mount.
+
+    Args:
+        viewer: the tenant who asks; None for one who may see all. Raises what the app answers
+            with where a key is needed and missing. `/` holds no numbers and is for everybody.
+    """
+    html = files("engine.serve").joinpath(PAGE).read_text("utf-8")
+    page_headers = SAFE | {
+        "content-security-policy": policy(html),
+        "referrer-policy": "no-referrer",
+    }
+
+    async def page(request: Request) -> Response:
+        return Response(html, media_type="text/html", headers=page_headers)
+
+    async def stats(request: Request) -> Response:
+        return _json(status_report(observed, viewer(request)))
+
+    async def traces(request: Request) -> Response:
+        found = visible(observed.recent, viewer(request), request.query_params.get("id"))
+        if request.query_params.get("format") == "otlp":
+            return _json(otlp(found))
+        return _json(TracesReport(traces=[trace_report(trace) for trace in found]))
+
+    async def metrics(request: Request) -> Response:
+        tenant = viewer(request)
+        text, kind = observed.metrics.exposition(request.headers.get("accept"), tenant)
+        return Response(text, headers=SAFE | {"content-type": kind})
+
+    return [
+        Route("/", page),
+        Route("/stats", stats),
+        Route("/traces", traces),
+        Route("/metrics", metrics),
+    ]
+
+
+def policy(html: str) -> str:
+    """A content security policy under which a page's own script and style run, and no others."""
+    return (
+        f"default-src 'none'; script-src {_digests('script', html)}; "
+        f"style-src {_digests('style', html)}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _digests(tag: str, html: str) -> str:
+    found = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in found]
+    return " ".join(f"'sha256-{hash_}'" for hash_ in hashes)
+
+
+def _json(value: Any) -> Response:
+    body = msgspec.json.encode(value)
+    return Response(body, media_type="application/json", headers=SAFE)

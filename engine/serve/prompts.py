@@ -1,0 +1,59 @@
+"""What a client sends, as the engine's prompt."""
+
+from dataclasses import dataclass
+
+from engine.documents import Source
+from engine.question import around_chat
+from engine.segments import Segments, ids_of
+from engine.serve.refusals import invalid
+from engine.serve.tenants import Tenant
+from engine.serve.wire import ChatRequest, CompletionRequest, InlineDocument
+from engine.shelf import Reading
+
+
+@dataclass(frozen=True, slots=True)
+class Prompted:
+    """A prompt that may run now.
+
+    Args:
+        reading: of a prompt with documents; it must be ended.
+    """
+
+    prompt: tuple[int, ...] | Segments
+    reading: Reading | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of it."""
+        return len(self.prompt.tokens if isinstance(self.prompt, Segments) else self.prompt)
+
+    def end(self) -> None:
+        """It will not run."""
+        if self.reading is not None:
+            self.reading.end([], None)
+
+
+def prompted(tenant: Tenant, request: ChatRequest | CompletionRequest) -> Prompted:
+    """The prompt of a request. For a thread of its own: long texts take long.
+
+    Raises:
+        PromptError: the text or the conversation is not one for this model.
+        Unknown: a document is.
+    """
+    engine = tenant.engine
+    if isinstance(request, CompletionRequest):
+        given = request.alone
+        return Prompted(ids_of(engine.tokenize(given) if isinstance(given, str) else given))
+    if not request.documents:
+        return Prompted(ids_of(engine.render(request.turns)))
+    if tenant.shelf is None:
+        raise invalid("This model cannot reuse documents: send them as messages.", "documents")
+    around = around_chat(engine, request.turns)
+    reading = tenant.shelf.reading(around, [_source(one) for one in request.documents])
+    return Prompted(reading.segments, reading)
+
+
+def _source(document: str | InlineDocument) -> Source:
+    if isinstance(document, str):
+        return document
+    return {"text": document.text, "title": document.title or ""}

@@ -1,0 +1,105 @@
+"""How a server is doing: the document of `/stats`."""
+
+from engine.serve.counters import Readings, process_reading
+from engine.serve.history import Recorded, Sample, quantiles, ratio
+from engine.serve.observed import Observed, Sums
+from engine.serve.report import Blend, Counts, Latency, StatusReport, Tier, Tokens
+from engine.serve.traces import coverage, share_of, trace_report, visible
+from kvstore.stats import TierStats
+
+TRACES = 12  # as many as fit on a screen
+
+
+def status_report(observed: Observed, tenant: str | None = None) -> StatusReport:
+    """All numbers of now, with the traces and counts of a tenant, or of all where it is None."""
+    observed.note()
+    readings, now = observed.read(), observed.clock()
+    with observed.lock:
+        sums, sample = observed.sums.copy(), observed.sample()
+        rate, past = observed.history.generated_per_s(sample), observed.history.past(now)
+        recent = observed.latencies.recent(now)
+    shares = observed.recent.shares()
+    traces = visible(observed.recent, tenant)[:TRACES]
+    return StatusReport(
+        model=observed.model,
+        started_at=observed.started_unix,
+        uptime_s=now - observed.started,
+        requests=_counts(readings, sums),
+        tenants={n: c for n, c in sums.finished.items() if tenant is None or n == tenant},
+        tokens=_tokens(sums, sample, rate),
+        latency=_latency(recent, observed.latencies.window_s),
+        tiers=[_tier(name, stats) for name, stats in readings.store.tiers.items()],
+        queued_bytes=readings.store.queued_bytes,
+        pinned_blocks=readings.store.pinned,
+        running=readings.kv,
+        pool=readings.pool,
+        swap=readings.swap,
+        blend=_blend(sums),
+        process=process_reading(),
+        past=past,
+        coverage=coverage(shares),
+        shares=share_of(shares),
+        traces=[trace_report(trace, spans=False) for trace in traces],
+    )
+
+
+def _counts(readings: Readings, sums: Sums) -> Counts:
+    return Counts(
+        waiting=readings.waiting,
+        running=readings.running,
+        swapped=readings.swapped,
+        finished=sum(sums.finished.values()),
+        failed=readings.failed,
+        cancelled=readings.cancelled,
+        dropped_clients=sums.dropped,
+        preemptions=readings.preemptions,
+        steps=readings.steps,
+        background=readings.background,
+    )
+
+
+def _tokens(sums: Sums, sample: Sample, rate: float | None) -> Tokens:
+    return Tokens(
+        prompt=sums.prompt,
+        cached=sums.cached,
+        generated=sums.generated,
+        cached_ratio=ratio(sums.cached, sums.prompt),
+        generated_per_s=rate,
+    )
+
+
+def _latency(recent: list[Recorded], window_s: float) -> Latency:
+    return Latency(
+        window_s=window_s,
+        ttft_s=quantiles([request.ttft_s for request in recent]),
+        tpot_s=quantiles([request.tpot_s for request in recent]),
+        queue_s=quantiles([request.queue_s for request in recent]),
+    )
+
+
+def _tier(name: str, stats: TierStats) -> Tier:
+    return Tier(
+        name=name,
+        used_bytes=stats.used_bytes,
+        capacity_bytes=stats.capacity_bytes,
+        blocks=stats.blocks,
+        hits=stats.hits,
+        misses=stats.misses,
+        hit_ratio=ratio(stats.hits, stats.hits + stats.misses),
+        read_bytes=stats.bytes_read,
+        written_bytes=stats.bytes_written,
+        evictions=stats.evictions,
+        skipped=stats.skipped,
+        corrupt=stats.corrupt,
+        quarantined=stats.quarantined,
+    )
+
+
+def _blend(sums: Sums) -> Blend:
+    return Blend(
+        requests=sums.blends,
+        exact_tokens=sums.exact,
+        reused_tokens=sums.reused,
+        fresh_tokens=sums.fresh,
+        charged_ratio=ratio(sums.charged, sums.reused),
+    )

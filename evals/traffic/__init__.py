@@ -1,0 +1,1 @@
+"""Requests over time: recorded ones, and ones drawn to be like them."""

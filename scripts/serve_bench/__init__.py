@@ -1,0 +1,1 @@
+"""The load test of the server: clients, servers as subprocesses, and profiles of load."""

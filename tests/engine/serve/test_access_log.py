@@ -1,0 +1,49 @@
+"""The way of the access log's lines to a file or a pipe."""
+
+import logging
+import os
+import sys
+
+import pytest
+
+from engine.errors import ConfigError
+from engine.serve import access_log
+from engine.serve.access_log import AccessLog
+
+
+def said(text: str) -> logging.LogRecord:
+    return logging.LogRecord("access", logging.INFO, "", 0, "%s", (text,), None)
+
+
+def test_lines_are_added_to_a_file(tmp_path):
+    file = tmp_path / "access.log"
+    file.write_text("before\n")
+    log = AccessLog(str(file))
+    for number in range(3):
+        log.emit(said(str(number)))
+    log.close()
+    assert file.read_text() == "before\n0\n1\n2\n"
+
+
+def test_a_file_that_cannot_be_written_is_a_mistake(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot write serve\.access_log"):
+        AccessLog(str(tmp_path / "none" / "access.log"))
+
+
+def test_a_pipe_that_nobody_reads_holds_up_nobody(monkeypatch):
+    """Not the server, and not its end."""
+    monkeypatch.setattr(access_log, "LAST_S", 0.1)
+    monkeypatch.setattr(access_log, "WAITING", 100)
+    reader, writer = os.pipe()
+    pipe = open(writer, "w")  # noqa: SIM115  closed below, when nobody writes any more
+    monkeypatch.setattr(sys, "stdout", pipe)
+    log = AccessLog("-")
+    for _ in range(200):
+        log.emit(said("x" * 10_000))
+    assert log.lost > 0
+    log.close()
+    os.close(reader)  # the thread that writes learns that, and ends
+    log._thread.join(10)
+    assert not log._thread.is_alive()
+    pipe.detach()
+    os.close(writer)

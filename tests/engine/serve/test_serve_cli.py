@@ -1,0 +1,78 @@
+"""`headrace serve` in a process of its own."""
+
+import json
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from engine.cli import main
+from tests.engine.serve.server import LIMIT_S, process
+
+ASKED = {"model": "needle-tiny", "prompt": "One", "max_tokens": 2}
+
+
+def test_it_serves_and_stops_cleanly(tmp_path):
+    config = tmp_path / "config.toml"
+    config.write_text('[serve]\naliases = ["other"]\ndrain_s = 5.0\n')
+    with process("--store", str(tmp_path / "store"), config=config) as server:
+        with httpx.Client(base_url=server.url, timeout=LIMIT_S) as client:
+            assert client.get("/readyz").status_code == 200
+            done = client.post("/v1/completions", json=ASKED | {"model": "other"})
+            assert done.status_code == 200
+            running = {"max_tokens": 400, "stream": True, "seed": 1, "temperature": 2}
+            with client.stream("POST", "/v1/completions", json=ASKED | running) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                server.signal(signal.SIGTERM)  # what runs may end
+                assert "[DONE]" in list(lines)[-2]
+        assert server.wait() == 0
+    ready = [line for line in server.stderr if "ready" in line]
+    assert ready == [f"ready {server.url}\n"]
+    assert "Traceback" not in "".join(server.stderr)
+    logged = [json.loads(line) for line in server.stdout]
+    assert [line["status"] for line in logged] == [200, 200, 200]
+    assert logged[-1]["new_tokens"] == 400
+
+
+def test_a_second_signal_does_not_wait(tmp_path):
+    with (
+        process("--no-store") as server,
+        ThreadPoolExecutor() as threads,
+        httpx.Client(base_url=server.url, timeout=LIMIT_S) as client,
+    ):
+        began = threading.Event()
+
+        def ask() -> None:
+            asked = ASKED | {"max_tokens": 30_000, "stream": True}
+            with client.stream("POST", "/v1/completions", json=asked) as stream:
+                for _ in stream.iter_lines():
+                    began.set()
+
+        asking = threads.submit(ask)
+        assert began.wait(LIMIT_S)
+        server.signal(signal.SIGTERM)
+        while client.get("/readyz").status_code == 200:  # it has heard the first one
+            pass
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 128 + signal.SIGTERM
+        assert asking.exception(LIMIT_S) is not None
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--host", "0.0.0.0"], "there are no keys: everybody who reaches it"),
+        (["--port", "99999"], "serve.port is a number from 0 to 65535"),
+        (["--model", "/nowhere", "--port", "0"], "/nowhere"),
+        (["--host", "127.0.0.1", "--config", "/none.toml"], "cannot read /none.toml"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(capsys, args, said):
+    assert main(["serve", "--no-store", *args]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err.splitlines()[-1]
+    assert "Traceback" not in err
