@@ -136,8 +136,6 @@ class Carrier:
         """Free all that a request has, and keep near what it had from the store."""
         if live in self._unsettled:
             self._unsettled.remove(live)
-        if live.coming is not None and live.coming is not live.loader:
-            wait([live.coming])  # until nothing writes to its cache any more
         if self.swap is not None and isinstance(live.run.cache, SlabCache):
             self.swap.forget(live.run.cache)
         live.release()

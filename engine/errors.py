@@ -2,7 +2,8 @@
 
     EngineError
     ├── ModelError     the model cannot be served: unknown, incomplete, quantized, not reproduced
-    ├── PromptError    the request cannot be: empty, too long, token ids out of range
+    ├── PromptError    the request cannot be: empty, token ids out of range
+    │   └── PromptTooLong  more tokens than the model has positions, or a budget holds
     ├── ConfigError    a setting is unknown or out of range
     ├── Busy           too many requests wait already: try again later
     ├── ServerStopping no new requests are taken
@@ -24,6 +25,10 @@ class ModelError(EngineError):
 
 class PromptError(EngineError, ValueError):
     """The request cannot be served."""
+
+
+class PromptTooLong(PromptError):
+    """The request would be served if it were shorter."""
 
 
 class ConfigError(EngineError, ValueError):

@@ -12,7 +12,7 @@ from engine.background import in_thread
 from engine.catalogue import Document
 from engine.documents import Source, read
 from engine.engine import Engine
-from engine.errors import ConfigError, PromptError
+from engine.errors import ConfigError, PromptError, PromptTooLong
 from engine.library import Cited, Library
 from engine.question import around
 from engine.repair import BlendConfig, PolicyName
@@ -190,7 +190,7 @@ class Rag:
             raise PromptError("the chat template puts the question in front of the texts")
         positions = self.engine.model.shape.max_positions
         if len(before) + len(behind) > positions:
-            raise PromptError(
+            raise PromptTooLong(
                 f"the question has {len(behind)} tokens and stands behind {len(before)} of "
                 f"instructions, the model has {positions} positions: shorten the question"
             )
@@ -201,7 +201,7 @@ class Rag:
         chunks, positions = [one.tokens for one in cited], self.engine.model.shape.max_positions
         segments = Segments(self.prefix, chunks, behind, self._separator)
         if len(segments.tokens) > positions:
-            raise PromptError(
+            raise PromptTooLong(
                 f"{len(cited)} chunks and the question have {len(segments.tokens)} tokens, the "
                 f"model {positions} positions: ask with fewer chunks, or add with less chunk_tokens"
             )

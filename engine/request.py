@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from engine.cache import Cache, SparseStats
-from engine.errors import PromptError
+from engine.errors import PromptError, PromptTooLong
 from engine.repair import BlendConfig, BlendReport
 from engine.sampling import Sampling, TokenLogprob, logprobs, sample
 from engine.segments import Segments
@@ -98,7 +98,7 @@ class Request:
             bad = next(token for token in self.prompt if not 0 <= token < vocab)
             raise PromptError(f"token id {bad} is out of range: the model knows 0 to {vocab - 1}")
         if len(self.prompt) > max_positions:
-            raise PromptError(
+            raise PromptTooLong(
                 f"the prompt has {len(self.prompt)} tokens, the model {max_positions} positions: "
                 "shorten the prompt or use a model with a longer context"
             )

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from engine.errors import ConfigError, PromptError
+from engine.errors import ConfigError, PromptTooLong
 from engine.job import Job, State
 
 
@@ -107,15 +107,15 @@ class Room:
     # of all
 
     def refuse(self, job: Job) -> None:
-        """PromptError if it could not run even alone."""
+        """PromptTooLong if it could not run even alone."""
         what, has = f"a request of up to {job.capacity} tokens needs", self.limits
         if (worst := self.worst(job)) > has.device_bytes:
-            raise PromptError(
+            raise PromptTooLong(
                 f"{what} {worst} bytes of KV on the device, cache_bytes is {has.device_bytes}: "
                 "raise it, or ask for less"
             )
         if (pool := _pool(job)) > has.pool_bytes:
-            raise PromptError(
+            raise PromptTooLong(
                 f"{what} {pool} bytes of KV in the pool, which has {has.pool_bytes}: raise "
                 "pinned_bytes or spill_bytes, or ask for less"
             )

@@ -222,10 +222,7 @@ class Scheduler:
 
     def _read(self, job: Job, draft: Draft) -> None:
         """Tokens for a prompt, as many as have room: it sends nobody down for more."""
-        want = min(job.unread, draft.left)
-        count = self._room.most(job, want)
-        draft.held_up |= count < want  # what becomes free is for this one
-        if count:
+        if count := self._room.most(job, min(job.unread, draft.left)):
             self._room.hold(job, job.done + count)
             draft.prompt[job] = count
             draft.left -= count

@@ -15,13 +15,13 @@ from engine.ask import Ask, Failure, Listener, Ticket
 from engine.carrier import Carrier
 from engine.chores import Chores
 from engine.engine import Engine
-from engine.errors import Cancelled, DeadlineExceeded, EngineError, PromptError, ServerStopping
+from engine.errors import Cancelled, DeadlineExceeded, EngineError, PromptTooLong, ServerStopping
 from engine.job import Job, State
 from engine.live import Live
 from engine.loading import BlocksLost
 from engine.outbox import Outbox
-from engine.request import Chosen
 from engine.plan import Plan, Started
+from engine.request import Chosen
 from engine.scheduler import Scheduler
 from engine.segments import Segments
 from engine.service_stats import ServiceStats, TenantCounts
@@ -126,7 +126,7 @@ class Service:
         )
         run.movable, prompt = self._carrier.movable, len(run.request.prompt)
         if run.capacity > self._carrier.max_tokens:
-            raise PromptError(
+            raise PromptTooLong(
                 f"{prompt} tokens of prompt and {ask.max_new_tokens} of answer are more than "
                 f"schedule.max_tokens ({self._carrier.max_tokens}): raise it, or ask for less"
             )

@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from engine.model import Shape
-from kvstore.errors import StoreError
+from kvstore.errors import PoolFull
 from kvstore.spill import Spill
 from native.pages import own_pages
 
@@ -30,13 +30,22 @@ class SwapFile:
 
     Takes, beside what the caller counts, memory for two runs of pieces, one each way: one caller
     may write while another reads.
+
+    Raises:
+        PoolFull: the spill's budget holds no piece.
     """
 
     def __init__(self, shape: Shape, spill: Spill) -> None:
         self.spill = spill
         self.piece_tokens = max(1, PIECE_BYTES // shape.kv_bytes_per_token)
         self.piece_bytes = self.piece_tokens * shape.kv_bytes_per_token
-        self.count = spill.capacity_bytes // spill.cost(self.piece_bytes)
+        cost = spill.cost(self.piece_bytes)
+        self.count = spill.capacity_bytes // cost
+        if not self.count:
+            raise PoolFull(
+                f"{Spill.setting} {spill.capacity_bytes} holds no piece of a request's KV, which "
+                f"takes {cost} bytes: raise it, or leave out spill_path"
+            )
         self._free = list(range(self.count))[::-1]
         run = -(-RUN_TOKENS // self.piece_tokens)
         self.run_tokens = run * self.piece_tokens
@@ -81,7 +90,7 @@ class SwapFile:
                 span = numbers[lo // size : self.pieces(min(stop, lo + self.run_tokens))]
                 self._stage(source, first, lo, min(stop, lo + self.run_tokens))
                 self.spill.write([*zip(span, _bytes(self._written), strict=False)])
-        except StoreError:
+        except BaseException:
             self._free += taken
             raise
         written = len(numbers) - start // size

@@ -14,7 +14,7 @@ from engine.indexes import INDEXES
 from engine.method import Method
 from engine.model import Model
 from engine.prefill import prefill
-from engine.sparse_cache import OBSERVED, SparseCache, sparse_layers
+from engine.sparse_cache import SparseCache, latest, sparse_layers
 from kvstore.pool import Pool
 from retrieval.index import State
 from retrieval.select import Policy
@@ -43,7 +43,7 @@ class Context(SequenceCache):
 
     def observe(self, layer: int, queries: Float[Tensor, "Hq N D"]) -> None:
         """Keep the last ones, as `SparseCache` does."""
-        self.queries[layer] = queries[:, -OBSERVED:].clone()
+        self.queries[layer] = latest(self.queries.get(layer), queries)
 
     def dense(self, room: int) -> SequenceCache:
         """A copy that attends to everything, with room for so many more tokens."""

@@ -1,10 +1,12 @@
 """The access log's way out: a thread writes, so that who reads slowly does not hold up requests."""
 
+import io
 import logging
+import os
 import queue
 import sys
 import threading
-from typing import IO
+from contextlib import suppress
 
 from engine.errors import ConfigError
 
@@ -25,9 +27,10 @@ class AccessLog(logging.Handler):
         super().__init__()
         self._lines: queue.Queue[str | None] = queue.Queue(WAITING)
         self._out = _opened(where)
+        self._ended = False
+        self.lost = 0
         self._thread = threading.Thread(target=self._write, name="headrace-access", daemon=True)
         self._thread.start()
-        self.lost = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         """Have a line written, unless too many wait."""
@@ -38,27 +41,31 @@ class AccessLog(logging.Handler):
 
     def close(self) -> None:
         """Write what is left, if there is somebody to take it."""
-        try:
+        self._ended = True
+        with suppress(queue.Full):  # then the thread is awake, and sees that by itself
             self._lines.put_nowait(None)
-        except queue.Full:
-            self.lost += 1
         self._thread.join(LAST_S)
         super().close()
 
     def _write(self) -> None:
-        while (line := self._lines.get()) is not None:
-            try:
-                print(line, file=self._out, flush=True)
-            except (OSError, ValueError):  # whoever read it has gone
-                return
-        if self._out is not sys.stdout:
-            self._out.close()
+        with self._out:
+            while not (self._ended and self._lines.empty()):
+                if (line := self._lines.get()) is not None:
+                    self._put(f"{line}\n".encode())
+
+    def _put(self, data: bytes) -> None:
+        try:
+            while data:
+                data = data[self._out.write(data) :]
+        except OSError:  # whoever read it has gone, or a disk is full
+            self.lost += 1
 
 
-def _opened(where: str) -> IO[str]:
-    if where == "-":
-        return sys.stdout
+def _opened(where: str) -> io.FileIO:
+    """Without a buffer, whose lock a thread that cannot write would keep when the process ends."""
     try:
-        return open(where, "a", encoding="utf-8")
+        if where == "-":
+            return io.FileIO(os.dup(sys.stdout.fileno()), "w")
+        return io.FileIO(where, "a")
     except OSError as error:
         raise ConfigError(f"cannot write serve.access_log {where}: {error.strerror}") from error

@@ -19,7 +19,7 @@ TIER_GAUGES: Final = {
 }
 TIER_COUNTERS: Final = {
     "hits": ("tier_hits", "Blocks found by a lookup."),
-    "hits": ("tier_misses", "Blocks looked for in vain."),
+    "misses": ("tier_misses", "Blocks looked for in vain."),
     "reads": ("tier_reads", "Reads answered."),
     "bytes_read": ("tier_read_bytes", "Bytes read."),
     "bytes_written": ("tier_written_bytes", "Bytes written."),

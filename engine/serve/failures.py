@@ -1,7 +1,7 @@
 """What became of a request inside the engine, as its client is told."""
 
-from engine.errors import Busy, DeadlineExceeded, PromptError, ServerStopping
-from engine.serve.refusals import Refusal, crashed, invalid, overloaded, timed_out
+from engine.errors import Busy, DeadlineExceeded, PromptError, PromptTooLong, ServerStopping
+from engine.serve.refusals import Refusal, crashed, invalid, overloaded, timed_out, too_long
 from kvstore.errors import PoolFull
 
 
@@ -11,6 +11,8 @@ def refused(error: Exception) -> Refusal:
     match error:
         case Refusal():
             return error
+        case PromptTooLong():
+            return too_long(str(error), None)
         case PromptError():
             return invalid(str(error))
         case DeadlineExceeded():

@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from engine.otlp import otlp
 from engine.serve.observed import Observed
+from engine.serve.refusals import invalid
 from engine.serve.report import TracesReport
 from engine.serve.status import status_report
 from engine.serve.traces import trace_report, visible
@@ -44,7 +45,10 @@ def routes(observed: Observed, viewer: Viewer) -> list[Route]:
 
     async def traces(request: Request) -> Response:
         found = visible(observed.recent, viewer(request), request.query_params.get("id"))
-        if request.query_params.get("format") == "otlp":
+        form = request.query_params.get("format")
+        if form not in (None, "otlp"):
+            raise invalid("Invalid value for 'format': otlp is the only one.", "format")
+        if form == "otlp":
             return _json(otlp(found))
         return _json(TracesReport(traces=[trace_report(trace) for trace in found]))
 

@@ -32,7 +32,6 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._set_options(transport.get_extra_info("socket"))
-        self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_came()

@@ -191,9 +191,9 @@ class CompletionRequest(Options, frozen=True, kw_only=True):
     @property
     def alone(self) -> str | list[int]:
         """The one prompt: a text, or token ids."""
-        first = self.prompt[0]
         if isinstance(self.prompt, str):
             return self.prompt
+        first = self.prompt[0]
         return first if isinstance(first, str | list) else self.prompt  # type: ignore[return-value]
 
     @property

@@ -94,6 +94,8 @@ class Caller:
     def _start(self, job: Job) -> Started:
         assert job.state is State.PROMPT
         assert self.used() <= self.scheduler.limits.device_bytes
+        started = [other for other in self.jobs if other.state is not State.WAITING]
+        assert together(self.scheduler.limits, started), "by hope"
         found = self.found(job)
         assert pinned(job) or job.held >= size(self.scheduler.limits, job, found.done)
         self.starts.append(job)

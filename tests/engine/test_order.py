@@ -150,6 +150,8 @@ def test_waiting_moves_nobody_down():
     for _ in range(20):
         assert caller.step().decode == (running,)
     assert caller.scheduler.policy.class_of(aged) == 9
+    caller.finish(aged)
+    assert caller.scheduler.policy.class_of(aged) == -1, "it remembers nobody who is over"
 
 
 def test_an_aging_of_no_steps_is_refused():

@@ -280,6 +280,31 @@ def test_those_who_run_keep_room_to_grow_when_another_starts():
     assert caller.step().prompt == ((second, 10),)
 
 
+def test_a_prompt_takes_what_room_there_is_until_others_behind_it_make_more():
+    caller = fcfs(at_once=False, found=lambda job: Started(0, ready=False), lower_bytes=300)
+    prompt, behind = caller.add(60, 1), caller.add(1, 60)
+    caller.step()
+    for end in (caller.scheduler.ready, lambda job: caller.step(), caller.scheduler.settled):
+        end(behind)
+    caller.until(lambda: behind.made == 45)
+    caller.scheduler.ready(prompt)
+    for _ in range(5):
+        assert caller.step() == Plan(decode=(behind,), prompt=((prompt, 9),))
+    later = caller.add(1, 1)
+    assert caller.step() == Plan(decode=(behind,), prompt=((prompt, 4),)), "100 bytes are in use"
+    assert caller.step() == Plan(out=(behind,), prompt=((prompt, 10),))
+    assert later.state is State.WAITING
+
+
+def test_a_whole_prompt_and_what_must_be_able_to_grow_beside_it_fit_together():
+    caller = fcfs(lower_bytes=300)
+    caller.add(5, 56)
+    caller.step()
+    whole = caller.add(40, 21, whole=True)
+    caller.step()
+    assert whole.state is State.WAITING, "it would keep 60 bytes, the other may come to need 60"
+
+
 # ends
 
 

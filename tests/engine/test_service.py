@@ -258,6 +258,46 @@ def test_a_request_is_cancelled_whatever_it_is_at(module):
         service.close()
 
 
+@pytest.mark.parametrize("at", ["out", "coming", "loading"])
+def test_a_request_is_cancelled_while_its_kv_is_elsewhere(module, at, monkeypatch):
+    settings = config(schedule=dict(swap_bytes=1 << 24))
+    with Engine(module, config=settings) as engine:
+        service = Service(engine)
+        reached, go_on = threading.Event(), threading.Event()
+        swap = service._carrier.swap
+
+        def held(act):
+            def slow(*arguments):
+                reached.set()
+                assert go_on.wait(WAIT_S)
+                return act(*arguments)
+
+            return slow
+
+        other = ask(service, prompt(5).tolist(), 300)
+        other.next()
+        if at == "loading":
+            ask(service, prompt(99).tolist(), 1).completion()
+            monkeypatch.setattr(engine.store, "read_many", held(engine.store.read_many))
+            mine = ask(service, prompt(99).tolist(), 50)
+        else:
+            mine = ask(service, prompt(99).tolist(), 400)
+            mine.next()
+            target = "out" if at == "out" else "_fill"
+            monkeypatch.setattr(swap, target, held(getattr(swap, target)))
+            with service._door:
+                service._scheduler.force_out(service._live[mine.ticket.id].job)
+        assert reached.wait(WAIT_S)
+        service.cancel(mine.ticket)
+        go_on.set()
+        with pytest.raises(Cancelled):
+            mine.completion()
+        service.cancel(other.ticket)
+        empty(service)
+        assert swap.used_bytes == 0
+        service.close()
+
+
 def test_a_deadline_ends_a_request_that_runs_and_one_that_waits(module):
     with Engine(module, config=config(schedule=dict(max_running=1))) as engine:
         service = Service(engine)
