@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from engine.below import SwapStats
 from engine.cache import Cache
 from engine.decoding import seats
 from engine.engine import Engine
@@ -22,7 +24,7 @@ from engine.room import Limits
 from engine.slab import SlabCache
 from engine.sparse_cache import SparseCache
 from engine.step import Piece, step
-from engine.swap import Swap, SwapStats
+from engine.swap import Swap
 from kvstore.spill import Spill
 
 GROWTH = 256  # tokens by which a request's memory grows, on a CPU, which backs it as it is used
@@ -154,7 +156,7 @@ class Carrier:
         """Compute what a plan says; what fails in one request changes nothing for the others."""
         done = Done([], [])
         for live, row in [*self._packed(plan, lives, done), *self._parts(plan, lives, done)]:
-            self._attempt(live, done, lambda live, row=row: self._complete(live, row))
+            self._attempt(live, done, partial(self._complete, row=row))
         for live in list(self._unsettled):
             self._attempt(live, done, self._settle)
         return done

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from engine.ask import Ask, Listener, Ticket
 from engine.engine import Engine
+from engine.job import Job
 from engine.loading import Loader
 from engine.request import Running
-from engine.scheduler import Job
 from engine.slices import Slices
 
 

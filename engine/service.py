@@ -219,6 +219,7 @@ class Service:
         if chosen.ending is not None:
             self._end(live)
             self._stats.completed += 1
+        live.mark("sample")  # until it was its turn among those of the step
         self._outbox.put(live, chosen)
 
     def _failed(self, live: Live, error: Exception) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from engine.swap import SwapStats
+from engine.below import SwapStats
 
 
 @dataclass(slots=True)

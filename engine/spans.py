@@ -11,7 +11,7 @@ Times are `time.perf_counter_ns()`. What each name stands for:
     blend        the repair of a prompt of parts
     swap         moving a request's KV down or up, and waiting for it
     decode       steps with this request's newest token, and the pauses between them
-    sample       choosing the next token
+    sample       choosing the next token, and freeing what an ended request had
     detokenise   token ids to text, stop strings, the event's way to the server's loop
     send         writing the answer to the socket, and waiting for the reader
 """

@@ -1,6 +1,10 @@
 """What a user may set about the store."""
 
+from typing import get_args
+
 import msgspec
+
+from kvstore.eviction import PolicyName
 
 GIB = 1 << 30
 
@@ -12,6 +16,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         host_bytes: memory for blocks; 0 for no host tier.
         disk_path: folder of the disk tier; None for no disk tier. Not on a network file system.
         disk_bytes: live bytes on disk. The file may be some batches larger (see DiskTier).
+        policy: which blocks of a full tier go first, the last of their chain always: `lru`, least
+            recently used; `fifo`, `lfu`, `arc`, `s3fifo`, `sieve`, `gdsf`. See `kvstore.policies`.
     Raises:
         ValueError: if a budget is negative or no tier is left.
     """
@@ -19,6 +25,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     host_bytes: int = GIB
     disk_path: str | None = None
     disk_bytes: int = 16 * GIB
+    policy: PolicyName = "lru"
 
     def __post_init__(self) -> None:
         if self.host_bytes < 0:
@@ -27,5 +34,9 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueError(f"disk_bytes must be positive, got {self.disk_bytes}")
         if self.disk_path is not None and not self.disk_path:
             raise ValueError("disk_path must name a folder, got ''; leave it out for no disk tier")
+        if self.policy not in get_args(PolicyName):  # only what is read from a file is checked else
+            raise ValueError(
+                f"policy is one of {', '.join(get_args(PolicyName))}, got {self.policy!r}"
+            )
         if self.host_bytes == 0 and self.disk_path is None:
             raise ValueError("the store has no tier: set disk_path, or host_bytes above 0")

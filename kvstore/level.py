@@ -8,7 +8,7 @@ from dataclasses import replace
 from kvstore.audit import AuditReport, audit_tier
 from kvstore.block import BlockKey
 from kvstore.errors import DeviceFull, MissingParent, TierFull
-from kvstore.eviction import LRU
+from kvstore.eviction import POLICIES, PolicyName
 from kvstore.stats import TierStats
 from kvstore.tier import Item, Tier
 
@@ -21,12 +21,19 @@ class Level:
     found stays. Insertions are one at a time; lookups do not wait for them.
     """
 
-    def __init__(self, tier: Tier, lock: threading.RLock, pinned: Container[bytes]) -> None:
+    def __init__(
+        self,
+        tier: Tier,
+        lock: threading.RLock,
+        pinned: Container[bytes],
+        policy: PolicyName = "lru",
+    ) -> None:
         self.tier = tier
         self.stats = TierStats(capacity_bytes=tier.capacity_bytes)
         self._lock = lock  # guards everything below
         self._pinned = pinned
-        self._lru = LRU()
+        self._make_policy = POLICIES[policy]
+        self._policy = self._make_policy()
         self._doomed: set[bytes] = set()
         self._inserting = threading.Lock()
         self._seed()
@@ -50,7 +57,7 @@ class Level:
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Note a use of these blocks, given from the head of their chain on."""
         with self._lock:
-            self._lru.touch([key.digest for key in keys])
+            self._policy.touch([key.digest for key in keys])
             self.tier.touched([key.digest for key in reversed(keys)])
 
     def insert(self, blocks: Sequence[Item]) -> int:
@@ -87,6 +94,8 @@ class Level:
     def clear(self) -> None:
         with self._inserting:
             self.tier.clear()
+            with self._lock:
+                self._policy = self._make_policy()
             self._seed()
 
     def audit(self, repair: bool) -> AuditReport:
@@ -100,7 +109,7 @@ class Level:
     def snapshot(self) -> TierStats:
         with self._lock:
             return replace(
-                self.stats, used_bytes=self.tier.used_bytes, blocks=len(self._lru),
+                self.stats, used_bytes=self.tier.used_bytes, blocks=len(self._policy),
                 corrupt=self.tier.corrupt, quarantined=self.tier.quarantined,
             )  # fmt: skip
 
@@ -147,7 +156,7 @@ class Level:
             with self._lock:
                 self._doomed.difference_update(victims)
                 for digest in gone:
-                    self._lru.remove(digest)
+                    self._policy.remove(digest)
         self._note(blocks, len(gone))
 
     def _doom(self, blocks: Sequence[Item]) -> list[bytes]:
@@ -157,10 +166,9 @@ class Level:
             need = sum(self.tier.cost(block) for _, block in blocks)
             excess = self.tier.used_bytes + need - self.tier.capacity_bytes
             doomed: list[bytes] = []
-            for digest in self._lru.victims(_Either(self._pinned, keep)):
-                if excess <= 0:
-                    break
-                excess -= self._lru.nbytes(digest)
+            victims = self._policy.victims(_Either(self._pinned, keep))
+            while excess > 0 and (digest := next(victims, None)) is not None:
+                excess -= self._policy.nbytes(digest)
                 doomed.append(digest)
             self._doomed.update(doomed)
             return doomed
@@ -168,17 +176,19 @@ class Level:
     def _note(self, blocks: Sequence[Item], evicted: int) -> None:
         with self._lock:
             for key, block in blocks:
-                self._lru.add(key.digest, key.parent, self.tier.cost(block))
+                self._policy.add(key.digest, key.parent, self.tier.cost(block))
                 self.stats.bytes_written += block.nbytes
             self.stats.evictions += evicted
 
     def _seed(self) -> None:
-        """Learn anew what the tier holds."""
+        """Learn what the tier holds by now; what the policy knows of what stayed, it keeps."""
         residents = list(self.tier.residents())
         with self._lock:
-            self._lru = LRU()
+            for digest in set(self._policy).difference(x.digest for x in residents):
+                self._policy.remove(digest)
             for resident in residents:
-                self._lru.add(*resident)
+                if resident.digest not in self._policy:
+                    self._policy.add(*resident)
 
 
 class _Either:

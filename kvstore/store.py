@@ -15,6 +15,7 @@ from kvstore.audit import AuditReport
 from kvstore.block import BlockKey, KVBlock, LayerKV
 from kvstore.config import StoreConfig
 from kvstore.disk import DiskTier
+from kvstore.eviction import PolicyName
 from kvstore.level import Level
 from kvstore.stats import StoreStats
 from kvstore.tier import HostTier, Item, Tier
@@ -31,10 +32,16 @@ class TieredStore:
     on a read. Any doubt about stored bytes is a miss. Pins hold in this process only.
     """
 
-    def __init__(self, tiers: Sequence[Tier], *, queue_bytes: int = QUEUE_BYTES) -> None:
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        *,
+        queue_bytes: int = QUEUE_BYTES,
+        policy: PolicyName = "lru",
+    ) -> None:
         self._lock = threading.RLock()  # policies, pins and numbers; never held during I/O
         self._pins: Counter[bytes] = Counter()
-        self._levels = [Level(tier, self._lock, self._pins) for tier in tiers]
+        self._levels = [Level(tier, self._lock, self._pins, policy) for tier in tiers]
         self._fast = [level for level in self._levels if not level.tier.durable]
         self._slow = [level for level in self._levels if level.tier.durable]
         self._writer = Writer(self._write, queue_bytes) if self._slow else None
@@ -49,7 +56,7 @@ class TieredStore:
             tiers.append(HostTier(config.host_bytes))
         if config.disk_path is not None:
             tiers.append(DiskTier(Path(config.disk_path), config.disk_bytes))
-        return cls(tiers)
+        return cls(tiers, policy=config.policy)
 
     def lookup(self, keys: Sequence[BlockKey]) -> int:
         """How many leading keys are in some tier. Counts as a use of them; moves no data."""

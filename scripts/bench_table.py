@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from serve_bench import tables as serve
+
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "benchmarks" / "README.md"
 HEAD = """# Benchmarks
@@ -286,15 +288,26 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "blend": blend,
     "blend_quality": blend_quality,
     "aot": aot,
+    "serve_mixed": serve.mixed,
+    "serve_long": serve.long,
+    "serve_interference": serve.interference,
+    "serve_shared": serve.shared,
 }
-TITLES = {"aot": "Kernels, compiled ahead of time"}
+TITLES = {
+    "aot": "Kernels, compiled ahead of time",
+    "serve_mixed": "Server under load",
+    "serve_long": "Server with long prompts",
+    "serve_interference": "Server: streams while prompts are read",
+    "serve_shared": "Server beside transformers serve",
+}
 
 
 def page() -> str:
     """The whole file."""
     parts = [HEAD]
     for name, table in PARTS.items():
-        record = newest(name)
+        if (record := newest(name)) is None:
+            continue
         versions = ", ".join(
             f"{k} {record[k]}" for k in ("torch", "transformers", "lmdb") if k in record
         )
@@ -305,11 +318,10 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def newest(name: str) -> dict[str, Any]:
-    """The last line of the last results file of a benchmark."""
-    file = sorted((ROOT / "benchmarks" / "results").glob(f"{name}_[0-9]*.json*"))[-1]
-    found: dict[str, Any] = json.loads(file.read_text().splitlines()[-1])
-    return found
+def newest(name: str) -> dict[str, Any] | None:
+    """The last line of the last results file of a benchmark; None where it was not run."""
+    files = sorted((ROOT / "benchmarks" / "results").glob(f"{name}_[0-9]*.json*"))
+    return json.loads(files[-1].read_text().splitlines()[-1]) if files else None
 
 
 if __name__ == "__main__":

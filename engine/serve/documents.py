@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.catalogue import Document
+from engine.errors import ServerStopping
 from engine.library import Unknown
 from engine.segments import Tokens
 from engine.serve.body import read_body, unless_gone
@@ -49,7 +50,7 @@ class Documents:
                 asked = parse_documents(body)
             adding = Adding(desk, tenant, call)
             documents = await unless_gone(request.receive, adding.add(asked.documents))
-            return _json(_listed(documents, has_more=False))
+            return _json(_listed(documents))
 
     async def list(self, request: Request) -> Response:
         """GET /v1/documents."""
@@ -108,10 +109,14 @@ class Adding:
         )
         threads, stored = self._desk.threads, self._shelf.stored
         future.add_done_callback(lambda _: threads.submit(stored, documents))
+        done = asyncio.wrap_future(future)
         try:
-            await asyncio.shield(asyncio.wrap_future(future))
+            await asyncio.wait({done})
         finally:
             left.set()
+        if done.cancelled():
+            raise ServerStopping("the server is stopping: not all KV was computed")
+        done.result()
 
     def _check_quota(self, documents: Sequence[Document]) -> None:
         quota = self._tenant.document_tokens
@@ -156,9 +161,9 @@ def _object(document: Document) -> DocumentObject:
     )
 
 
-def _listed(documents: Sequence[Document], *, has_more: bool) -> DocumentList:
+def _listed(documents: Sequence[Document]) -> DocumentList:
     data = [_object(document) for document in documents]
-    return DocumentList(data=data, first_id=data[0].id, last_id=data[-1].id, has_more=has_more)
+    return DocumentList(data=data, first_id=data[0].id, last_id=data[-1].id, has_more=False)
 
 
 def _json(value: Any) -> Response:

@@ -32,6 +32,7 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._set_options(transport.get_extra_info("socket"))
+        self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_came()
@@ -43,6 +44,12 @@ class Protocol(H11Protocol):
         if self.cycle is not before:
             self._head_came()
         if self.cycle is None or self.cycle.response_complete:
+            self._expect_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        begun, _ = self.conn.trailing_data
+        if begun and self.cycle.response_complete:  # of the next head, while nobody waited for it
             self._expect_head()
 
     def send_400_response(self, msg: str) -> None:

@@ -7,9 +7,9 @@ request's own blocks are none of them, and what has no room beside those is not 
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ def named(chains: Sequence[NDArray[np.int32]]) -> list[list[bytes]]:
     return [[names[x] for x in chain.tolist()] for chain in chains]
 
 
+Placed: TypeAlias = tuple[bytes, bytes | None]  # a block and its parent
+
+
 def replay(chains: Sequence[list[bytes]], policy: EvictionPolicy, capacity: int) -> list[int]:
     """Hits of each request, with room for `capacity` blocks; the policy is an empty one."""
     return [_serve(chain, policy, capacity) for chain in chains]
@@ -34,14 +37,52 @@ def _serve(chain: list[bytes], policy: EvictionPolicy, capacity: int) -> int:
     hits = bisect_left(chain, True, key=lambda block: block not in policy)
     policy.touch(chain[:hits])
     missing = chain[hits:]
-    if (excess := len(policy) + len(missing) - capacity) > 0:
-        for block in list(islice(policy.victims(set(chain)), excess)):
-            policy.remove(block)
-    before = chain[hits - 1] if hits else None
-    for block in missing[: capacity - len(policy)]:
-        policy.add(block, before, 1)
-        before = block
+    above = [chain[hits - 1] if hits else None, *missing[:-1]]
+    insert(policy, capacity, list(zip(missing, above, strict=False)))
     return hits
+
+
+def insert(
+    policy: EvictionPolicy,
+    capacity: int,
+    blocks: Sequence[Placed],
+    pinned: Iterable[bytes] = (),
+    nbytes: int = 1,
+) -> None:
+    """Store absent blocks, parents first, as `kvstore.level` does: together, or as many as fit.
+
+    Args:
+        capacity: of a tier that has no other blocks than the policy's, in blocks.
+        pinned: not to be evicted; nor are those on which the new ones rest.
+        nbytes: of each block.
+    """
+    if _fits(policy, capacity, blocks, pinned, nbytes):
+        return
+    skipped: set[bytes | None] = set()
+    for block, parent in blocks:
+        if parent in skipped or not _fits(policy, capacity, [(block, parent)], pinned, nbytes):
+            skipped.add(block)
+
+
+def _fits(
+    policy: EvictionPolicy,
+    capacity: int,
+    blocks: Sequence[Placed],
+    pinned: Iterable[bytes],
+    nbytes: int,
+) -> bool:
+    """Store all of the blocks, or none."""
+    if (excess := len(policy) + len(blocks) - capacity) > 0:
+        keep = {parent for _, parent in blocks}
+        keep.update(pinned)
+        victims = list(islice(policy.victims(keep), excess))
+        if len(victims) < excess:
+            return False
+        for block in victims:
+            policy.remove(block)
+    for block, parent in blocks:
+        policy.add(block, parent, nbytes)
+    return True
 
 
 class Reuse(NamedTuple):

@@ -1,9 +1,11 @@
 """Hit rates of policies at capacities, beside the most that any policy can have."""
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
+from typing import TypeAlias, cast
 
 import msgspec
 import numpy as np
@@ -12,10 +14,11 @@ from numpy.typing import NDArray
 from engine.errors import ConfigError
 from evals.traces.read import RequestTrace
 from evals.traces.replay import named, optimum, replay, reuses
-from kvstore.eviction import FIFO, LRU, EvictionPolicy
+from kvstore.eviction import POLICIES, PolicyName
 
-POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU, "fifo": FIFO}
 OPTIMUM = "belady"
+Chains: TypeAlias = Sequence[NDArray[np.int32]]
+Case: TypeAlias = tuple[PolicyName, int]
 
 
 class Rate(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,7 +58,7 @@ def measure(trace: RequestTrace, policies: Sequence[str], capacities: Sequence[i
     """Every policy at every capacity, Belady's optimum last; without a limit it stands for all.
 
     Args:
-        policies: of `POLICIES`.
+        policies: of `POLICIES`, or the optimum.
         capacities: in blocks.
     Raises:
         ConfigError: a policy that there is not, or a capacity below 1.
@@ -76,10 +79,9 @@ def measure(trace: RequestTrace, policies: Sequence[str], capacities: Sequence[i
 
 def _check(policies: Sequence[str], capacities: Sequence[int]) -> None:
     for name in policies:
-        if name not in POLICIES:
+        if name not in (*POLICIES, OPTIMUM):
             raise ConfigError(
-                f"there is no policy {name!r}: --policy takes {', '.join(POLICIES)} "
-                f"({OPTIMUM} is always shown)"
+                f"there is no policy {name!r}: --policy takes {', '.join(POLICIES)}, {OPTIMUM}"
             )
     if not capacities or min(capacities) < 1:
         raise ConfigError(f"--capacity must be 1 block or more, got {list(capacities)}")
@@ -89,21 +91,30 @@ def _replays(
     trace: RequestTrace, policies: Sequence[str], capacities: Sequence[int]
 ) -> Iterator[tuple[str, int | None, list[int]]]:
     """Policy, capacity, and hits of each request; the policies' in as many processes as cores."""
-    cases = list(product(policies, capacities))
-    if cases:
-        spawned = multiprocessing.get_context("spawn")  # a fork would copy threads' locks
-        with ProcessPoolExecutor(mp_context=spawned) as pool:
-            found = [pool.submit(_replayed, trace.chains, *case) for case in cases]
-            for case, hits in zip(cases, found, strict=True):
-                yield *case, hits.result()
+    cases = [case for case in product(policies, capacities) if case[0] != OPTIMUM]
+    yield from _simulated(trace.chains, cases)
     reused = reuses(trace.chains, trace.distinct)
     for capacity in capacities:
         yield OPTIMUM, capacity, optimum(reused, capacity)
     yield OPTIMUM, None, optimum(reused, trace.distinct)
 
 
-def _replayed(chains: Sequence[NDArray[np.int32]], policy: str, capacity: int) -> list[int]:
-    return replay(named(chains), POLICIES[policy](), capacity)
+def _simulated(chains: Chains, cases: Sequence[Case]) -> Iterator[tuple[str, int, list[int]]]:
+    """Cases in turn, each with its hits. A process takes several: to name blocks takes a while."""
+    count = min(len(cases), os.cpu_count() or 1)
+    if count < 2:
+        yield from _replayed(chains, cases)
+        return
+    spawned = multiprocessing.get_context("spawn")  # a fork would copy threads' locks
+    with ProcessPoolExecutor(count, mp_context=spawned) as pool:
+        parts = [pool.submit(_replayed, chains, cases[i::count]) for i in range(count)]
+        for i in range(len(cases)):
+            yield parts[i % count].result()[i // count]
+
+
+def _replayed(chains: Chains, cases: Sequence[Case]) -> list[tuple[str, int, list[int]]]:
+    requests = named(chains)
+    return [(name, size, replay(requests, POLICIES[name](), size)) for name, size in cases]
 
 
 def _rate(trace: RequestTrace, policy: str, capacity: int | None, hits: list[int]) -> Rate:

@@ -1,7 +1,7 @@
 """Blocks, what rests on them, and queues of those on which nothing does."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 from typing import TypeAlias
 
@@ -19,8 +19,7 @@ class Leaves(ABC):
     """
 
     def __init__(self, queues: int = 1) -> None:
-        self._parents: dict[bytes, bytes | None] = {}
-        self._sizes: dict[bytes, int] = {}
+        self._blocks: dict[bytes, tuple[bytes | None, int]] = {}  # parent, and bytes
         self._times: dict[bytes, int] = {}  # when a block came, or was used, as the policy wants
         self._now = 0
         self._held = 0  # bytes
@@ -33,25 +32,27 @@ class Leaves(ABC):
         self._gone: dict[bytes, int] = {}  # how many children it has yielded, by parent
 
     def __len__(self) -> int:
-        return len(self._parents)
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._blocks)
 
     def __contains__(self, digest: bytes) -> bool:
-        return digest in self._parents
+        return digest in self._blocks
 
     def nbytes(self, digest: bytes) -> int:
-        return self._sizes[digest]
+        return self._blocks[digest][1]
 
     @abstractmethod
     def _rank(self, digest: bytes) -> Rank:
         """Where a leaf belongs, in which queue."""
 
     def _enter(self, digest: bytes, parent: bytes | None, nbytes: int) -> None:
-        self._parents[digest] = parent
-        self._sizes[digest] = nbytes
-        self._now += 1
-        self._times[digest] = self._now
+        self._blocks[digest] = parent, nbytes
+        self._now = self._times[digest] = self._now + 1
         self._held += nbytes
-        self._room = max(self._room, self._held)
+        if self._held > self._room:
+            self._room = self._held
         if digest not in self._children:
             self._loose[digest] = None
         if parent is not None:
@@ -60,17 +61,16 @@ class Leaves(ABC):
 
     def _leave(self, digest: bytes) -> int | None:
         """Forget a block; its size, None if it is unknown."""
-        if digest not in self._parents:
+        if digest not in self._blocks:
             return None
+        parent, nbytes = self._blocks.pop(digest)
+        del self._times[digest]
+        self._held -= nbytes
         self._loose.pop(digest, None)
         self._queued.pop(digest, None)
-        del self._times[digest]
-        size = self._sizes.pop(digest)
-        self._held -= size
-        parent = self._parents.pop(digest)
         if parent is not None:
             self._orphan(parent)
-        return size
+        return nbytes
 
     def _orphan(self, parent: bytes) -> None:
         """Count one child less."""
@@ -79,12 +79,12 @@ class Leaves(ABC):
             self._children[parent] = left
             return
         del self._children[parent]
-        if parent in self._parents and parent not in self._queued:
+        if parent in self._blocks and parent not in self._queued:
             self._loose[parent] = None
 
     def _known(self, digests: Iterable[bytes]) -> list[bytes]:
-        parents = self._parents
-        return [digest for digest in digests if digest in parents]
+        blocks = self._blocks
+        return [digest for digest in digests if digest in blocks]
 
     def _stamp(self, chain: Sequence[bytes]) -> None:
         """Known blocks of a chain have been used now, its tail a bit earlier."""
@@ -96,7 +96,7 @@ class Leaves(ABC):
         """Queue all leaves that are in no queue. To begin `victims` with."""
         self._gone = {}
         for digest in (*self._aside, *self._loose):
-            if digest in self._parents and digest not in self._children:
+            if digest in self._blocks and digest not in self._children:
                 self._push(digest)
         self._aside.clear()
         self._loose.clear()
@@ -131,8 +131,40 @@ class Leaves(ABC):
 
     def _freed(self, digest: bytes) -> bytes | None:
         """The parent of a block that was yielded, if that was the last of its children."""
-        parent = self._parents[digest]
-        if parent is None or parent not in self._parents:
+        parent = self._blocks[digest][0]
+        if parent is None or parent not in self._blocks:
             return None
         self._gone[parent] = gone = self._gone.get(parent, 0) + 1
         return parent if gone == self._children[parent] else None
+
+    def _first(self, queue: int, freed: bytes | None) -> bytes | None:
+        """As `_pop`, once `freed` is queued, if any; fast where that comes first, which is usual."""
+        if freed is None:
+            return self._pop(queue)
+        rank, heap = self._rank(freed), self._heaps[queue]
+        if rank[0] != queue or (heap and heap[0][0] < rank):
+            self._push(freed)
+            return self._pop(queue)
+        self._queued.pop(freed, None)
+        self._aside.append(freed)
+        return freed
+
+    def _ascending(self, pinned: Container[bytes]) -> Iterator[bytes]:
+        """Victims of a policy with one queue: leaves, and what becomes one, least rank first."""
+        self._open()
+        digest = self._pop()
+        while digest is not None:
+            freed = None
+            if digest not in pinned:
+                yield digest
+                freed = self._freed(digest)
+            digest = self._first(0, freed)
+
+    def _run(self, leaf: bytes) -> Iterator[bytes]:
+        """A leaf, and the blocks above it on which nothing else rests, less what was yielded."""
+        digest: bytes | None = leaf
+        while digest is not None and digest in self._blocks:
+            yield digest
+            digest = self._blocks[digest][0]
+            if digest and self._children[digest] - self._gone.get(digest, 0) != 1:
+                return

@@ -8,6 +8,7 @@ import socket
 import struct
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -112,6 +113,8 @@ async def _talk(
         _check(reply)
     finally:
         _hang_up(writer, leave if reply.left else "close")
+        with suppress(OSError):  # whatever there was to say was said before
+            await writer.wait_closed()
 
 
 def _request(port: int, body: dict[str, Any], headers: tuple[str, ...]) -> bytes:
@@ -160,9 +163,12 @@ async def _head(reader: asyncio.StreamReader) -> tuple[int, bool]:
 
 
 async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while size := int(await reader.readline() or b"bad", 16):
+    while line := await reader.readline():
+        if not (size := int(line, 16)):
+            await reader.readline()
+            return
         yield (await reader.readexactly(size + 2))[:-2]
-    await reader.readline()
+    raise BadReply("the stream is cut off")
 
 
 async def _lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

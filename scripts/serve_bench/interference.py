@@ -3,13 +3,14 @@
 import asyncio
 import itertools
 import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from serve_bench.client import Reply
 from serve_bench.leaks import compared, settled
-from serve_bench.load import Job, load, summary
-from serve_bench.process import Server
+from serve_bench.load import Job, Loaded, load, summary
+from serve_bench.process import Server, ServerFailed
 from serve_bench.settings import MIB, Bench, body
 
 CHUNKED, WHOLE = 512, 1 << 20  # tokens of a step
@@ -22,11 +23,13 @@ def measure(bench: Bench) -> tuple[dict[str, Any], list[str]]:
     """The record of the profile, and what is wrong."""
     found: dict[str, Any] = {}
     replies: list[Reply] = []
+    begun = time.perf_counter()
     for name, step_tokens in (("chunked", CHUNKED), ("whole", WHOLE)):
         schedule = {"max_running": bench.options.clients + 4, "step_tokens": step_tokens}
         with bench.serve(name, schedule=schedule, store={"host_bytes": 256 * MIB}) as server:
             found[name] = asyncio.run(_phases(bench, server, replies))
-    record = summary(replies) | {"phases": found, "long_tokens": long_tokens(bench)}
+    record = summary(replies, time.perf_counter() - begun)
+    record |= {"phases": found, "long_tokens": long_tokens(bench)}
     wrong = [f"error: {x}" for x in record["first_errors"]]
     record["p99_tpot_s"] = found["chunked"]["with"]["p99_tpot_s"]
     record["tpot_ratio"] = {name: at["ratio"] for name, at in found.items()}
@@ -49,18 +52,20 @@ async def _phases(bench: Bench, server: Server, replies: list[Reply]) -> dict[st
     before, found = await settled(server), dict[str, Any]()
     for number, phase in enumerate(("without", "with"), 1):
         streams = asyncio.create_task(_streams(bench, server, seconds, number))
-        long = await _longs(bench, server, seconds) if phase == "with" else []
+        long = (await _longs(bench, server, seconds)).replies if phase == "with" else []
         got = await streams
-        replies += [*got, *long]
-        numbers = summary(got)
+        replies += [*got.replies, *long]
+        numbers = summary(*got)
         found[phase] = {key: numbers[key] for key in KEPT} | {"long_prompts": len(long)}
     without, beside = found["without"]["p99_tpot_s"], found["with"]["p99_tpot_s"]
+    if without is None or beside is None:
+        raise ServerFailed("no stream came to its end: give it more --seconds")
     gaps = found["with"]["p99_gap_s"] / found["without"]["p99_gap_s"]
     leaks = compared(before, await settled(server), None)
     return found | {"ratio": beside / without, "gap_ratio": gaps, "leaks": leaks}
 
 
-async def _streams(bench: Bench, server: Server, seconds: float, seed: int) -> list[Reply]:
+async def _streams(bench: Bench, server: Server, seconds: float, seed: int) -> Loaded:
     """Every client asks again when it has its answer."""
     options = bench.options
 
@@ -75,7 +80,7 @@ async def _streams(bench: Bench, server: Server, seconds: float, seed: int) -> l
     )
 
 
-async def _longs(bench: Bench, server: Server, seconds: float) -> list[Reply]:
+async def _longs(bench: Bench, server: Server, seconds: float) -> Loaded:
     """A long prompt every few seconds, each another one, that asks for one token."""
     options = bench.options
     jobs = (

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from serve_bench.client import Leave, Reply, complete
 
@@ -24,6 +24,13 @@ class Job:
     leave: Leave = "close"
 
 
+class Loaded(NamedTuple):
+    """All replies, and how long it took to have them."""
+
+    replies: list[Reply]
+    seconds: float
+
+
 async def load(
     port: int,
     jobs: Iterable[Job],
@@ -31,7 +38,7 @@ async def load(
     clients: int,
     seconds: float = float("inf"),
     timeout_s: float = 600.0,
-) -> list[Reply]:
+) -> Loaded:
     """Replies to all jobs that began in time, once all are over.
 
     Args:
@@ -42,7 +49,7 @@ async def load(
     lists = await asyncio.gather(
         *(_client(port, left, begun, seconds, timeout_s) for _ in range(clients))
     )
-    return [reply for replies in lists for reply in replies]
+    return Loaded([x for replies in lists for x in replies], time.perf_counter() - begun)
 
 
 async def _client(
@@ -72,8 +79,12 @@ def quantile(values: Iterable[float | None], share: float) -> float | None:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
 
 
-def summary(replies: Sequence[Reply]) -> dict[str, Any]:
-    """Counts and times; times are of requests whose client stayed."""
+def summary(replies: Sequence[Reply], seconds: float) -> dict[str, Any]:
+    """Counts and times; times and tokens are of requests whose client stayed.
+
+    Args:
+        seconds: that all of them took together.
+    """
     good = [x for x in replies if not x.left and x.error is None]
     wrong = [x.error for x in replies if x.error is not None]
     found: dict[str, Any] = {
@@ -85,8 +96,9 @@ def summary(replies: Sequence[Reply]) -> dict[str, Any]:
         "new_tokens": sum(x.new_tokens for x in good),
         "first_errors": wrong[:5],
     }
+    found["tokens_per_s"] = found["new_tokens"] / seconds
     gaps = [gap for x in good for gap in x.gaps_s]
     values = {"ttft": [x.ttft_s for x in good], "tpot": [x.tpot_s for x in good], "gap": gaps}
-    for name, seconds in values.items():
-        found |= {f"p{p}_{name}_s": quantile(seconds, p / 100) for p in (50, 99)}
+    for name, measured in values.items():
+        found |= {f"p{p}_{name}_s": quantile(measured, p / 100) for p in (50, 99)}
     return found

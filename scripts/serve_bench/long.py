@@ -53,11 +53,11 @@ async def _measured(bench: Bench, server: Server) -> tuple[dict[str, Any], list[
     )
     await load(server.port, documents, **bounds)
     before, pool = await settled(server), server.get("/stats")["pool"]
-    replies = await load(
+    loaded = await load(
         server.port, jobs(bench, 10**6, options.seed), seconds=options.seconds, **bounds
     )
     record, wrong = compared(before, await settled(server), RSS_SHARE)
-    record |= summary(replies)
+    record |= summary(*loaded)
     wrong += [f"error: {x}" for x in record["first_errors"]]
     after = server.get("/stats")["pool"]
     record["spill_read_bytes"] = after["spill_read_bytes"] - pool["spill_read_bytes"]

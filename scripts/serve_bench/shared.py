@@ -4,16 +4,14 @@ import asyncio
 import random
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from native.folders import cache_folder
-from serve_bench.client import Reply
 from serve_bench.leaks import compared, settled
-from serve_bench.load import Job, load, summary
+from serve_bench.load import Job, Loaded, load, summary
 from serve_bench.process import Server, ServerFailed, transformers
 from serve_bench.settings import MIB, Bench, body
 
@@ -68,21 +66,20 @@ async def _measured(
 async def _first(bench: Bench, servers: dict[str, Server]) -> None:
     """A request to each: the first one of theirs makes its cache."""
     for name, server in servers.items():
-        replies = await load(server.port, _jobs(bench, 10**6, name)[:1], clients=1)
-        if replies[0].error is not None:
-            raise ServerFailed(f"{name} does not serve: {replies[0].error}")
+        [reply] = (await load(server.port, _jobs(bench, 10**6, name)[:1], clients=1)).replies
+        if reply.error is not None:
+            raise ServerFailed(f"{name} does not serve: {reply.error}")
 
 
 async def _rounds(bench: Bench, servers: dict[str, Server]) -> dict[str, list[dict[str, Any]]]:
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
     for number in range(bench.options.rounds):
         for name, server in servers.items():
-            begun = time.perf_counter()
-            replies = await load(
+            loaded = await load(
                 server.port, _jobs(bench, number, name), clients=bench.options.clients,
                 timeout_s=bench.options.timeout,
             )  # fmt: skip
-            rounds[name].append(_round(replies, time.perf_counter() - begun))
+            rounds[name].append(_round(loaded))
     return rounds
 
 
@@ -94,7 +91,9 @@ def _jobs(bench: Bench, number: int, server: str) -> list[Job]:
     ]
     found = []
     for client in range(options.clients):
-        prompt = f"{prefixes[client % PREFIXES]}\n{bench.texts.text(dice.randrange(1 << 40), 64)}"
+        prompt = (
+            f"{prefixes[client % PREFIXES]}\n{bench.texts.text(dice.randrange(1 << 40), QUESTION)}"
+        )
         found.append(Job(body(prompt, options.new_tokens)))
     if server == THEIRS:  # which knows its model by the path, and says its usage unasked
         return [replace(x, body=_theirs(x.body) | {"model": str(bench.model)}) for x in found]
@@ -105,11 +104,10 @@ def _theirs(ours: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in ours.items() if name != "stream_options"}
 
 
-def _round(replies: list[Reply], seconds: float) -> dict[str, Any]:
-    numbers = summary(replies)
-    found = {name: numbers[name] for name in KEPT} | {"seconds": round(seconds, 3)}
-    found["first_errors"] = numbers["first_errors"]
-    return found | {"tokens_per_s": numbers["new_tokens"] / seconds}
+def _round(loaded: Loaded) -> dict[str, Any]:
+    numbers = summary(*loaded)
+    found = {name: numbers[name] for name in (*KEPT, "tokens_per_s", "first_errors")}
+    return found | {"seconds": round(loaded.seconds, 3)}
 
 
 def _record(

@@ -68,6 +68,20 @@ def test_a_tenant_that_was_idle_has_saved_nothing_up():
     assert 2 < caller.starts.index(back) < 8
 
 
+def test_a_tenant_whose_requests_were_cancelled_does_not_wait():
+    caller = fair(max_running=1)
+    gone = caller.add(10, 5, tenant="gone")
+    for _ in range(4):
+        caller.add(10, 5, tenant="busy", priority=1)
+    caller.step()
+    caller.finish(gone)
+    for _ in range(10):
+        caller.step()
+    caller.add(10, 5, tenant="back")
+    counters = caller.scheduler.policy.counters
+    assert counters["back"] == counters["busy"] > counters["gone"]
+
+
 def test_a_tenant_that_comes_to_an_empty_line_starts_from_who_left_it_last():
     caller = fair()
     caller.add(10, 5, tenant="first")

@@ -280,14 +280,29 @@ def test_those_who_run_keep_room_to_grow_when_another_starts():
     assert caller.step().prompt == ((second, 10),)
 
 
-def test_a_prompt_takes_what_room_there_is_until_others_behind_it_make_more():
-    caller = fcfs(at_once=False, found=lambda job: Started(0, ready=False), lower_bytes=300)
+def in_the_way(made, **more):
+    """A prompt that begins to be read when one behind it has made so many tokens."""
+    more |= dict(lower_bytes=300, at_once=False)
+    caller = fcfs(found=lambda job: Started(0, ready=False), **more)
     prompt, behind = caller.add(60, 1), caller.add(1, 60)
     caller.step()
-    for end in (caller.scheduler.ready, lambda job: caller.step(), caller.scheduler.settled):
-        end(behind)
-    caller.until(lambda: behind.made == 45)
+    caller.scheduler.ready(behind)
+    caller.step()
+    caller.scheduler.settled(behind)
+    caller.until(lambda: behind.made == made)
     caller.scheduler.ready(prompt)
+    return caller, prompt, behind
+
+
+def test_a_prompt_takes_only_granules_that_are_free():
+    caller, prompt, behind = in_the_way(41, granule=8)
+    granted = [dict(caller.step().prompt)[prompt] for _ in range(6)]
+    assert granted == [9] * 5 + [3]
+    assert (prompt.held, behind.held) == (48, 48)
+
+
+def test_a_prompt_takes_what_room_there_is_until_others_behind_it_make_more():
+    caller, prompt, behind = in_the_way(45)
     for _ in range(5):
         assert caller.step() == Plan(decode=(behind,), prompt=((prompt, 9),))
     later = caller.add(1, 1)

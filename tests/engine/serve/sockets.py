@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,7 +50,9 @@ async def outcome(port: int, case: Case, limit_s: float) -> bytes:
         except OSError:  # reset, or ended between two of our calls
             return bytes(said)
         finally:
-            writer.close()
+            writer.transport.abort()  # without what could not be sent
+            with suppress(OSError):
+                await writer.wait_closed()
     return bytes(said)
 
 

@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -203,3 +204,22 @@ def test_a_client_that_leaves_ends_the_reading(monkeypatch):
         with server.http() as client:
             [document] = client.get("/v1/documents").json()["data"]
         assert len(document["chunks"]) > len(computed)
+
+
+def test_a_reading_that_the_server_does_not_end_is_told(monkeypatch):
+    began = threading.Event()
+
+    def endless(*args):
+        while True:
+            began.set()
+            yield 1
+
+    with running() as server, ThreadPoolExecutor() as threads, server.http() as client:
+        monkeypatch.setattr(server.engine, "precompute_slices", endless)
+        given = {"json": {"documents": [{"text": "A text."}]}}
+        adding = threads.submit(client.post, "/v1/documents", **given)
+        assert began.wait(LIMIT_S)
+        server.service.close()
+        answer = adding.result(LIMIT_S)
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "shutting_down"

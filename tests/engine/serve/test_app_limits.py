@@ -84,10 +84,16 @@ def test_headers_that_are_too_large_or_too_slow_are_refused(server):
 
 
 def test_the_next_request_of_a_connection_has_a_limit_too(server):
-    answer = raw(server, b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n", b"GET /healthz HT")
+    first = b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
+    answer = raw(server, first + b"GET /healthz HT")  # when nobody waits for it yet
     assert answer.count(b"HTTP/1.1") == 2
     assert b"HTTP/1.1 200 OK" in answer
     assert b"HTTP/1.1 408 " in answer
+    with socket.create_connection(("127.0.0.1", server.port), LIMIT_S) as connection:
+        connection.sendall(first)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200 OK")
+        connection.sendall(b"G")  # when it is waited for
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_body_that_is_too_slow_is_refused(server):
@@ -143,13 +149,14 @@ def test_a_place_is_given_back_whatever_a_request_was(server, threads):
         for change in wrong:
             answer = client.post("/v1/completions", json=ASKED | change)
             assert answer.status_code in (400, 404), change
-        for stream in (True, False):
-            for _ in range(3):
-                done = threads.submit(
-                    client.post, "/v1/completions", json=ASKED | {"stream": stream}
-                )
-                server.service.next().fail(RuntimeError("on purpose"))
-                assert done.result(LIMIT_S).status_code == 500
+        for stream, begun in ((True, True), (True, False), (False, False)) * 3:
+            asked = {"json": ASKED | {"stream": stream}}
+            done = threads.submit(client.post, "/v1/completions", **asked)
+            submitted = server.service.next()
+            if begun:
+                submitted.say("one")
+            submitted.fail(RuntimeError("on purpose"))
+            assert done.result(LIMIT_S).status_code == (200 if begun else 500)
         done = threads.submit(client.post, "/v1/completions", json=ASKED)
         server.service.next().end("fine")
         assert done.result(LIMIT_S).status_code == 200

@@ -37,6 +37,7 @@ def test_it_serves_and_stops_cleanly(tmp_path):
     assert logged[-1]["new_tokens"] == 400
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait(tmp_path):
     with (
         process("--no-store") as server,

@@ -8,6 +8,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.serve.config import KeyConfig, ServeConfig, is_loopback
+from kvstore.config import StoreConfig
 from tests.engine.serve.server import running
 
 ALICE, BOB = "sk-alice", "sk-bob"
@@ -16,13 +17,14 @@ ASKED = [{"role": "user", "content": "What is the secret number of ruby?"}]
 
 
 @pytest.fixture(scope="module")
-def server():
+def server(tmp_path_factory):
+    store = StoreConfig(host_bytes=1 << 28, disk_path=str(tmp_path_factory.mktemp("store")))
     keys = {
         "alice": KeyConfig(key=ALICE, document_tokens=400),
         "bob": KeyConfig(key_sha256=sha256(BOB.encode()).hexdigest()),
         "ops": KeyConfig(key="sk-ops", sees_all=True),
     }
-    with running(keys=keys) as made:
+    with running(store=store, keys=keys) as made:
         yield made
 
 
@@ -207,8 +209,6 @@ def test_two_tenants_need_two_keys():
 
 
 def test_a_salt_keeps_what_is_stored_when_the_key_changes(tmp_path):
-    from kvstore.config import StoreConfig
-
     def documents(key: KeyConfig, *, add: bool = False) -> list[str]:
         store = StoreConfig(host_bytes=1 << 26, disk_path=str(tmp_path))
         with running(store=store, keys={"a": key}) as server, server.http(key.key) as client:
