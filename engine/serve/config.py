@@ -27,7 +27,8 @@ class KeyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             what it generates is counted when it ends, and may be owed.
         document_tokens: of all documents together.
         max_priority: a request that asks for more gets this; see the schedule's policy "fair".
-        sees_all: may read the numbers and traces of all tenants, as a dashboard does.
+        sees_all: may read the server's numbers and the traces of all tenants, as a dashboard does;
+            others see their own traces.
     """
 
     key: str | None = None

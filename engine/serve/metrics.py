@@ -114,15 +114,10 @@ class Metrics:
         """A client was dropped: "slow" or "gone"."""
         self._dropped.labels(reason).inc()
 
-    def exposition(self, accept: str | None, tenant: str | None = None) -> tuple[bytes, str]:
-        """The text and its content type.
-
-        Args:
-            accept: the request's header; OpenMetrics where it asks for it.
-            tenant: leaves out what is labelled with another one.
-        """
+    def exposition(self, accept: str | None) -> tuple[bytes, str]:
+        """The text and its content type: OpenMetrics where the request's `accept` asks for it."""
         encode, content_type = choose_encoder(accept or "")
-        return encode(_View(self.registry, tenant)), content_type
+        return encode(_View(self.registry)), content_type
 
     def _observe_blend(self, blend: BlendReport) -> None:
         self._blends.labels("loaded" if blend.loaded else "computed").inc()
@@ -144,19 +139,13 @@ class Metrics:
 
 
 class _View(Collector):
-    """A registry without creation times, and without other tenants."""
+    """A registry without creation times."""
 
-    def __init__(self, registry: CollectorRegistry, tenant: str | None) -> None:
-        self._registry, self._tenant = registry, tenant
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
 
     def collect(self) -> Iterator[Metric]:
         for metric in self._registry.collect():
-            samples = [sample for sample in metric.samples if self._shown(*sample[:2])]
             view = Metric(metric.name, metric.documentation, metric.type, metric.unit)
-            view.samples = samples
+            view.samples = [s for s in metric.samples if not s.name.endswith("_created")]
             yield view
-
-    def _shown(self, name: str, labels: dict[str, str]) -> bool:
-        if name.endswith("_created"):
-            return False
-        return self._tenant is None or labels.get("tenant", self._tenant) == self._tenant

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from engine.otlp import otlp
 from engine.serve.observed import Observed
-from engine.serve.refusals import invalid
+from engine.serve.refusals import forbidden, invalid
 from engine.serve.report import TracesReport
 from engine.serve.status import status_report
 from engine.serve.traces import trace_report, visible
@@ -29,7 +29,8 @@ def routes(observed: Observed, viewer: Viewer) -> list[Route]:
 
     Args:
         viewer: the tenant who asks; None for one who may see all. Raises what the app answers
-            with where a key is needed and missing. `/` holds no numbers and is for everybody.
+            with where a key is needed and missing. `/` holds no numbers and is for everybody; a
+            tenant sees its own traces. Sums over all requests would tell what others do.
     """
     html = files("engine.serve").joinpath(PAGE).read_text("utf-8")
     page_headers = SAFE | {
@@ -41,7 +42,8 @@ def routes(observed: Observed, viewer: Viewer) -> list[Route]:
         return Response(html, media_type="text/html", headers=page_headers)
 
     async def stats(request: Request) -> Response:
-        return _json(status_report(observed, viewer(request)))
+        _all(viewer(request))
+        return _json(status_report(observed))
 
     async def traces(request: Request) -> Response:
         found = visible(observed.recent, viewer(request), request.query_params.get("id"))
@@ -53,8 +55,8 @@ def routes(observed: Observed, viewer: Viewer) -> list[Route]:
         return _json(TracesReport(traces=[trace_report(trace) for trace in found]))
 
     async def metrics(request: Request) -> Response:
-        tenant = viewer(request)
-        text, kind = observed.metrics.exposition(request.headers.get("accept"), tenant)
+        _all(viewer(request))
+        text, kind = observed.metrics.exposition(request.headers.get("accept"))
         return Response(text, headers=SAFE | {"content-type": kind})
 
     return [
@@ -63,6 +65,12 @@ def routes(observed: Observed, viewer: Viewer) -> list[Route]:
         Route("/traces", traces),
         Route("/metrics", metrics),
     ]
+
+
+def _all(tenant: str | None) -> None:
+    """403 for a tenant that may not see what others do."""
+    if tenant is not None:
+        raise forbidden("This key may not see the server's numbers: they are not its own alone.")
 
 
 def policy(html: str) -> str:

@@ -167,7 +167,7 @@ class StatusReport(msgspec.Struct, frozen=True, kw_only=True):
     started_at: float  # since 1970
     uptime_s: float
     requests: Counts
-    tenants: dict[str, int]  # requests that ended, of those tenants that the reader may see
+    tenants: dict[str, int]  # requests that ended
     tokens: Tokens
     latency: Latency
     tiers: list[Tier]

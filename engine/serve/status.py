@@ -10,8 +10,8 @@ from kvstore.stats import TierStats
 TRACES = 12  # as many as fit on a screen
 
 
-def status_report(observed: Observed, tenant: str | None = None) -> StatusReport:
-    """All numbers of now, with the traces and counts of a tenant, or of all where it is None."""
+def status_report(observed: Observed) -> StatusReport:
+    """All numbers of now, with the newest traces."""
     observed.note()
     readings, now = observed.read(), observed.clock()
     with observed.lock:
@@ -19,13 +19,13 @@ def status_report(observed: Observed, tenant: str | None = None) -> StatusReport
         rate, past = observed.history.generated_per_s(sample), observed.history.past(now)
         recent = observed.latencies.recent(now)
     shares = observed.recent.shares()
-    traces = visible(observed.recent, tenant)[:TRACES]
+    traces = visible(observed.recent, None)[:TRACES]
     return StatusReport(
         model=observed.model,
         started_at=observed.started_unix,
         uptime_s=now - observed.started,
         requests=_counts(readings, sums),
-        tenants={n: c for n, c in sums.finished.items() if tenant is None or n == tenant},
+        tenants=dict(sums.finished),
         tokens=_tokens(sums, sample, rate),
         latency=_latency(recent, observed.latencies.window_s),
         tiers=[_tier(name, stats) for name, stats in readings.store.tiers.items()],

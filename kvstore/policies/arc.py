@@ -27,7 +27,7 @@ class ARC(Leaves):
         super().__init__(queues=2)
         self._again: set[bytes] = set()
         self._once_bytes = 0
-        self._target = 0.0  # of _once_bytes
+        self._target: int | float = 0  # of _once_bytes
         self._ghosts = Ghosts(), Ghosts()
 
     def add(self, digest: bytes, parent: bytes | None, nbytes: int) -> None:

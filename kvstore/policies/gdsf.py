@@ -22,7 +22,7 @@ class GDSF(Leaves):
         depth: of the block that costs twice as much as the first.
     """
 
-    def __init__(self, depth: float = DEPTH) -> None:
+    def __init__(self, depth: int = DEPTH) -> None:
         super().__init__()
         self._clock = 0.0
         self._clocks: dict[bytes, float] = {}  # the clock at a block's last use

@@ -5,7 +5,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 from typing import TypeAlias
 
-Rank: TypeAlias = tuple[int, float, int]  # number of the queue, then least first
+Rank: TypeAlias = tuple[int, int | float, int]  # number of the queue, then least first
 Entry: TypeAlias = tuple[Rank, bytes]
 
 

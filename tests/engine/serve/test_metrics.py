@@ -11,8 +11,8 @@ from tests.engine.serve.figures import blend, readings, stats, traced
 Values = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
-def values(observed: Observed, tenant: str | None = None) -> Values:
-    text, kind = observed.metrics.exposition(None, tenant)
+def values(observed: Observed) -> Values:
+    text, kind = observed.metrics.exposition(None)
     assert kind.startswith("text/plain")
     return {
         (sample.name.removeprefix("headrace_"), tuple(sorted(sample.labels.items()))): sample.value
@@ -117,16 +117,6 @@ def test_dropped_clients_are_there_before_the_first_one() -> None:
     assert of(values(observed), "dropped_clients_total", reason="slow") == 0
     observed.dropped("gone")
     assert of(values(observed), "dropped_clients_total", reason="gone") == 1
-
-
-def test_a_tenant_sees_no_others() -> None:
-    observed = Observed("m", readings)
-    for tenant in ("a", "b"):
-        observed.finished(traced(observed), status=200, tenant=tenant, stats=stats())
-    found = values(observed, tenant="a")
-    tenants = {dict(labels)["tenant"] for _, labels in found if "tenant" in dict(labels)}
-    assert tenants == {"a"}
-    assert of(found, "requests_running") == 12
 
 
 def test_openmetrics_is_spoken_where_it_is_asked_for() -> None:

@@ -145,14 +145,14 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(window: Browser) -> None:
         window.wait(asked)
         window.run(give, "sk-wrong")
         window.wait(f"{asked} && !document.getElementById('refused').hidden")
-        window.run(give, "sk-a")
-        window.wait("document.querySelectorAll('#traces tr').length === 1")
+        window.run(give, "sk-all")
+        window.wait("document.querySelectorAll('#traces tr').length === 2")
         window.open(url)  # again, in the same tab
-        window.wait("document.querySelectorAll('#traces tr').length === 1")
+        window.wait("document.querySelectorAll('#traces tr').length === 2")
         text = window.run("return document.body.innerText")
         assert "team-a" in text
-        assert "team-b" not in text
-        assert "sk-a" not in window.run("return document.documentElement.outerHTML")
+        assert "team-b" in text
+        assert "sk-all" not in window.run("return document.documentElement.outerHTML")
         assert all(" 401 " in line for line in window.complaints())
 
 
