@@ -93,11 +93,10 @@ class Blending:
     def precompute(
         self, prefix: Tokens, chunks: Sequence[Tokens], progress: Progress
     ) -> Slices[None]:
-        """Store the chunks that are not there yet, one a slice; at the end they are durable.
+        """Store the chunks that are not there yet, one a slice; not yet durable at the end.
 
         Raises:
             PromptError: a chunk cannot be read, e.g. because it is too long; none was stored.
-            StoreError: something could not be written.
         """
         self.refuse()
         for chunk in chunks:
@@ -106,7 +105,6 @@ class Blending:
         for done, made in enumerate(self.chunks.complete(prefix, once), 1):
             progress(done, len(once))
             yield sum(key.num_tokens for key in made)
-        self._store.flush()
 
     def prefill(self, run: Running) -> Float[Tensor, " vocab"]:
         """Logits after the prompt of `run`, whose chunks are reused as its settings say."""

@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 import torch
 from jaxtyping import Float, Int
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,6 +24,7 @@ from engine.loader import load_module, load_tokenizer, locate, pick_device, refu
 from engine.memory import Memory
 from engine.plain import Plain
 from engine.prefill import hidden_states
+from engine.prompting import flat, rendered, tokenized
 from engine.repair import BlendConfig
 from engine.request import Completion, Event, Prompt, Request, Running, listed
 from engine.sampling import Sampling
@@ -163,6 +163,7 @@ class Engine:
         kept on disk is there when this returns.
         """
         drained(self.precompute_slices(chunks, prefix, progress))
+        self.store.flush()
 
     def precompute_slices(
         self,
@@ -170,7 +171,10 @@ class Engine:
         prefix: Sequence[int] = (),
         progress: Progress = lambda done, of: None,
     ) -> Slices[None]:
-        """As `precompute`, a chunk a slice: for whoever has other things to do between them."""
+        """As `precompute`, a chunk a slice: for whoever has other things to do between them.
+
+        What is kept on disk may still be on its way there at the end: see `TieredStore.flush`.
+        """
         self._refuse_closed()
         whole = [ids_of(chunk) for chunk in chunks]
         yield from self.blending.precompute(ids_of(prefix), whole, progress)
@@ -189,22 +193,11 @@ class Engine:
 
     def render(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation ({"role", "content"}), by the tokenizer's chat template."""
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise PromptError("the model has no chat template: pass a plain prompt to generate()")
-        try:
-            return list(
-                self.tokenizer.apply_chat_template(
-                    list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-                )
-            )
-        except TemplateError as error:
-            raise PromptError(f"the chat template refuses this conversation: {error}") from error
+        return rendered(self.tokenizer, messages)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens the tokenizer adds."""
-        if self.tokenizer is None:
-            raise PromptError("this engine has no tokenizer: pass token ids")
-        return list(self.tokenizer(text)["input_ids"])
+        return tokenized(self.tokenizer, text)
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int] | Tensor) -> Float[Tensor, "T vocab"]:
@@ -265,7 +258,7 @@ class Engine:
         segments = prompt if isinstance(prompt, Segments) else None
         if segments is not None:
             self.blending.refuse()
-        tokens = self._flat(prompt)
+        tokens = flat(self.tokenizer, prompt)
         request = Request(tokens, max_new_tokens, sampling, stops, logprobs)
         positions = self.model.shape.max_positions
         request.check(self.model.shape.vocab, positions)
@@ -278,13 +271,6 @@ class Engine:
             segments=segments,
             blend=blend or self.config.blend,
         )
-
-    def _flat(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, Segments):
-            return prompt.tokens
-        if isinstance(prompt, str):
-            return ids_of(self.tokenize(prompt))
-        return ids_of(prompt)
 
     def _steps(self, runs: Sequence[Running]) -> Iterator[tuple[Running, Event]]:
         """Prefill each run, then decode all that are not finished, one token a step."""

@@ -9,6 +9,7 @@ from kvstore.audit import AuditReport, audit_tier
 from kvstore.block import BlockKey
 from kvstore.errors import DeviceFull, MissingParent, TierFull
 from kvstore.eviction import POLICIES, PolicyName
+from kvstore.policies.lru import LRU
 from kvstore.stats import TierStats
 from kvstore.tier import Item, Tier
 
@@ -181,14 +182,19 @@ class Level:
             self.stats.evictions += evicted
 
     def _seed(self) -> None:
-        """Learn what the tier holds by now; what the policy knows of what stayed, it keeps."""
+        """Learn what the tier holds by now; of what stayed, the policy knows what it knew.
+
+        The order of `residents` is by use in all processes: better than what LRU knows of others.
+        """
         residents = list(self.tier.residents())
         with self._lock:
             for digest in set(self._policy).difference(x.digest for x in residents):
                 self._policy.remove(digest)
-            for resident in residents:
-                if resident.digest not in self._policy:
-                    self._policy.add(*resident)
+            fresh = [resident for resident in residents if resident.digest not in self._policy]
+            if fresh and isinstance(self._policy, LRU):
+                self._policy, fresh = LRU(), residents
+            for resident in fresh:
+                self._policy.add(*resident)
 
 
 class _Either:

@@ -4,6 +4,7 @@ import ctypes
 import math
 import mmap
 import sys
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -29,14 +30,18 @@ def large_pages(buffer: Tensor) -> Tensor:
 
 
 def own_pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A buffer in host memory, all zeros, in pages that nothing else lies on.
+    """A buffer in host memory, all zeros, in small pages that nothing else lies on.
 
     The system backs each page when it is first touched, and has all of them back as soon as the
-    buffer is freed, which an allocator's memory need not have.
+    buffer is freed, which an allocator's memory need not have. Where it would give large pages
+    unasked, it is asked not to: they would be backed whole.
     """
     nbytes = math.prod(size) * dtype.itemsize
     with torch.inference_mode(False):  # whoever writes later need not be in that mode
         if nbytes == 0:
             return torch.empty(size, dtype=dtype)
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if sys.platform == "linux":
+            with suppress(OSError):  # a kernel that has none
+                pages.madvise(mmap.MADV_NOHUGEPAGE)
         return torch.frombuffer(pages, dtype=dtype).view(size)

@@ -275,6 +275,26 @@ def aot(record: dict[str, Any]) -> str:
     return "\n".join([about, "", *rows])
 
 
+def packed(record: dict[str, Any]) -> str:
+    """Seconds of prompts packed, one by one, and padded, by batch."""
+    rows = ["| prompts | contender | tokens computed | s, median | packed is |", "|" + " --- |" * 5]
+    for batch, at in record["batches"].items():
+        for name, seconds in at["median_s"].items():
+            tokens = at["tokens" if name in ("packed", "separate") else "padded_tokens"]
+            times = "" if name == "packed" else f"{at['over'][name]:.2f} ×"
+            rows.append(f"| {batch} | {name} | {tokens} | {seconds:.2f} | {times} |")
+    shares = [
+        f"- {batch} prompts: {at['token_share']:.3f} of padded's tokens in "
+        f"{at['time_share']:.3f} of its time, efficiency **{at['efficiency']:.2f}**"
+        for batch, at in record["batches"].items()
+    ]
+    about = (
+        f"Prompts as long as in Azure's conversation trace, times {record['scale']}, in steps of "
+        f"{record['step_tokens']} tokens, {record['threads']} threads. `scripts/bench_packed.py`"
+    )
+    return "\n".join([about, "", *rows, "", *shares])
+
+
 PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode": decode,
     "store": store,
@@ -288,6 +308,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "blend": blend,
     "blend_quality": blend_quality,
     "aot": aot,
+    "packed": packed,
     "serve_mixed": serve.mixed,
     "serve_long": serve.long,
     "serve_interference": serve.interference,
@@ -295,6 +316,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 TITLES = {
     "aot": "Kernels, compiled ahead of time",
+    "packed": "Packed prompts",
     "serve_mixed": "Server under load",
     "serve_long": "Server with long prompts",
     "serve_interference": "Server: streams while prompts are read",

@@ -117,6 +117,7 @@ class Adding:
         if done.cancelled():
             raise ServerStopping("the server is stopping: not all KV was computed")
         done.result()
+        await self._desk.in_thread(engine.store.flush)  # a slice would hold up who is answered
 
     def _check_quota(self, documents: Sequence[Document]) -> None:
         quota = self._tenant.document_tokens

@@ -11,14 +11,21 @@ from rich.table import Table
 
 from engine.errors import ConfigError
 from evals.traces.read import RequestTrace, read_traces
-from evals.traces.table import OPTIMUM, POLICIES, Rate, Rates, by_policy, measure
+from evals.traces.table import OPTIMUM, Rate, Rates, by_policy, measure, outcome
+from kvstore.eviction import POLICIES
 
 CAPACITIES = (1000, 3000, 10000, 30000, 100000)
 
 
 def add(parser: ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--trace", metavar="FILE", type=Path,
+        help="one trace; with one policy and one capacity, --json ends with a line of just "
+        "hit_rate, hit_rate_without_shared and accesses",
+    )  # fmt: skip
+    where.add_argument(
         "--data", metavar="DIR", type=Path,
         help="a trace, or a folder with some: .jsonl or .jsonl.gz, in Mooncake's format (hash_ids) "
         "or as agentic sessions (s, i, t, n, p, k) ($HEADRACE_DATA/traces)",
@@ -30,7 +37,8 @@ def add(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--policy", metavar="NAME", nargs="+", default=tuple(POLICIES),
-        help=f"{', '.join(POLICIES)} (all); {OPTIMUM}, the best there can be, is always shown",
+        help=f"{', '.join(POLICIES)}, and {OPTIMUM}, the best that there can be, which is always "
+        "shown (all)",
     )  # fmt: skip
     parser.add_argument("--limit", metavar="N", type=int, help="only the first N requests")
     parser.add_argument("--json", action="store_true", help="a JSON line for each trace")
@@ -45,11 +53,13 @@ def run(args: Namespace) -> int:
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit must be 1 request or more, got {args.limit}")
     progress, console = Console(stderr=True), Console(highlight=False)
-    for trace in read_traces(args.data or _data(), args.limit):
+    for trace in read_traces(args.trace or args.data or _data(), args.limit):
         with progress.status(f"replaying {trace.name}"):
             rates = _measure(trace, args.policy, args.capacity)
         if args.json:
             print(msgspec.json.encode(rates).decode(), flush=True)
+            if args.trace and len(args.policy) == len(args.capacity) == 1:
+                print(msgspec.json.encode(outcome(rates, args.policy[0])).decode(), flush=True)
         else:
             _print(console, rates)
     return 0
@@ -58,7 +68,9 @@ def run(args: Namespace) -> int:
 def _data() -> Path:
     folder = os.environ.get("HEADRACE_DATA")
     if not folder:
-        raise ConfigError("there are no traces: give --data DIR, or set HEADRACE_DATA")
+        raise ConfigError(
+            "there are no traces: give --trace FILE or --data DIR, or set HEADRACE_DATA"
+        )
     return Path(folder, "traces")
 
 

@@ -73,7 +73,7 @@ def _fits(
 ) -> bool:
     """Store all of the blocks, or none."""
     if (excess := len(policy) + len(blocks) - capacity) > 0:
-        keep = {parent for _, parent in blocks}
+        keep = {parent for _, parent in blocks if parent is not None}
         keep.update(pinned)
         victims = list(islice(policy.victims(keep), excess))
         if len(victims) < excess:

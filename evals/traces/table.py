@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
@@ -19,6 +19,7 @@ from kvstore.eviction import POLICIES, PolicyName
 OPTIMUM = "belady"
 Chains: TypeAlias = Sequence[NDArray[np.int32]]
 Case: TypeAlias = tuple[PolicyName, int]
+Replayed: TypeAlias = tuple[str, int, list[int]]
 
 
 class Rate(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +55,18 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     rates: list[Rate]
 
 
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """One replay: its hit rates, and how many blocks the requests asked for, the shared included.
+
+    Args:
+        hit_rate_without_shared: None where requests have no block that not all have.
+    """
+
+    hit_rate: float
+    hit_rate_without_shared: float | None
+    accesses: int
+
+
 def measure(trace: RequestTrace, policies: Sequence[str], capacities: Sequence[int]) -> Rates:
     """Every policy at every capacity, Belady's optimum last; without a limit it stands for all.
 
@@ -63,7 +76,7 @@ def measure(trace: RequestTrace, policies: Sequence[str], capacities: Sequence[i
     Raises:
         ConfigError: a policy that there is not, or a capacity below 1.
     """
-    _check(policies, capacities)
+    known = _checked(policies, capacities)
     return Rates(
         trace=trace.name,
         requests=len(trace.chains),
@@ -72,12 +85,13 @@ def measure(trace: RequestTrace, policies: Sequence[str], capacities: Sequence[i
         shared=trace.shared,
         rates=[
             _rate(trace, policy, capacity, hits)
-            for policy, capacity, hits in _replays(trace, policies, capacities)
+            for policy, capacity, hits in _replays(trace, known, capacities)
         ],
     )
 
 
-def _check(policies: Sequence[str], capacities: Sequence[int]) -> None:
+def _checked(policies: Sequence[str], capacities: Sequence[int]) -> list[PolicyName]:
+    """The policies that are simulated: all but the optimum."""
     for name in policies:
         if name not in (*POLICIES, OPTIMUM):
             raise ConfigError(
@@ -85,22 +99,22 @@ def _check(policies: Sequence[str], capacities: Sequence[int]) -> None:
             )
     if not capacities or min(capacities) < 1:
         raise ConfigError(f"--capacity must be 1 block or more, got {list(capacities)}")
+    return [name for name in POLICIES if name in policies]
 
 
 def _replays(
-    trace: RequestTrace, policies: Sequence[str], capacities: Sequence[int]
+    trace: RequestTrace, policies: Sequence[PolicyName], capacities: Sequence[int]
 ) -> Iterator[tuple[str, int | None, list[int]]]:
     """Policy, capacity, and hits of each request; the policies' in as many processes as cores."""
-    cases = [case for case in product(policies, capacities) if case[0] != OPTIMUM]
-    yield from _simulated(trace.chains, cases)
+    yield from _simulated(trace.chains, list(product(policies, capacities)))
     reused = reuses(trace.chains, trace.distinct)
     for capacity in capacities:
         yield OPTIMUM, capacity, optimum(reused, capacity)
     yield OPTIMUM, None, optimum(reused, trace.distinct)
 
 
-def _simulated(chains: Chains, cases: Sequence[Case]) -> Iterator[tuple[str, int, list[int]]]:
-    """Cases in turn, each with its hits. A process takes several: to name blocks takes a while."""
+def _simulated(chains: Chains, cases: Sequence[Case]) -> Iterator[Replayed]:
+    """Cases in their order. Each process takes some of them: to name the blocks takes a while."""
     count = min(len(cases), os.cpu_count() or 1)
     if count < 2:
         yield from _replayed(chains, cases)
@@ -112,8 +126,8 @@ def _simulated(chains: Chains, cases: Sequence[Case]) -> Iterator[tuple[str, int
             yield parts[i % count].result()[i // count]
 
 
-def _replayed(chains: Chains, cases: Sequence[Case]) -> list[tuple[str, int, list[int]]]:
-    requests = named(chains)
+def _replayed(chains: Chains, cases: Sequence[Case]) -> list[Replayed]:
+    requests = named(chains) if cases else []
     return [(name, size, replay(requests, POLICIES[name](), size)) for name, size in cases]
 
 
@@ -127,6 +141,16 @@ def _rate(trace: RequestTrace, policy: str, capacity: int | None, hits: list[int
         hits=found,
         hit_rate=found / blocks,
         hit_rate_unshared=found_unshared / unshared if unshared else None,
+    )
+
+
+def outcome(rates: Rates, policy: str) -> Outcome:
+    """Of a policy at the first of its capacities."""
+    rate = by_policy(rates)[policy][0]
+    return Outcome(
+        hit_rate=rate.hit_rate,
+        hit_rate_without_shared=rate.hit_rate_unshared,
+        accesses=rates.blocks,
     )
 
 

@@ -138,7 +138,7 @@ class Leaves(ABC):
         return parent if gone == self._children[parent] else None
 
     def _first(self, queue: int, freed: bytes | None) -> bytes | None:
-        """As `_pop`, once `freed` is queued, if any; fast where that comes first, which is usual."""
+        """As `_pop`, once `freed` is queued, if any; fast where that comes first, as usual."""
         if freed is None:
             return self._pop(queue)
         rank, heap = self._rank(freed), self._heaps[queue]

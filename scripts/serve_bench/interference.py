@@ -13,7 +13,7 @@ from serve_bench.load import Job, Loaded, load, summary
 from serve_bench.process import Server, ServerFailed
 from serve_bench.settings import MIB, Bench, body
 
-CHUNKED, WHOLE = 512, 1 << 20  # tokens of a step
+WHOLE = 1 << 20  # tokens of a step: any prompt in one
 SHORT = 128  # tokens of a stream's prompt
 ALLOWED = 2.0
 KEPT = ("requests", "errors", "new_tokens", "p50_tpot_s", "p99_tpot_s", "p50_gap_s", "p99_gap_s")
@@ -24,12 +24,13 @@ def measure(bench: Bench) -> tuple[dict[str, Any], list[str]]:
     found: dict[str, Any] = {}
     replies: list[Reply] = []
     begun = time.perf_counter()
-    for name, step_tokens in (("chunked", CHUNKED), ("whole", WHOLE)):
+    for name, step_tokens in (("chunked", bench.options.step_tokens), ("whole", WHOLE)):
         schedule = {"max_running": bench.options.clients + 4, "step_tokens": step_tokens}
         with bench.serve(name, schedule=schedule, store={"host_bytes": 256 * MIB}) as server:
             found[name] = asyncio.run(_phases(bench, server, replies))
     record = summary(replies, time.perf_counter() - begun)
     record |= {"phases": found, "long_tokens": long_tokens(bench)}
+    record["step_tokens"] = bench.options.step_tokens
     wrong = [f"error: {x}" for x in record["first_errors"]]
     record["p99_tpot_s"] = found["chunked"]["with"]["p99_tpot_s"]
     record["tpot_ratio"] = {name: at["ratio"] for name, at in found.items()}

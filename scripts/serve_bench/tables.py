@@ -26,7 +26,7 @@ def interference(record: dict[str, Any]) -> str:
     ]
     rows.append("| --- " * 7 + "|")
     for name, at in record["phases"].items():
-        label = {"chunked": "512 tokens a step", "whole": "at once"}[name]
+        label = f"{record['step_tokens']} tokens a step" if name == "chunked" else "at once"
         for phase in ("without", "with"):
             x = at[phase]
             times = " | ".join(_ms(x[f"{p}_{of}_s"]) for of in ("tpot", "gap") for p in P)

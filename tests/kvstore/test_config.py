@@ -13,6 +13,7 @@ from kvstore.config import StoreConfig
         ({"disk_bytes": 0}, "disk_bytes"),
         ({"disk_path": ""}, "disk_path"),
         ({"host_bytes": 0}, "disk_path"),
+        ({"policy": "mru"}, "policy is one of lru, fifo"),
     ],
     ids=str,
 )
@@ -24,6 +25,8 @@ def test_an_impossible_setting_is_refused_by_name(settings, complaint):
 def test_an_unknown_setting_is_refused():
     with pytest.raises(msgspec.ValidationError, match="host_gib"):
         msgspec.convert({"host_gib": 1}, StoreConfig)
+    with pytest.raises(msgspec.ValidationError, match="policy"):
+        msgspec.convert({"policy": "mru"}, StoreConfig)
 
 
 def test_either_tier_may_be_left_out():

@@ -1,11 +1,19 @@
-"""A tier under its policy: what is found while it is pinned stays."""
+"""A tier under its policy: what is found while it is pinned stays, and what has to go, goes."""
 
 import threading
 from collections import Counter
+from contextlib import closing
 
+import pytest
+
+from kvstore.config import StoreConfig
+from kvstore.disk import DiskTier
+from kvstore.eviction import POLICIES
+from kvstore.ledger import entry_cost
 from kvstore.level import Level
+from kvstore.store import TieredStore
 from kvstore.tier import HostTier
-from tests.kvstore.make import chain, items
+from tests.kvstore.make import chain, content, identity, items
 
 
 class Halting(HostTier):
@@ -47,3 +55,56 @@ def test_a_block_that_is_being_evicted_is_not_found_by_who_pins_it_too_late():
     found = level.held(old)
     inserting.join()
     assert found == [tier.get(old[0]) is not None] == [False]
+
+
+SINGLES = [chain(range(10 * i, 10 * i + 4)) for i in range(5)]
+COST = entry_cost(content(SINGLES[0][0], identity()))
+
+
+def level_of(tier, policy, blocks=()):
+    level = Level(tier, threading.RLock(), Counter(), policy)
+    for keys in blocks:
+        level.insert(items(keys))
+    return level
+
+
+def test_a_deletion_takes_nothing_from_what_the_policy_knows_of_the_others():
+    level = level_of(HostTier(4 * items(SINGLES[0])[0][1].nbytes), "lru", SINGLES[:4])
+    level.touch(SINGLES[0])
+    level.delete(SINGLES[3])
+    for keys in (SINGLES[3], SINGLES[4]):
+        level.insert(items(keys))
+    assert level.held([keys[0] for keys in SINGLES]) == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize(("policy", "gone"), [("lru", 2), ("lfu", 3)])
+def test_what_another_process_stored_and_evicted_is_learnt(policy, gone, tmp_path):
+    tier = DiskTier(tmp_path / "store", 3 * COST)
+    level = level_of(tier, policy, SINGLES[:2])
+    tier.put(items(SINGLES[2]))  # as if by another process
+    tier.delete(SINGLES[1])
+    level.insert(items(SINGLES[3]))
+    level.touch(SINGLES[0])
+    level.insert(items(SINGLES[4]))  # there is no 1 that could go for it
+    tier.close()
+    with closing(DiskTier(tmp_path / "store", 3 * COST)) as tier:
+        left = tier.held([keys[0] for keys in SINGLES])
+    # what is new to LFU counts as used now; LRU knows from the disk that 2 came before 3
+    assert left == [i not in (1, gone) for i in range(5)]
+
+
+def test_room_costs_no_more_victims_than_it_takes():
+    nbytes = items(SINGLES[0])[0][1].nbytes
+    level = level_of(HostTier(2 * nbytes), "sieve", SINGLES[:2])
+    level.touch(SINGLES[1])
+    level.insert(items(SINGLES[2]))  # in the place of 0: the hand has not come to 1
+    level.insert(items(SINGLES[3]))  # it has now, and goes on to 2
+    assert level.held([keys[0] for keys in SINGLES[:4]]) == [False, True, False, True]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_all_tiers_follow_the_policy_that_is_set(policy, tmp_path):
+    config = StoreConfig(host_bytes=1 << 20, disk_path=str(tmp_path / "store"), policy=policy)
+    with TieredStore.open(config) as store:
+        made = [type(level._policy) for level in store._levels]
+    assert made == [POLICIES[policy]] * 2

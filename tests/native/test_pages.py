@@ -1,4 +1,4 @@
-"""Large buffers are marked for large pages, and nothing else happens to them."""
+"""Large buffers are marked for large pages; others have small ones of their own."""
 
 import re
 import sys
@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from native.pages import LEAST_BYTES, large_pages
+from native.pages import LEAST_BYTES, large_pages, own_pages
 
 SMAPS = Path("/proc/self/smaps")
 THP = Path("/sys/kernel/mm/transparent_hugepage")
 
 
-def marked(address: int) -> bool:
-    """Whether the mapping of this address is advised to use large pages ("hg")."""
+def marked(address: int, flag: str = "hg") -> bool:
+    """Whether the mapping of this address is to use large pages ("hg"), or not to ("nh")."""
     flags = ""
     inside = False
     for line in SMAPS.read_text().splitlines():
@@ -22,7 +22,7 @@ def marked(address: int) -> bool:
             inside = int(span[1], 16) <= address < int(span[2], 16)
         elif inside and line.startswith("VmFlags"):
             flags = line
-    return " hg" in flags
+    return f" {flag}" in flags
 
 
 def test_a_large_buffer_is_marked_and_stays_what_it_is():
@@ -40,3 +40,39 @@ def test_small_buffers_are_left_alone(monkeypatch):
     buffer = torch.zeros(LEAST_BYTES - 1, dtype=torch.uint8)
     assert large_pages(buffer) is buffer
     assert asked == []
+
+
+def test_a_buffer_in_pages_of_its_own_is_zero_and_asks_for_small_ones():
+    if sys.platform != "linux" or not THP.exists():
+        pytest.skip("this kernel has no transparent large pages")
+    buffer = own_pages((3, 1 << 20), torch.bfloat16)
+    assert buffer.shape == (3, 1 << 20)
+    assert not buffer.any()
+    assert marked(buffer.data_ptr(), "nh")
+
+
+@torch.inference_mode()
+def test_a_buffer_in_pages_of_its_own_may_be_written_to_in_every_mode():
+    buffer = own_pages((4, 5), torch.float32)
+    buffer.fill_(1)
+    with torch.inference_mode(False):
+        buffer.add_(1)
+    assert (buffer == 2).all()
+    assert own_pages((0, 5), torch.float32).shape == (0, 5)
+
+
+def test_pages_go_with_the_last_view_of_their_buffer():
+    buffer = own_pages((1 << 24,), torch.uint8)
+    view, address = buffer[5:9], buffer.data_ptr()
+    del buffer
+    view.fill_(3)
+    assert mapped(address, 1 << 24)
+    del view
+    assert not mapped(address, 1 << 24)
+
+
+def mapped(address: int, size: int) -> bool:
+    """Whether all of this memory is there."""
+    spans = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) ", Path("/proc/self/maps").read_text(), re.M)
+    have = sum(max(0, min(int(b, 16), address + size) - max(int(a, 16), address)) for a, b in spans)
+    return have == size

@@ -7,6 +7,7 @@ import pytest
 from evals.cli import main
 from evals.traces.read import trace
 from evals.traces.table import measure
+from kvstore.eviction import POLICIES
 
 LINES = [[0, 1], [0, 2], [0, 1], [0, 2]]
 
@@ -37,8 +38,9 @@ def test_the_table_has_policies_down_and_capacities_across(folder, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[1][-4:] == ["2", "3", "1,000", "all"]
     assert lines[2] == ["lru", "37.50", "62.50", "62.50"]
-    assert lines[4] == ["belady", "50.00", "62.50", "62.50", "62.50"]
-    assert lines[5] == ["lru,", "without", "shared", "0.00", "50.00", "50.00"]
+    assert [line[0] for line in lines[2:9]] == list(POLICIES)
+    assert lines[9] == ["belady", "50.00", "62.50", "62.50", "62.50"]
+    assert lines[10] == ["lru,", "without", "shared", "0.00", "50.00", "50.00"]
 
 
 def test_json_has_a_line_for_each_trace(folder, capsys, monkeypatch, tmp_path):
@@ -52,13 +54,31 @@ def test_json_has_a_line_for_each_trace(folder, capsys, monkeypatch, tmp_path):
     assert [x["policy"] for x in line["rates"]] == ["fifo", "belady", "belady"]
 
 
+@pytest.mark.parametrize(("policy", "hits"), [*dict.fromkeys(POLICIES, 3).items(), ("belady", 4)])
+def test_one_replay_of_one_trace_ends_with_its_rates_alone(folder, capsys, policy, hits):
+    options = ["--trace", f"{folder}/chat.jsonl", "--capacity", "2", "--policy", policy, "--json"]
+    assert main(["traces", *options]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last == {
+        "hit_rate": hits / 8,
+        "hit_rate_without_shared": (hits - 3) / 4,
+        "accesses": 8,
+    }
+
+
+def test_several_replays_of_one_trace_have_one_line(folder, capsys):
+    options = ["--trace", f"{folder}/chat.jsonl", "--policy", "lru", "arc", "--capacity", "2"]
+    assert main(["traces", *options, "--json"]) == 0
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [x["policy"] for x in line["rates"]] == ["lru", "arc", "belady", "belady"]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--policy", "mru"], "no policy 'mru': --policy takes lru, fifo"),
+        (["--policy", "mru"], "no policy 'mru': --policy takes lru, fifo, lfu"),
         (["--capacity", "0"], "--capacity must be 1 block or more"),
         (["--limit", "0"], "--limit must be 1 request or more"),
-        (["--data", "/nowhere"], "no traces in /nowhere"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(folder, capsys, options, words):
@@ -67,7 +87,13 @@ def test_what_is_wrong_is_said_in_one_line(folder, capsys, options, words):
     assert words in line
 
 
+@pytest.mark.parametrize("option", ["--data", "--trace"])
+def test_a_trace_that_is_not_there_is_named(capsys, option):
+    assert main(["traces", option, "/nowhere"]) == 1
+    assert "no traces in /nowhere" in capsys.readouterr().err
+
+
 def test_without_data_the_setting_is_named(capsys, monkeypatch):
     monkeypatch.delenv("HEADRACE_DATA", raising=False)
     assert main(["traces"]) == 1
-    assert "give --data DIR, or set HEADRACE_DATA" in capsys.readouterr().err
+    assert "give --trace FILE or --data DIR, or set HEADRACE_DATA" in capsys.readouterr().err
