@@ -149,7 +149,7 @@ class Below:
     def _lower(self, keep: Copies) -> bool:
         """Move the first segment of a request that is out to disk, and more if it has too many."""
         for cache, copies in self.copies.items():
-            if self.file is None or cache.loaded or copies.moves or not copies.segments:
+            if self.file is None or copies.moves or cache.loaded or not copies.segments:
                 continue
             left = range(len(copies.segments))[::-1]
             stops = zip(left, [part.stop for part in copies.segments], strict=True)

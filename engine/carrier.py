@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from copy import copy
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from traceback import clear_frames
 from typing import NamedTuple
 
 import torch
@@ -91,27 +93,41 @@ class Carrier:
 
     # places
 
-    def start(self, live: Live, stir: Callable[[], None], *, alone: bool) -> Started:
-        """A request gets its place: its cache, and what is stored of its prompt on the way there.
+    def start(self, live: Live, *, alone: bool) -> Started:
+        """See what is stored of a request's prompt; `place` follows, when there is room for it.
 
         Args:
-            stir: called from another thread when it is there.
             alone: nobody would be held up if the step waited for it, layer by layer.
         """
         live.mark("load" if live.attempts else "queue")
         if live.run.segments is not None:
             live.work = live.engine.blending.prefill_slices(live.run)
             return Started(0, ready=True)
-        plain = live.engine.plain
-        usable = plain.usable(live.run) if live.attempts < ATTEMPTS else []
+        usable = live.usable if live.attempts < ATTEMPTS else []
         live.attempts += 1
         live.pins.enter_context(self._store.pin(usable))
-        live.loader = plain.begin(live.run, usable[: self._store.lookup(usable)])
+        live.found = usable[: self._store.lookup(usable)]
+        live.waits = bool(live.found) and not alone
         live.mark("lookup")
-        if live.loader is not None and not alone:
+        return Started(len(live.found) * self._config.block_tokens, ready=not live.waits)
+
+    def place(self, live: Live, stir: Callable[[], None]) -> None:
+        """Make the cache of a request that was started, and begin to load what is stored.
+
+        Args:
+            stir: called from another thread when that is there.
+        """
+        if live.work is not None:
+            return
+        live.loader = live.engine.plain.begin(live.run, live.found)
+        if live.waits and live.loader is not None:
             live.coming = live.loader
             live.loader.add_done_callback(lambda _: stir())
-        return Started(live.run.stats.cached_tokens, ready=live.coming is None)
+
+    def forget(self, live: Live) -> None:
+        """Free what a prompt that has to be read anew has."""
+        live.loaded()
+        live.run.release()
 
     def arrived(self, live: Live) -> None:
         """Take note of what has come: stored KV, or what was moved down. Raises what went wrong."""
@@ -129,7 +145,7 @@ class Carrier:
         live.mark("swap")
 
     def back(self, live: Live, stir: Callable[[], None]) -> None:
-        """Begin to bring it back; `stir` as in `start`."""
+        """Begin to bring it back; `stir` as in `place`."""
         assert self.swap is not None
         live.coming = self.swap.back(_slab(live))
         live.coming.add_done_callback(lambda _: stir())
@@ -138,11 +154,14 @@ class Carrier:
         """Free all that a request has, and keep near what it had from the store."""
         if live in self._unsettled:
             self._unsettled.remove(live)
-        if self.swap is not None and isinstance(live.run.cache, SlabCache):
-            self.swap.forget(live.run.cache)
-        live.release()
-        if live.run.stored:  # by another thread: it may read from the disk
-            self._promoter.submit(self._store.promote, live.run.stored)
+        with ExitStack() as parts:  # each, whatever becomes of the others
+            if live.run.stored:  # by another thread: it may read from the disk
+                parts.callback(self._promoter.submit, self._store.promote, live.run.stored)
+            parts.callback(live.release)
+            if self._batch is not None:
+                self._batch.leave(live.run)
+            if self.swap is not None and isinstance(live.run.cache, SlabCache):
+                self.swap.forget(live.run.cache)
 
     def close(self) -> None:
         """Free what requests were moved to."""
@@ -170,13 +189,14 @@ class Carrier:
         self, plan: Plan, lives: Mapping[int, Live], done: Done
     ) -> Iterator[tuple[Live, Float[Tensor, " vocab"]]]:
         """The rows of logits after newest tokens and complete prompts."""
-        running = [lives[job.id] for job in plan.decode]
+        running = [lives[job.id] for job in plan.decode if job.id in lives]
         if self._batch is not None and running:
             seated = self._batch.step([live.run for live in running])
             yield from self._landed(zip(running, seated, repeat(None)), done)
         pieces = {} if self._batch is not None else {live: self._newest(live) for live in running}
         for job, count in plan.prompt:
-            if (live := lives[job.id]).work is None:
+            live = lives.get(job.id)  # none that could not be placed
+            if live is not None and live.work is None:
                 pieces[live] = self._chunk(live, count)
         rows = _fetched(step(self._model, list(pieces.values()))) if pieces else []
         errors = [piece.error for piece in pieces.values()]
@@ -209,8 +229,8 @@ class Carrier:
     ) -> Iterator[tuple[Live, Float[Tensor, " vocab"]]]:
         """The rows of logits after prompts of parts that became complete."""
         for job, count in plan.prompt:
-            live = lives[job.id]
-            if live.work is None:
+            live = lives.get(job.id)
+            if live is None or live.work is None:
                 continue
             live.credit += count
             try:
@@ -218,8 +238,10 @@ class Carrier:
                     live.credit -= next(live.work)
             except StopIteration as end:
                 live.work = None
-                yield live, end.value
+                if self._attempt(live, done, _save):
+                    yield live, end.value
             except Exception as error:
+                clear_frames(error.__traceback__)  # they hold the cache
                 done.failed.append((live, error))
             live.mark("blend")
 
@@ -259,6 +281,7 @@ class Carrier:
         try:
             chosen = act(live)
         except Exception as error:
+            clear_frames(error.__traceback__)
             done.failed.append((live, error))
             return False
         if chosen is not None:

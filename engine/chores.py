@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from engine.slices import Slices
 
@@ -12,76 +12,86 @@ T = TypeVar("T")
 PATIENCE = 8  # steps that read prompts, after which a slice is taken beside them
 
 
-class _Chore(NamedTuple):
-    work: Callable[[], Slices[Any]]
-    future: Future[Any]
+class Chore:
+    """One piece of such work. Cancelling its future ends it before its next slice."""
+
+    def __init__(self, work: Callable[[], Slices[Any]], owner: str) -> None:
+        self.owner, self.over = owner, False
+        self.future: Future[Any] = Future()
+        self._make = work
+        self._slices: Slices[Any] | None = None
+
+    def slice(self) -> None:
+        """Do a part of it. It does not raise: what went wrong is the future's."""
+        try:
+            if self.future.cancelled():
+                self.end()
+                return
+            if self._slices is None:
+                self._slices = self._make()
+            next(self._slices)
+        except StopIteration as end:
+            self.end()
+            with suppress(InvalidStateError):  # cancelled just now
+                self.future.set_result(end.value)
+        except Exception as error:
+            self.end()
+            with suppress(InvalidStateError):
+                self.future.set_exception(error)
+
+    def end(self) -> None:
+        """No more of it."""
+        self.over = True
+        if self._slices is not None:
+            self._slices.close()
 
 
 class Chores:
-    """First come, first served. Added to by any thread that holds the service's door."""
+    """Owners take turns, each with its own work in order. All calls are made with the door held."""
 
     def __init__(self) -> None:
-        self._waiting: deque[_Chore] = deque()
-        self._now: tuple[Slices[Any], Future[Any]] | None = None
+        self._waiting: dict[str, deque[Chore]] = {}  # by owner, whose turn it is first
+        self._now: Chore | None = None
         self._passed = 0  # steps since the last slice
 
     def __len__(self) -> int:
-        return len(self._waiting) + (self._now is not None)
+        return sum(map(len, self._waiting.values())) + (self._now is not None)
 
-    def add(self, work: Callable[[], Slices[T]]) -> Future[T]:
-        """What the work returns, or what went wrong; cancelling it ends it after its slice."""
-        future: Future[T] = Future()
-        self._waiting.append(_Chore(work, future))
-        return future
+    def add(self, work: Callable[[], Slices[T]], owner: str) -> Future[T]:
+        """What the work returns, or what went wrong."""
+        chore = Chore(work, owner)
+        self._waiting.setdefault(owner, deque()).append(chore)
+        return chore.future
 
-    def take(self, *, reading: bool) -> bool:
-        """A slice, unless a step with prompts had its turn just before; whether there was any.
+    def next(self, *, reading: bool) -> Chore | None:
+        """Of whom a slice is to be taken now; `put_back` follows.
 
         Args:
             reading: this step read prompts: only every `PATIENCE`-th of them has a slice, too, so
                 that answers do not pause for long and the work ends all the same.
         """
         self._passed += 1
-        if reading and self._passed < PATIENCE:
-            return bool(self)
+        if not self._waiting or (reading and self._passed < PATIENCE):
+            return None
         self._passed = 0
-        if self._now is None and not self._next():
-            return False
-        assert self._now is not None
-        work, future = self._now
-        if future.cancelled():
-            self._over(work)
-            return True
-        try:
-            next(work)
-        except StopIteration as end:
-            self._over(work)
-            with suppress(InvalidStateError):  # cancelled just now
-                future.set_result(end.value)
-        except Exception as error:
-            self._over(work)
-            with suppress(InvalidStateError):
-                future.set_exception(error)
-        return True
+        owner, line = next(iter(self._waiting.items()))
+        self._now = line.popleft()
+        del self._waiting[owner]
+        if line:
+            self._waiting[owner] = line  # behind the others
+        return self._now
+
+    def put_back(self, chore: Chore) -> None:
+        """A slice of it was taken; what is left of it comes first when its owner's turn comes."""
+        self._now = None
+        if not chore.over:
+            self._waiting.setdefault(chore.owner, deque()).appendleft(chore)
 
     def cancel(self) -> None:
         """End all of it."""
-        if self._now is not None:
-            work, future = self._now
-            self._over(work)
-            future.cancel()
-        while self._waiting:
-            self._waiting.popleft().future.cancel()
-
-    def _next(self) -> bool:
-        """Begin the next that nobody cancelled."""
-        while self._waiting:
-            work, future = self._waiting.popleft()
-            if not future.cancelled():
-                self._now = work(), future
-                return True
-        return False
-
-    def _over(self, work: Slices[Any]) -> None:
+        for line in self._waiting.values():
+            for chore in line:
+                chore.end()
+                chore.future.cancel()
+        self._waiting.clear()
         self._now = None
-        work.close()

@@ -56,6 +56,10 @@ class Seated:
         assert isinstance(run.cache, SparseCache)
         self._slots[run] = self._batch.adopt(run.cache, run.capacity - run.cache.length)
 
+    def leave(self, run: Running) -> None:
+        """Forget a request that has ended; its cache gives its slot back when it is closed."""
+        self._slots.pop(run, None)
+
     def step(self, live: Sequence[Running]) -> Iterable[Float[Tensor, " vocab"]]:
         """Logits after each one's newest token."""
         slots = [self._slots[run] for run in live]

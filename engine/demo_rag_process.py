@@ -16,7 +16,6 @@ from engine.errors import ConfigError
 from engine.haystack import KEYS, SENTENCE_END, Fact
 from engine.prefill import prefill
 from engine.rag import Rag
-from engine.splitter import split
 
 MAX_NEW_TOKENS = 16
 
@@ -45,7 +44,7 @@ def documents(engine: Engine, job: Job) -> tuple[list[Fact], list[dict[str, str]
     facts = [Fact(key, f"{rng.randrange(10**6):06}") for key in rng.sample(keys, job.facts)]
     texts = []
     for page, fact in zip(rng.sample(sorted(topics), job.facts), facts, strict=True):
-        text = split(engine.tokenizer, topics[page], limit=room)[0].text
+        text = engine.splitter.split(topics[page], limit=room)[0].text
         texts.append({"id": page, "title": page, "text": _hide(rng, text, fact)})
     return facts, texts
 

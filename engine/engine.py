@@ -30,6 +30,7 @@ from engine.request import Completion, Event, Prompt, Request, Running, listed
 from engine.sampling import Sampling
 from engine.segments import Segments, ids_of
 from engine.slices import Slices, drained
+from engine.splitter import Splitter
 from kvstore.errors import StoreError
 from kvstore.stats import StoreStats
 from kvstore.store import TieredStore
@@ -69,6 +70,7 @@ class Engine:
         self._parent: Engine | None = None  # whose store and memory these are
         self.config = config or EngineConfig()
         self.tokenizer = tokenizer
+        self.splitter = Splitter(tokenizer)  # of all tenants
         self.model = HFModel(module.eval())
         check(self.model)
         self.config.check(self.model.shape)

@@ -120,16 +120,21 @@ class Library:
             return [self._cited(one, None) for one in ids]
 
     def before_reading(self, prefix: tuple[int, ...] | None = None) -> None:
-        """Note where KV of chunks is about to be stored; `asked` must follow.
+        """Note where KV of chunks is about to be stored; `asked` must follow, or `withdrawn`.
 
         Args:
             prefix: that the prompt's chunks stand behind; None is the library's own.
         """
         with self._lock:
             origin = self._behind(prefix)
-            self._reading[origin] += 1
             self._catalogue.remember(origin)
-            self._forgetting.prune({self._origin, *self._reading})
+            self._forgetting.prune({self._origin, origin, *self._reading})
+            self._reading[origin] += 1
+
+    def withdrawn(self, prefix: tuple[int, ...] | None = None) -> None:
+        """What `before_reading` announced did not run: nothing was stored."""
+        with self._lock:
+            self._read_no_more(self._behind(prefix))
 
     def stored(self, chunks: Mapping[str, Sequence[int]]) -> None:
         """KV of chunks was stored: delete what was deleted in the meantime."""
@@ -146,13 +151,15 @@ class Library:
     ) -> None:
         """A prompt of chunks has ended, and may have left KV: see `Forgetting.note`."""
         with self._lock:
-            origin = self._behind(segments.prefix)
-            self._reading[origin] -= 1
-            self._reading += Counter()  # without those that nobody reads
+            self._read_no_more(self._behind(segments.prefix))
             self._catalogue.refresh()
             self._forgetting.note(segments, ids, generated, done)
             pairs = zip(ids, segments.chunks, strict=True)
             self._forgetting.after({id_: chunk for id_, chunk in pairs if id_ is not None})
+
+    def _read_no_more(self, origin: Origin) -> None:
+        self._reading[origin] -= 1
+        self._reading += Counter()  # without those that nobody reads
 
     def _behind(self, prefix: tuple[int, ...] | None) -> Origin:
         return self._origin if prefix is None else Origin(prefix, self._origin.block_tokens)

@@ -1,7 +1,7 @@
 """A request in a service, from its submission to its last event."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +14,7 @@ from engine.job import Job
 from engine.loading import Loader
 from engine.request import Running
 from engine.slices import Slices
+from kvstore.block import BlockKey
 
 
 @runtime_checkable
@@ -42,6 +43,9 @@ class Live:
         self.deadline = None if ask.deadline_s is None else time.monotonic() + ask.deadline_s
         self.loader: Loader | None = None
         self.coming: Coming | None = None  # what it waits for: that load, or KV moved back
+        self.usable: Sequence[BlockKey] = ()  # blocks that may stand in for its prompt's start
+        self.found: Sequence[BlockKey] = ()  # of these, what is stored
+        self.waits = False  # until these are loaded
         self.attempts = 0  # to load
         self.work: Slices[Float[Tensor, " vocab"]] | None = None  # of a prompt of parts
         self.credit = 0  # tokens of that work that it was granted, less those it took
@@ -70,8 +74,9 @@ class Live:
 
     def release(self) -> None:
         """Free all that it holds. Idempotent; nothing works for it any more afterwards."""
-        self.loaded()
-        if self.work is not None:
-            self.work.close()
+        with ExitStack() as parts:  # each, whatever becomes of the others
+            parts.callback(self.run.release)
+            if self.work is not None:
+                parts.callback(self.work.close)
+            parts.callback(self.loaded)
         self.work = self.settling = self.logits = self.coming = None
-        self.run.release()

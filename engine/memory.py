@@ -120,13 +120,22 @@ class Memory:
         if self.pool is None:
             token = shape.kv_bytes_per_token
             return Need(token, token, slack=slack, movable=run.movable)
-        stays = shape.num_layers - self.pool.shape.num_layers
+        stays, blocks = shape.num_layers - self.pool.shape.num_layers, self._blocks(run)
         return Need(
             prompt=shape.kv_bytes_per_token,
             answer=shape.kv_bytes_per_token // shape.num_layers * stays,
-            pool=-(-self._blocks(run) * self.pool.shape.block_bytes // run.capacity),
+            pool=blocks * self.pool.shape.block_bytes // run.capacity,
+            slack=blocks * self.pool.shape.block_bytes % run.capacity,  # whole blocks, exactly
             movable=False,
         )
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the budgets hold of one request."""
+        tokens = self._config.cache_bytes // self._model.shape.kv_bytes_per_token
+        if self.pool is None:
+            return tokens
+        return min(tokens, self.pool.num_blocks * self.pool.shape.block_tokens)
 
     @property
     def pool_bytes(self) -> int:

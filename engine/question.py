@@ -1,5 +1,6 @@
 """A question about a text, as a prompt."""
 
+import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,8 +10,6 @@ from engine.errors import PromptError
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-
-TEXTS = "[[ the texts stand here ]]"  # until a chat template has been told apart
 
 
 def prompt(engine: "Engine", text: str, question: str) -> list[int]:
@@ -46,7 +45,8 @@ def around(engine: "Engine", instructions: str, question: str) -> Around:
     tokenizer = engine.tokenizer
     if tokenizer is None or not tokenizer.chat_template:
         return Around(tuple(engine.tokenize(before)), _bare(tokenizer, question))
-    return _split(tokenizer, [{"role": "user", "content": f"{before}{TEXTS}{question}"}])
+    texts = _place()
+    return _split(tokenizer, [{"role": "user", "content": f"{before}{texts}{question}"}], texts)
 
 
 def around_chat(engine: "Engine", messages: Sequence[dict[str, str]]) -> Around:
@@ -64,11 +64,17 @@ def around_chat(engine: "Engine", messages: Sequence[dict[str, str]]) -> Around:
     first = next((message for message in said if message["role"] == "user"), None)
     if first is None:
         raise PromptError("documents stand in front of what a user says: there is no such message")
-    first["content"] = f"{TEXTS}{first['content']}"
-    return _split(engine.tokenizer, said)
+    texts = _place()
+    first["content"] = f"{texts}{first['content']}"
+    return _split(engine.tokenizer, said, texts)
 
 
-def _split(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Around:
+def _place() -> str:
+    """What stands for the texts until a chat template has been told apart: nobody can say it."""
+    return f"[[{secrets.token_hex(16)}]]"
+
+
+def _split(tokenizer: Any, messages: Sequence[dict[str, str]], texts: str) -> Around:
     """Before and behind the texts."""
     try:
         said = tokenizer.apply_chat_template(
@@ -76,7 +82,7 @@ def _split(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Around:
         )
     except TemplateError as error:
         raise PromptError(f"the chat template refuses this question: {error}") from error
-    parts = str(said).split(TEXTS)
+    parts = str(said).split(texts)
     if len(parts) != 2:
         raise PromptError("the chat template does not keep the texts that a question is about")
     return Around(_bare(tokenizer, parts[0]), _bare(tokenizer, parts[1]))

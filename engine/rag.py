@@ -19,7 +19,7 @@ from engine.repair import BlendConfig, PolicyName
 from engine.request import Completion, Event
 from engine.retriever import BM25, Hit, Retriever
 from engine.segments import Segments
-from engine.splitter import BREAK, Piece, encode, split
+from engine.splitter import BREAK, Piece
 
 TOP_K = 5
 
@@ -67,7 +67,7 @@ class Rag:
         self._blend = _blend(engine.config.blend, policy, share)
         self._instructions = prefix
         self.prefix = around(engine, prefix, "?").before  # token ids
-        self._separator = encode(engine.tokenizer, BREAK)
+        self._separator = engine.splitter.encode(BREAK)
         self._check_room()
         self._library = Library(engine, retriever or BM25(), prefix=self.prefix, folder=path)
 
@@ -181,7 +181,7 @@ class Rag:
         return in_thread(lambda: self.stream(question, chunks, **options))
 
     def _cut(self, text: str, title: str) -> list[Piece]:
-        return split(self.engine.tokenizer, text, limit=self.chunk_tokens, title=title)
+        return self.engine.splitter.split(text, limit=self.chunk_tokens, title=title)
 
     def _behind(self, question: str) -> tuple[int, ...]:
         """The question's tokens. PromptError where it alone is too much, or nothing."""

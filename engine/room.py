@@ -72,7 +72,7 @@ class Room:
     def worst(self, job: Job) -> int:
         """Most bytes on the device that it may hold from now on."""
         need = job.need
-        prompt = 0 if job.made else need.prompt * job.prompt
+        prompt = 0 if job.made else need.prompt * job.capacity  # a cache is made as large at once
         if not job.pinned:
             return _rate(job) * job.capacity + need.fixed
         return max(prompt, need.answer * job.capacity) + need.fixed

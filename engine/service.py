@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from copy import deepcopy
 from itertools import count
 from typing import TypeVar
 
@@ -35,7 +34,8 @@ class Service:
     """Serves requests with one engine, as they come. All methods may be called from any thread.
 
     Every step computes a token of each running request and chunks of prompts beside them; see
-    `engine.scheduler`. Answers are those that each request would get alone.
+    `engine.scheduler`. Answers are those that each request would get alone, up to the rounding of
+    matrix products of other sizes.
 
     The engine's `cache_bytes`, pool and `schedule` bound what runs. The engine stays its owner's:
     close it after the service, and use it for little else meanwhile.
@@ -44,8 +44,13 @@ class Service:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._carrier = Carrier(engine)
-        self._scheduler = Scheduler(self._carrier.limits(), engine.config.schedule.order())
+        try:
+            self._scheduler = Scheduler(self._carrier.limits(), engine.config.schedule.order())
+        except Exception:
+            self._carrier.close()
+            raise
         self._live: dict[int, Live] = {}  # by the job's id
+        self._started: list[Live] = []  # by the plan of this turn
         self._numbers = count(1)
         self._door = threading.Condition()  # guards the scheduler, and all of these
         self._stirred = self._draining = self._closed = False
@@ -81,25 +86,26 @@ class Service:
             if (live := self._live.get(ticket.id)) is not None:
                 self._end_by(live, Cancelled("the request was cancelled"))
 
-    def background(self, work: Callable[[], Slices[T]]) -> Future[T]:
-        """Do what can wait, a slice at a time between steps; ServerStopping if no more is taken."""
+    def background(self, work: Callable[[], Slices[T]], owner: str = "") -> Future[T]:
+        """Do what can wait, a slice at a time between steps; owners take turns.
+
+        Raises:
+            ServerStopping: no more is taken.
+        """
         with self._door:
             self._refuse_stopping()
             self._stir()
-            return self._chores.add(work)
+            return self._chores.add(work, owner)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and answer that budgets let one request have."""
+        return min(self._carrier.max_tokens, self.engine.memory.longest)
 
     def stats(self) -> ServiceStats:
         """What it does now, and what it did since it began."""
         with self._door:
-            stats, now = deepcopy(self._stats), self._scheduler
-            stats.waiting, stats.running, stats.swapped = len(now.waiting), now.running, now.out
-            stats.device_bytes, stats.device_capacity_bytes = (
-                now.device_used,
-                now.limits.device_bytes,
-            )
-            stats.lower_bytes, stats.lower_capacity_bytes = now.lower_used, now.limits.lower_bytes
-            stats.pool_bytes, stats.pool_capacity_bytes = now.pool_used, now.limits.pool_bytes
-            stats.chores, stats.preemptions = len(self._chores), now.preemptions
+            stats = self._stats.now(self._scheduler, len(self._chores))
             stats.swap = self._carrier.swap_stats()
         return stats
 
@@ -114,10 +120,9 @@ class Service:
         with self._door:
             self._draining = self._closed = True
             self._stir()
-        if self._thread.is_alive():
-            self._thread.join()
-            self._outbox.close()
-            self._carrier.close()
+        self._thread.join()
+        self._outbox.close()
+        self._carrier.close()
 
     def _accept(self, ask: Ask, listener: Listener) -> Live:
         engine, number = ask.engine or self.engine, next(self._numbers)
@@ -139,48 +144,81 @@ class Service:
             priority=ask.priority,
             whole=isinstance(ask.prompt, Segments),
         )
-        return Live(Ticket(number), ask, engine, run, job, listener)
+        live = Live(Ticket(number), ask, engine, run, job, listener)
+        if not job.whole:  # here, as it takes long for long prompts
+            live.usable = engine.plain.usable(run)
+        return live
 
     # the engine thread
 
     @torch.inference_mode()
     def _work(self) -> None:
-        while not self._closed:
-            try:
-                busy = self._turn()
-            except Exception as error:  # no request's alone: those that run cannot go on
-                log.exception("a step failed")
-                busy = True
-                for live in self._begun():
-                    self._fail(live, EngineError(f"a step failed: {type(error).__name__}"))
-            if not busy:
+        try:
+            while not self._closed:
+                try:
+                    busy = self._turn()
+                except Exception:  # a fault of ours: nobody knows what state requests are in
+                    log.exception("the engine thread failed")
+                    busy = True
+                    self._fail_all(EngineError("the engine failed"))
                 with self._door:
-                    self._door.wait_for(lambda: self._stirred, self._rest_s())
-        for live in list(self._live.values()):
-            self._fail(live, ServerStopping("the service was stopped"))
-        self._chores.cancel()
+                    if not busy:
+                        self._door.wait_for(lambda: self._stirred or self._closed, self._rest_s())
+        finally:
+            with self._door:
+                self._draining = self._closed = True
+            self._fail_all(ServerStopping("the service was stopped"))
+            with self._door:
+                self._chores.cancel()
+                self._door.notify_all()
 
     def _turn(self) -> bool:
         """One step; False if there was nothing to do, and nobody stirred since."""
-        self._stirred = False
+        with self._door:
+            self._stirred = False
         self._sweep()
         with self._door:
             plan = self._scheduler.next(self._start)
+        self._move(plan)
+        worked = self._step(plan)
+        with self._door:
+            chore = self._chores.next(reading=bool(plan.prompt))
+        if chore is not None:
+            chore.slice()
+            with self._door:
+                self._chores.put_back(chore)
+                self._door.notify_all()
+        return worked or chore is not None or bool(plan.out or plan.back)
+
+    def _move(self, plan: Plan) -> None:
+        """KV leaves the device before any comes, or is made room for."""
         for job in plan.out:
             self._guarded(self._live[job.id], self._carrier.out)
+        started, self._started = self._started, []
+        for live in started:
+            self._guarded(live, lambda live: self._carrier.place(live, self._wake))
         for job in plan.back:
             self._guarded(self._live[job.id], lambda live: self._carrier.back(live, self._wake))
-        step = self._carrier.step(plan, self._live)
+
+    def _step(self, plan: Plan) -> bool:
+        """Compute a plan's tokens; whether there was anything to do."""
+        try:
+            step = self._carrier.step(plan, self._live)
+        except Exception as error:  # the model's: nobody's alone of those in the step
+            log.exception("a step failed")
+            jobs = [*plan.decode, *(job for job, _ in plan.prompt)]
+            for live in [self._live[job.id] for job in jobs if job.id in self._live]:
+                self._fail(live, EngineError(f"a step failed: {type(error).__name__}"))
+            return True
         with self._door:
             self._scheduler.done(plan)
-            self._count(plan)
-        for live, error in step.failed:
-            self._failed(live, error)
+            self._stats.steps += bool(plan.tokens)
+            self._stats.prompt_tokens += sum(n for _, n in plan.prompt)
+        for live, failure in step.failed:
+            self._failed(live, failure)
         for live, chosen in step.chosen:
             self._chose(live, chosen)
-        chore = self._chores.take(reading=bool(plan.prompt))
-        worked = plan.tokens or plan.out or plan.back
-        return bool(worked) or chore or self._carrier.unsettled
+        return bool(plan.tokens or step.chosen or step.failed) or self._carrier.unsettled
 
     def _sweep(self) -> None:
         """End what was cancelled, is late or could not start; go on with what has come."""
@@ -202,9 +240,11 @@ class Service:
 
     def _start(self, job: Job) -> Started:
         """A waiting request gets its place. The door is held."""
-        live, alone = self._live[job.id], len(self._scheduler.started) == 1
+        live, others = self._live[job.id], len(self._scheduler.started) > 1
         try:
-            return self._carrier.start(live, self._wake, alone=alone)
+            found = self._carrier.start(live, alone=not (others or self._scheduler.waiting))
+            self._started.append(live)
+            return found
         except Exception as error:  # it ends before the next step
             self._end_by(live, error)
             return Started(0, ready=False)
@@ -228,8 +268,7 @@ class Service:
             self._fail(live, error)
             return
         log.warning("computing the prompt again: %s", error)
-        live.loaded()
-        live.run.release()
+        self._carrier.forget(live)
         with self._door:
             self._scheduler.again(live.job)
 
@@ -242,7 +281,7 @@ class Service:
     def _fail(self, live: Live, error: Exception) -> None:
         """End a request without a completion."""
         self._end(live)
-        if live.quiet:  # its text came to a stop
+        if live.quiet and live.run.finish_reason is not None:  # its text came to a stop
             self._stats.completed += 1
         elif isinstance(error, Cancelled):
             self._stats.cancelled += 1
@@ -251,22 +290,22 @@ class Service:
         self._outbox.put(live, Failure(error))
 
     def _end(self, live: Live) -> None:
-        """Free all that a request has, in whatever state it is."""
+        """Free all that a request has, in whatever state it is. It does not raise."""
         try:
             self._carrier.end(live)
-        finally:
-            with self._door:
-                self._scheduler.finish(live.job)
-                self._live.pop(live.job.id, None)
-                self._counts(live).cached_tokens += live.run.stats.cached_tokens
-                self._door.notify_all()
+        except Exception:  # who asked must hear of the end all the same
+            log.exception("cannot free all of %s", live.ticket)
+        with self._door:
+            self._scheduler.finish(live.job)
+            self._live.pop(live.job.id, None)
+            self._counts(live).cached_tokens += live.run.stats.cached_tokens
+            self._door.notify_all()
 
-    def _begun(self) -> list[Live]:
-        return [live for live in self._live.values() if live.run.cache is not None or live.work]
-
-    def _count(self, plan: Plan) -> None:
-        self._stats.steps += bool(plan.tokens)
-        self._stats.prompt_tokens += sum(n for _, n in plan.prompt)
+    def _fail_all(self, error: Exception) -> None:
+        with self._door:
+            everyone = list(self._live.values())
+        for live in everyone:
+            self._fail(live, error)
 
     # who stirs it; the door is held
 
@@ -286,7 +325,9 @@ class Service:
     def _rest_s(self) -> float | None:
         """Until the next deadline."""
         deadlines = [live.deadline for live in self._live.values() if live.deadline is not None]
-        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        if not deadlines:
+            return None
+        return min(max(0.0, min(deadlines) - time.monotonic()), threading.TIMEOUT_MAX)
 
     def _counts(self, live: Live) -> TenantCounts:
         return self._stats.tenants.setdefault(live.ask.tenant, TenantCounts())

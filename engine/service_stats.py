@@ -1,8 +1,9 @@
 """Numbers that tell how a service is doing."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.below import SwapStats
+from engine.scheduler import Scheduler
 
 
 @dataclass(slots=True)
@@ -38,3 +39,22 @@ class ServiceStats:
     failed: int = 0
     swap: SwapStats = field(default_factory=SwapStats)
     tenants: dict[str, TenantCounts] = field(default_factory=dict)
+
+    def now(self, scheduler: Scheduler, chores: int) -> "ServiceStats":
+        """A copy, with what a scheduler says of this moment."""
+        limits = scheduler.limits
+        return replace(
+            self,
+            waiting=len(scheduler.waiting),
+            running=scheduler.running,
+            swapped=scheduler.out,
+            chores=chores,
+            device_bytes=scheduler.device_used,
+            device_capacity_bytes=limits.device_bytes,
+            lower_bytes=scheduler.lower_used,
+            lower_capacity_bytes=limits.lower_bytes,
+            pool_bytes=scheduler.pool_used,
+            pool_capacity_bytes=limits.pool_bytes,
+            preemptions=scheduler.preemptions,
+            tenants={name: replace(counts) for name, counts in self.tenants.items()},
+        )

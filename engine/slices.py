@@ -22,7 +22,7 @@ def drained(slices: Slices[T]) -> T:
         try:
             next(slices)
         except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
+            return end.value
 
 
 class Watch:
@@ -39,7 +39,7 @@ class Watch:
                 try:
                     cost = next(slices)
                 except StopIteration as end:
-                    return end.value  # type: ignore[no-any-return]
+                    return end.value
                 finally:
                     self.seconds += time.perf_counter() - began
                 yield cost

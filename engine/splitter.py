@@ -1,12 +1,16 @@
 """Documents cut into chunks: at paragraphs if possible, and never longer than asked."""
 
 import re
+import threading
 from bisect import bisect_right
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from engine.errors import PromptError
 
+LITERALLY = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
 BREAK = "\n\n"  # between a title and its text, and between chunks
 CUTS = tuple(
     re.compile(pattern)
@@ -22,36 +26,72 @@ class Piece:
     tokens: tuple[int, ...]
 
 
-def split(tokenizer: Any, text: str, *, limit: int, title: str = "") -> list[Piece]:
-    """The text in pieces of at most `limit` tokens, title included; none of an empty text.
+class Splitter:
+    """Cuts texts with a tokenizer of its own. Thread-safe.
 
-    A piece ends at the last paragraph that fits, else at a line, a sentence, a word or a token, but
-    is at least half as long as it may be. What looks like a special token is text like any other.
+    What looks like a special token is text like any other. `transformers` keeps that choice in the
+    tokenizer itself, where it would reach whoever else encodes at that moment: hence the copy,
+    which is made when it is needed first.
 
-    Raises:
-        PromptError: a title that takes half of a chunk, no room for a single character, text that
-            is not Unicode, or a tokenizer that does not say where its tokens stand.
+    Args:
+        tokenizer: whose tokens these are; it stays as it is.
     """
-    head = f"{title.strip()}{BREAK}" if title.strip() else ""
-    room = limit - len(encode(tokenizer, head))
-    if 2 * room < limit:
-        raise PromptError(
-            f"chunks of {limit} tokens have {max(room, 0)} left beside the title {title!r}: "
-            "raise chunk_tokens or shorten the title"
-        )
-    cutter = _Cutter(tokenizer, text, head, limit, *_places(tokenizer, text))
-    pieces, at = [], _next(text, 0)
-    while at < len(text):
-        piece, stop = cutter.cut(at, room)
-        pieces.append(piece)
-        at = _next(text, stop)
-    return pieces
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._given = tokenizer
+        self._lock = threading.Lock()  # while the copy is made
+        self._copy: Any = None
+
+    def split(self, text: str, *, limit: int, title: str = "") -> list[Piece]:
+        """The text in pieces of at most `limit` tokens, title included; none of an empty text.
+
+        A piece ends at the last paragraph that fits, else at a line, a sentence, a word or a token,
+        but is at least half as long as it may be.
+
+        Raises:
+            PromptError: a title that takes half of a chunk, no room for a single character, text
+                that is not Unicode, or a tokenizer that does not say where its tokens stand.
+        """
+        head = f"{title.strip()}{BREAK}" if title.strip() else ""
+        room = limit - len(self.encode(head))
+        if 2 * room < limit:
+            raise PromptError(
+                f"chunks of {limit} tokens have {max(room, 0)} left beside the title {title!r}: "
+                "raise chunk_tokens or shorten the title"
+            )
+        cutter = _Cutter(self._tokenizer, text, head, limit, *_places(self._tokenizer, text))
+        pieces, at = [], _next(text, 0)
+        while at < len(text):
+            piece, stop = cutter.cut(at, room)
+            pieces.append(piece)
+            at = _next(text, stop)
+        return pieces
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text alone, without special tokens, also where it spells one."""
+        return _encode(self._tokenizer, text)
+
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest token: no text has fewer tokens than its bytes by these.
+
+        But for white space at its ends, and for tokenizers that have one token for all they do
+        not know.
+        """
+        return max((len(str(token).encode()) for token in self._tokenizer.get_vocab()), default=1)
+
+    @property
+    def _tokenizer(self) -> Any:
+        with self._lock:
+            if self._copy is None:
+                made = deepcopy(self._given)
+                _encode(made, "")  # it is set now, and never again
+                self._copy = made
+            return self._copy
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text alone, without special tokens, also where it spells one."""
-    options = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
-    return list(tokenizer(text, **options)["input_ids"])
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, **LITERALLY)["input_ids"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +114,7 @@ class _Cutter:
             half = max(start, self.starts[(first + last + 1) // 2])
             stop = self._boundary(half, self.ends[last])
             piece = self.text[start:stop].strip()
-            tokens = encode(self.tokenizer, self.head + piece)
+            tokens = _encode(self.tokenizer, self.head + piece)
             if len(tokens) <= self.limit:
                 return Piece(piece, tuple(tokens)), stop
             room = min(room - 1, room - (len(tokens) - self.limit) // 2)
@@ -101,8 +141,7 @@ def _places(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
         text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(f"the text is not Unicode: {error.reason} at {error.start}") from error
-    options = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
-    offsets = tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"]
+    offsets = tokenizer(text, return_offsets_mapping=True, **LITERALLY)["offset_mapping"]
     return [start for start, _ in offsets], [end for _, end in offsets]
 
 

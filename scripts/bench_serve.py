@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--warm", type=float, default=30.0, help="s, a few times (%(default)s)")
     group.add_argument("--leave", type=float, default=0.15, help="clients' share (%(default)s)")
     group = made.add_argument_group("long")
+    group.add_argument("--longest", type=int, default=32768, help="tokens (%(default)s)")
     group.add_argument("--pinned-mib", type=float, default=128.0, help="(%(default)s)")
     group = made.add_argument_group("interference")
     group.add_argument("--every", type=float, default=5.0, help="s to the next (%(default)s)")

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 
 
 class Answering:
-    """Events as they come. Close it: that cancels what is not over, and settles what was read.
+    """Events as they come. Close it: that cancels what is not over, and settles what was read as
+    soon as the service has said its last word, after which no KV is stored.
 
     Made and awaited by the loop's thread; `start` may be called by another, and even after `close`.
+
+    Attributes:
+        completion: of the last event, once it was given out.
 
     Args:
         threads: where all is done that may have to wait.
@@ -31,21 +35,29 @@ class Answering:
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[tuple[int, Event | Failure]] = deque()
         self._came = asyncio.Event()
-        self._tokens: list[int] = []
-        self._lock = threading.Lock()  # guards what follows
         self._ask: Ask | None = None
+        self._lock = threading.Lock()  # guards what follows
         self._ticket: Ticket | None = None
-        self._reading: Reading | None = None
-        self._over = self._closed = False
+        self._reading: Reading | None = None  # that has begun
+        self._tokens: list[int] = []  # that the service has made, whether given out or not
+        self._done: Completion | None = None
+        self._over = self._closed = False  # the service has said its last word; nobody waits
 
     def start(self, ask: Ask, reading: Reading | None) -> None:
-        """Submit a request, whose reading is ended here from then on.
+        """Submit a request, and begin and end its reading.
 
         Raises:
-            PromptError, Busy, ServerStopping: see `Service.submit`. The reading is the caller's.
+            PromptError, Busy, ServerStopping: see `Service.submit`.
         """
         self._ask = ask
-        ticket = self._service.submit(ask, self._listen)
+        if reading is not None:
+            reading.begin()
+        try:
+            ticket = self._service.submit(ask, self._listen)
+        except BaseException:
+            if reading is not None:
+                reading.withdraw()
+            raise
         with self._lock:
             self._ticket, self._reading = ticket, reading
             late = self._closed
@@ -72,12 +84,9 @@ class Answering:
             if self._ask is not None and self._ask.trace is not None:
                 self._ask.trace.add("detokenise", said_ns, time.perf_counter_ns())
             if isinstance(event, Failure):
-                self._over = True
                 raise event.error
             events.append(event)
-            self._tokens.append(event.token)
             self.completion = event.completion
-        self._over = self.completion is not None
         return events
 
     async def all(self) -> list[Event]:
@@ -89,8 +98,9 @@ class Answering:
 
     @property
     def generated(self) -> int:
-        """Tokens that came so far."""
-        return len(self._tokens)
+        """Tokens that the service has made so far, also of those that were not given out."""
+        with self._lock:
+            return len(self._tokens)
 
     async def settled(self) -> None:
         """What was read is noted: who deletes a document from now on, deletes all that is left."""
@@ -106,16 +116,26 @@ class Answering:
             self._threads.submit(self._settle)
 
     def _settle(self) -> None:
-        """Cancel what still runs; note what was read."""
-        if not self._over and self._ticket is not None:
-            self._service.cancel(self._ticket)
+        """Note what was read, if it is over; else cancel it, and do so then."""
         with self._lock:
-            reading, self._reading = self._reading, None
+            over, ticket = self._over, self._ticket
+            reading = self._reading if over else None
+            self._reading = None if over else self._reading
         if reading is not None:
-            reading.end(self._tokens, self.completion)
+            reading.end(self._tokens, self._done)
+        elif not over and ticket is not None:
+            self._service.cancel(ticket)
 
     def _listen(self, event: Event | Failure) -> None:
         """Called by the service's thread."""
+        with self._lock:
+            if isinstance(event, Event):
+                self._tokens.append(event.token)
+                self._done = event.completion
+            self._over = isinstance(event, Failure) or event.completion is not None
+            last = self._over and self._closed and self._reading is not None
+        if last:  # nobody else will
+            self._threads.submit(self._settle)
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._take, time.perf_counter_ns(), event)
 

@@ -1,6 +1,6 @@
 """From a client's request to what the service is asked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ from engine.ask import Ask
 from engine.repair import BlendConfig
 from engine.segments import Segments
 from engine.serve.refusals import invalid, too_long
-from engine.serve.wire import BlendOptions, ChatRequest, CompletionRequest
+from engine.serve.wire import BlendOptions, ChatRequest, CompletionRequest, InlineDocument
 from engine.spans import Trace
 
 if TYPE_CHECKING:
@@ -26,11 +26,16 @@ class Room:
     Args:
         positions: of the model, which the last token of an answer does not take.
         prompt_tokens, new_tokens: what the server allows; None is what the model can.
+        longest: prompt and answer together that memory holds of one request, which an answer that
+            nobody gave a length ends at.
+        token_bytes: of a text, in one token; None where that is not known.
     """
 
     positions: int
     prompt_tokens: int | None = None
     new_tokens: int | None = None
+    longest: int | None = None
+    token_bytes: int | None = None
 
 
 def ask_of(
@@ -87,7 +92,8 @@ def new_tokens(request: ChatRequest | CompletionRequest, prompt_tokens: int, roo
     if left < 1 or (asked is not None and asked > left):
         raise too_long(_exceeded(prompt_tokens, asked, room.positions, param), param)
     if asked is None:
-        return min(left, room.new_tokens or left, left if of_chat else USUAL)
+        held = left if room.longest is None else max(1, room.longest - prompt_tokens)
+        return min(left, held, room.new_tokens or left, left if of_chat else USUAL)
     if room.new_tokens is not None and asked > room.new_tokens:
         raise invalid(
             f"max_tokens is too large: {asked}. This server gives at most {room.new_tokens} "
@@ -96,6 +102,32 @@ def new_tokens(request: ChatRequest | CompletionRequest, prompt_tokens: int, roo
             "invalid_value",
         )
     return asked
+
+
+def refuse_hopeless(request: ChatRequest | CompletionRequest, room: Room) -> None:
+    """Refusal where the text has more bytes than all tokens there may be can stand for: it is seen
+    before the text is read, which would take long."""
+    if room.token_bytes is None:
+        return
+    most = min(room.positions, room.prompt_tokens or room.positions)
+    size = sum(len(text.encode()) for text in _texts(request))
+    if size > most * room.token_bytes:
+        param = "messages" if isinstance(request, ChatRequest) else "prompt"
+        raise too_long(
+            f"At most {most} prompt tokens are taken, your {param} resulted in {size} bytes, which "
+            f"are more than so many tokens. Please reduce the length of the {param}.",
+            param,
+        )
+
+
+def _texts(request: ChatRequest | CompletionRequest) -> Iterator[str]:
+    """All that is to be tokenised."""
+    if isinstance(request, ChatRequest):
+        yield from (message.text for message in request.messages)
+        documents = request.documents or ()
+        yield from (one.text for one in documents if isinstance(one, InlineDocument))
+    elif isinstance(request.alone, str):
+        yield request.alone
 
 
 def _limit(request: ChatRequest | CompletionRequest) -> str:

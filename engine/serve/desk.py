@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -17,17 +17,19 @@ from engine.errors import ConfigError
 from engine.serve.asks import Room
 from engine.serve.call import CALL, Call
 from engine.serve.config import ServeConfig
-from engine.serve.limits import Slots
+from engine.serve.limits import Exceeded, Place, Slots
 from engine.serve.observed import Observed
 from engine.serve.parts import read_of
-from engine.serve.refusals import no_model
+from engine.serve.reading import SMALL
+from engine.serve.refusals import no_model, overloaded
 from engine.serve.tenants import Tenant, Tenants
-from engine.serve.token_text import TokenText
+from engine.serve.token_text import TokenText, longest
 from engine.service import Service
 
 T = TypeVar("T")
 
-THREADS = 4
+THREADS = 4  # for texts, which take as long as they are
+RECORDERS = 2  # for what others wait for: to be cancelled, noted, deleted
 # of a model that has no chat template
 PLAIN = (
     "{{- bos_token -}}{%- for message in messages -%}"
@@ -59,10 +61,12 @@ class Desk:
         self.created = time.time()
         self.fingerprint = fingerprint(engine)
         self.words = TokenText(engine.tokenizer)
+        self.token_bytes = longest(engine.tokenizer)
         self.tenants = Tenants(engine, self.config, clock)
         self.slots = Slots("this server takes", self.config.max_concurrent)
         self.observed = Observed(name, read_of(engine, service))
         self.threads = ThreadPoolExecutor(THREADS, "headrace-http")
+        self.recorders = ThreadPoolExecutor(RECORDERS, "headrace-records")
         self.draining = False
 
     @property
@@ -76,6 +80,8 @@ class Desk:
             positions=positions if most is None else min(positions, most - 1),
             prompt_tokens=self.config.max_prompt_tokens,
             new_tokens=self.config.max_new_tokens,
+            longest=self.service.longest,
+            token_bytes=self.token_bytes,
         )
 
     def tenant(self, request: Request) -> Tenant:
@@ -90,27 +96,41 @@ class Desk:
         tenant = self.tenant(request)
         return None if tenant.sees_all else tenant.name
 
-    def admit(self, request: Request, held: ExitStack) -> Tenant:
-        """A tenant that may ask for work now; the places it takes are given back by `held`.
+    def admit(self, request: Request, held: ExitStack) -> tuple[Tenant, Place]:
+        """A tenant that may ask for work now, and the place it takes, which `held` leaves.
 
         Raises:
-            Refusal: nobody's that we know.
+            Refusal: nobody's that we know; the server has no place.
             Exceeded: too many at once, or in a minute.
         """
-        tenant = self.tenant(request)
+        tenant, place = self.tenant(request), Place()
+        held.callback(place.leave)
         tenant.requests.take()
-        held.enter_context(tenant.slots.hold())
-        held.enter_context(self.slots.hold())
-        return tenant
+        place.take(tenant.slots)
+        try:
+            place.take(self.slots)
+        except Exceeded as full:  # of others' requests
+            raise overloaded("The server is overloaded: too many requests at once.") from full
+        return tenant, place
 
     def check_model(self, name: str) -> None:
         """Refusal where a request is for another model."""
         if name not in self.names:
             raise no_model(name)
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        """What may take long, but not the engine."""
-        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+    async def in_thread(self, work: Callable[[], T], place: Place | None = None) -> T:
+        """What may take long, but not the engine; the place is kept meanwhile."""
+        return await _done(self.threads, work, place)
+
+    async def recorded(self, work: Callable[[], T], place: Place | None = None) -> T:
+        """What changes or asks records, which does not wait for anybody's long text."""
+        return await _done(self.recorders, work, place)
+
+    async def parsed(self, parse: Callable[[bytes], T], body: bytes, place: Place) -> T:
+        """The request that a body holds. A large one does not hold up the others."""
+        if len(body) <= SMALL:
+            return parse(body)
+        return await self.in_thread(lambda: parse(body), place)
 
     def drain(self) -> None:
         """Take no more requests; let those that run end, for as long as the configuration says."""
@@ -121,6 +141,14 @@ class Desk:
     def close(self) -> None:
         """Finish what waits in threads."""
         self.threads.shutdown()
+        self.recorders.shutdown()
+
+
+async def _done(threads: Executor, work: Callable[[], T], place: Place | None) -> T:
+    future = threads.submit(work)
+    if place is not None:
+        place.until(future)
+    return await asyncio.wrap_future(future)
 
 
 def set_chat_template(engine: Engine, config: ServeConfig) -> None:

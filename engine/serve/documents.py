@@ -2,9 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -17,6 +17,7 @@ from engine.segments import Tokens
 from engine.serve.body import read_body, unless_gone
 from engine.serve.call import CALL, Call
 from engine.serve.desk import Desk
+from engine.serve.limits import Place
 from engine.serve.refusals import Refusal, no_document, over_quota
 from engine.serve.tenants import Tenant
 from engine.serve.wire_documents import (
@@ -32,6 +33,8 @@ from engine.shelf import Shelf
 from engine.slices import Slices
 from engine.spans import span
 
+T = TypeVar("T")
+
 
 class Documents:
     """The routes of a tenant's documents."""
@@ -45,10 +48,10 @@ class Documents:
         call: Call = request.scope[CALL]
         with ExitStack() as held:
             with span(call.trace, "http"):
-                tenant = desk.admit(request, held)
+                tenant, place = desk.admit(request, held)
                 body = await read_body(request, config.body_bytes, config.body_timeout_s)
-                asked = parse_documents(body)
-            adding = Adding(desk, tenant, call)
+                asked = await desk.parsed(parse_documents, body, place)
+            adding = Adding(desk, tenant, place, call)
             documents = await unless_gone(request.receive, adding.add(asked.documents))
             return _json(_listed(documents))
 
@@ -56,8 +59,11 @@ class Documents:
         """GET /v1/documents."""
         shelf = shelf_of(self._desk.tenant(request))
         page = parse_page(request.query_params)
-        documents = await self._desk.in_thread(shelf.documents)
-        return _json(page_of([_object(document) for document in documents], page))
+
+        def listed() -> Response:
+            return _json(page_of([_object(document) for document in shelf.documents()], page))
+
+        return await self._desk.in_thread(listed)
 
     async def one(self, request: Request) -> Response:
         """GET /v1/documents/{id}."""
@@ -71,7 +77,7 @@ class Documents:
         """DELETE /v1/documents/{id}."""
         shelf, id_ = shelf_of(self._desk.tenant(request)), request.path_params["id"]
         try:
-            await self._desk.in_thread(lambda: shelf.delete(id_))
+            await self._desk.recorded(lambda: shelf.delete(id_))
         except Unknown:
             raise no_document(id_) from None
         return _json(DocumentDeleted(id=id_))
@@ -80,8 +86,8 @@ class Documents:
 class Adding:
     """Documents on their way in."""
 
-    def __init__(self, desk: Desk, tenant: Tenant, call: Call) -> None:
-        self._desk, self._tenant, self._call = desk, tenant, call
+    def __init__(self, desk: Desk, tenant: Tenant, place: Place, call: Call) -> None:
+        self._desk, self._tenant, self._place, self._call = desk, tenant, place, call
         self._shelf = shelf_of(tenant)
 
     async def add(self, given: Sequence[NewDocument]) -> Sequence[Document]:
@@ -92,23 +98,26 @@ class Adding:
         """
         with span(self._call.trace, "tokenise"):
             sources = [_source(document) for document in given]
-            documents = await self._desk.in_thread(lambda: self._shelf.read(sources))
+            documents = await self._desk.in_thread(lambda: self._shelf.read(sources), self._place)
         async with self._tenant.adding:
-            await self._desk.in_thread(lambda: self._check_quota(documents))
+            await self._recorded(lambda: self._check_quota(documents))
             self._tenant.tokens.take(sum(document.tokens for document in documents))
-            chunks = await self._desk.in_thread(lambda: self._shelf.add(documents))
+            chunks = await self._recorded(lambda: self._shelf.add(documents))
         with span(self._call.trace, "prefill"):
             await self._compute(documents, chunks)
         return documents
 
     async def _compute(self, documents: Sequence[Document], chunks: Sequence[Tokens]) -> None:
         left = threading.Event()
-        engine, prefix = self._tenant.engine, self._shelf.prefix
-        future = self._desk.service.background(
-            lambda: _until(left, engine.precompute_slices(chunks, prefix))
-        )
-        threads, stored = self._desk.threads, self._shelf.stored
-        future.add_done_callback(lambda _: threads.submit(stored, documents))
+        engine, prefix, owner = self._tenant.engine, self._shelf.prefix, self._tenant.name
+        service, recorders, stored = self._desk.service, self._desk.recorders, self._shelf.stored
+
+        def work() -> Slices[None]:
+            return _until(left, lambda: engine.precompute_slices(chunks, prefix))
+
+        future = await self._recorded(lambda: service.background(work, owner))  # behind a door
+        self._place.until(future)  # who leaves may not come back before that is off the queue
+        future.add_done_callback(lambda _: recorders.submit(stored, documents))
         done = asyncio.wrap_future(future)
         try:
             await asyncio.wait({done})
@@ -117,7 +126,10 @@ class Adding:
         if done.cancelled():
             raise ServerStopping("the server is stopping: not all KV was computed")
         done.result()
-        await self._desk.in_thread(engine.store.flush)  # a slice would hold up who is answered
+        await self._desk.in_thread(engine.store.flush, self._place)  # a slice would hold up who is answered
+
+    async def _recorded(self, work: Callable[[], T]) -> T:
+        return await self._desk.recorded(work, self._place)
 
     def _check_quota(self, documents: Sequence[Document]) -> None:
         quota = self._tenant.document_tokens
@@ -134,9 +146,11 @@ class Adding:
             )
 
 
-def _until(left: threading.Event, slices: Slices[None]) -> Slices[None]:
+def _until(left: threading.Event, make: Callable[[], Slices[None]]) -> Slices[None]:
     """The same, but no more of it once nobody waits for it."""
-    with closing(slices):
+    if left.is_set():
+        return
+    with closing(make()) as slices:
         for cost in slices:
             yield cost
             if left.is_set():

@@ -10,11 +10,12 @@ from starlette.responses import Response
 
 from engine.request import Event
 from engine.serve.answering import Answering
-from engine.serve.asks import ask_of
+from engine.serve.asks import ask_of, refuse_hopeless
 from engine.serve.body import read_body, unless_gone
 from engine.serve.call import CALL, Call
 from engine.serve.desk import Desk
 from engine.serve.faults import refusal_of
+from engine.serve.limits import Place
 from engine.serve.prompts import Prompted, prompted
 from engine.serve.replies import Head, body_of, head_of, stream_of
 from engine.serve.sse import WAITING, failed
@@ -45,10 +46,11 @@ class Generate:
         call: Call = request.scope[CALL]
         with ExitStack() as held:
             with span(call.trace, "http"):
-                tenant = desk.admit(request, held)
-                asked = parse(await read_body(request, config.body_bytes, config.body_timeout_s))
+                tenant, place = desk.admit(request, held)
+                given = await read_body(request, config.body_bytes, config.body_timeout_s)
+                asked = await desk.parsed(parse, given, place)
                 desk.check_model(asked.model)
-            job = Job(desk, tenant, asked, call)
+            job = Job(desk, tenant, place, asked, call)
             held.callback(job.close)
             events = await unless_gone(request.receive, job.begin())
             if asked.stream:
@@ -61,15 +63,18 @@ class Generate:
 class Job:
     """One request that generates. Close it, whatever became of it."""
 
-    def __init__(self, desk: Desk, tenant: Tenant, asked: Asked, call: Call) -> None:
-        self._desk, self._tenant, self._asked, self._call = desk, tenant, asked, call
-        self._answering = Answering(desk.service, desk.threads)
+    def __init__(
+        self, desk: Desk, tenant: Tenant, place: Place, asked: Asked, call: Call
+    ) -> None:
+        self._desk, self._tenant, self._place = desk, tenant, place
+        self._asked, self._call = asked, call
+        self._answering = Answering(desk.service, desk.recorders)
         self._asked_ns = time.perf_counter_ns()
 
     async def begin(self) -> list[Event]:
         """Submit it, and wait a while for the first events: until then an error can still have a
         status of its own."""
-        await self._desk.in_thread(self._submit)
+        await self._desk.in_thread(self._submit, self._place)
         return await self._answering.some(self._desk.config.wait_s)
 
     async def body(self, events: list[Event]) -> bytes:
@@ -77,7 +82,7 @@ class Job:
         done = events if self._answering.completion else events + await self._answering.all()
         await self._answering.settled()
         with span(self._call.trace, "detokenise"):
-            made = body_of(self._asked, self._head(), done, self._desk.words)
+            made = await self._made(done)
         self._call.made_ns = time.perf_counter_ns()
         return made
 
@@ -109,6 +114,14 @@ class Job:
         self._tenant.tokens.owe(self._answering.generated)
         self._answering.close()
 
+    async def _made(self, events: list[Event]) -> bytes:
+        def make() -> bytes:
+            return body_of(self._asked, self._head(), events, self._desk.words)
+
+        if self._asked.likely is None:
+            return make()
+        return await self._desk.in_thread(make, self._place)  # some words for every token
+
     def _head(self) -> Head:
         return head_of(self._asked, created=time.time(), fingerprint=self._desk.fingerprint)
 
@@ -118,12 +131,8 @@ class Job:
         if trace is not None:
             trace.add("http", self._asked_ns, time.perf_counter_ns())  # until there was a thread
         with span(trace, "tokenise"):
-            made = prompted(self._tenant, self._asked)
-            try:
-                self._start(made)
-            except BaseException:
-                made.end()
-                raise
+            refuse_hopeless(self._asked, self._desk.room)
+            self._start(prompted(self._tenant, self._asked, self._desk.room))
 
     def _start(self, made: Prompted) -> None:
         desk, tenant = self._desk, self._tenant

@@ -1,9 +1,12 @@
 """How much a tenant may ask for: requests at once, requests and tokens in a minute."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 
 class Exceeded(Exception):
@@ -85,3 +88,41 @@ class Slots:
             yield
         finally:
             self.taken -= 1
+
+
+class Place:
+    """Slots of one request, given back when it is over and nothing works for it any more: a client
+    that has left leaves its work behind. For the loop's thread.
+    """
+
+    def __init__(self) -> None:
+        self._slots = ExitStack()
+        self._over, self._working = False, 0
+
+    def take(self, slots: Slots) -> None:
+        """One of them. Exceeded where all are taken."""
+        self._slots.enter_context(slots.hold())
+
+    def until(self, work: "Future[Any]") -> None:
+        """Keep all until this has ended as well."""
+        loop = asyncio.get_running_loop()
+        self._working += 1
+
+        def ended(_: "Future[Any]") -> None:  # in any thread
+            with suppress(RuntimeError):  # the loop is closed: nobody waits for a place
+                loop.call_soon_threadsafe(self._ended)
+
+        work.add_done_callback(ended)
+
+    def leave(self) -> None:
+        """The request is over."""
+        self._over = True
+        self._free()
+
+    def _ended(self) -> None:
+        self._working -= 1
+        self._free()
+
+    def _free(self) -> None:
+        if self._over and not self._working:
+            self._slots.close()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from engine.documents import Source
 from engine.question import around_chat
 from engine.segments import Segments, ids_of
+from engine.serve.asks import Room
 from engine.serve.refusals import invalid
 from engine.serve.tenants import Tenant
 from engine.serve.wire import ChatRequest, CompletionRequest, InlineDocument
@@ -13,10 +14,10 @@ from engine.shelf import Reading
 
 @dataclass(frozen=True, slots=True)
 class Prompted:
-    """A prompt that may run now.
+    """A prompt, of which nothing is on record yet.
 
     Args:
-        reading: of a prompt with documents; it must be ended.
+        reading: of a prompt with documents.
     """
 
     prompt: tuple[int, ...] | Segments
@@ -27,16 +28,15 @@ class Prompted:
         """Tokens of it."""
         return len(self.prompt.tokens if isinstance(self.prompt, Segments) else self.prompt)
 
-    def end(self) -> None:
-        """It will not run."""
-        if self.reading is not None:
-            self.reading.end([], None)
-
-
-def prompted(tenant: Tenant, request: ChatRequest | CompletionRequest) -> Prompted:
+def prompted(
+    tenant: Tenant, request: ChatRequest | CompletionRequest, room: Room
+) -> Prompted:
     """The prompt of a request. For a thread of its own: long texts take long.
 
+    Args:
+        room: no more of documents is read than there is room for.
     Raises:
+        PromptTooLong: documents for which there is no room.
         PromptError: the text or the conversation is not one for this model.
         Unknown: a document is.
     """
@@ -49,7 +49,8 @@ def prompted(tenant: Tenant, request: ChatRequest | CompletionRequest) -> Prompt
     if tenant.shelf is None:
         raise invalid("This model cannot reuse documents: send them as messages.", "documents")
     around = around_chat(engine, request.turns)
-    reading = tenant.shelf.reading(around, [_source(one) for one in request.documents])
+    most = min(room.positions, room.prompt_tokens or room.positions)
+    reading = tenant.shelf.reading(around, [_source(one) for one in request.documents], most)
     return Prompted(reading.segments, reading)
 
 

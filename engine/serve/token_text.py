@@ -67,6 +67,19 @@ class TokenText:
         return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
 
+def longest(tokenizer: Any) -> int | None:
+    """Bytes of a text that one token can stand for, at most; None where there is no limit, as for
+    vocabularies with one token for all that they do not know."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    of_bytes = _of_bytes(tokenizer)
+    if backend is None or not (of_bytes or getattr(backend.model, "byte_fallback", False)):
+        return None
+    pieces, letters = tokenizer.get_vocab(), _letters().keys() if of_bytes else ()
+    return max(
+        len(piece) if letters and letters >= set(piece) else len(piece.encode()) for piece in pieces
+    )
+
+
 def _of_bytes(tokenizer: Any) -> bool:
     """Whether each letter of a token stands for a byte."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

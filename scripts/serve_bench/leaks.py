@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from serve_bench.process import Server
 
 IDLE_S = 120.0
 STEADY_S = 2.0
+ROUNDS, STEADY = 6, 1.005  # of warming up, which is over when memory grows by less
 BUSY = ("waiting", "running", "swapped", "background")
 
 
@@ -47,6 +49,22 @@ async def settled(server: Server) -> Held:
         if time.monotonic() - steady_since > STEADY_S or time.monotonic() > until:
             return _held(server, stats)
         await asyncio.sleep(0.1)
+
+
+async def warmed(server: Server, load: Callable[[int], Awaitable[object]]) -> Held:
+    """What is held once caches are full, and the heap has its size: when memory grows no more.
+
+    Args:
+        load: one of up to `ROUNDS` loads, which are numbered from 1.
+    """
+    before = held = await settled(server)
+    for number in range(1, ROUNDS + 1):
+        await load(number)
+        held = await settled(server)
+        if held.rss <= before.rss * STEADY:
+            break
+        before = held
+    return held
 
 
 def _busy(stats: dict[str, Any]) -> int:

@@ -5,22 +5,21 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from serve_bench.leaks import compared, settled
+from serve_bench.leaks import compared, settled, warmed
 from serve_bench.load import Job, load, summary
 from serve_bench.mixed import RSS_SHARE
 from serve_bench.process import Server
 from serve_bench.settings import MIB, Bench, body
 
-SHORTEST, LONGEST = 16384, 32768
-DOCUMENTS = 3  # prompts begin with one of them, so the store saves most of the reading
+DOCUMENTS = 2  # prompts begin with one of them, so the store saves most of the reading
+READING_S = 1800.0  # for both of them, before anything is measured
 
 
 def jobs(bench: Bench, count: int, seed: int) -> Iterator[Job]:
-    """Prompts of 16k to 32k tokens, less what the answer needs."""
+    """Prompts of half the longest to the longest."""
     options, dice = bench.options, random.Random(seed)
-    longest = min(LONGEST, bench.positions) - options.new_tokens
     for number in range(count):
-        tokens = dice.randint(min(SHORTEST, longest // 2), longest)
+        tokens = dice.randint(_longest(bench) // 2, _longest(bench))
         start = 10**6 * (number % DOCUMENTS)
         leaves = dice.random() < options.leave
         yield Job(
@@ -47,12 +46,18 @@ def measure(bench: Bench) -> tuple[dict[str, Any], list[str]]:
 async def _measured(bench: Bench, server: Server) -> tuple[dict[str, Any], list[str]]:
     options = bench.options
     bounds = {"clients": options.clients, "timeout_s": options.timeout}
-    longest = min(LONGEST, bench.positions) - options.new_tokens
-    documents = (
-        Job(body(bench.texts.ids(10**6 * n, longest), options.new_tokens)) for n in range(DOCUMENTS)
+    documents = [
+        Job(body(bench.texts.ids(10**6 * n, _longest(bench)), options.new_tokens))
+        for n in range(DOCUMENTS)
+    ]
+    await load(server.port, documents, clients=DOCUMENTS, timeout_s=READING_S)
+    before = await warmed(
+        server,
+        lambda number: load(
+            server.port, jobs(bench, 2 * options.clients, options.seed + number), **bounds
+        ),
     )
-    await load(server.port, documents, **bounds)
-    before, pool = await settled(server), server.get("/stats")["pool"]
+    pool = server.get("/stats")["pool"]
     loaded = await load(
         server.port, jobs(bench, 10**6, options.seed), seconds=options.seconds, **bounds
     )
@@ -61,7 +66,12 @@ async def _measured(bench: Bench, server: Server) -> tuple[dict[str, Any], list[
     wrong += [f"error: {x}" for x in record["first_errors"]]
     after = server.get("/stats")["pool"]
     record["spill_read_bytes"] = after["spill_read_bytes"] - pool["spill_read_bytes"]
-    record["pinned_mib"] = options.pinned_mib
+    record |= {"pinned_mib": options.pinned_mib, "longest": options.longest}
     if not record["spill_read_bytes"]:
         wrong.append("nothing was read from LMDB while decoding: lower --pinned-mib")
     return record, wrong
+
+
+def _longest(bench: Bench) -> int:
+    """Tokens of a prompt, without the answer's."""
+    return min(bench.options.longest, bench.positions) - bench.options.new_tokens

@@ -9,13 +9,12 @@ from evals.traffic.arrival import Arrival, cut, rescaled
 from evals.traffic.generate import Traffic, generate
 from evals.traffic.read import read_arrivals
 from evals.traffic.spread import Spread
-from serve_bench.leaks import Held, compared, settled
+from serve_bench.leaks import compared, settled, warmed
 from serve_bench.load import Job, Loaded, load, summary
 from serve_bench.process import Server
 from serve_bench.settings import MIB, Bench, body, real_trace
 
 RSS_SHARE = 0.02
-ROUNDS, STEADY = 6, 1.005  # of warming up, which is over when memory grows by less
 LATE = 16  # the longest prompt is so many tokens shorter, as text read again may be longer
 TRAFFIC = Traffic(  # as Azure's conversations (Patel et al. 2024), in turns
     gap_s=Spread(0.18, 1.5, "gamma"),
@@ -70,21 +69,6 @@ def measure(bench: Bench) -> tuple[dict[str, Any], list[str]]:
         return asyncio.run(_measured(bench, server))
 
 
-async def _warmed(bench: Bench, server: Server) -> tuple[Held, int]:
-    """What is held once caches are full, and the heap has its size; and behind how many requests.
-
-    That takes a few loads: until memory grows no more, or there were `ROUNDS`.
-    """
-    before, count = await settled(server), 0
-    for number in range(1, ROUNDS + 1):
-        _, loaded = await _loaded(bench, server, bench.options.warm, bench.options.seed + number)
-        held, count = await settled(server), count + len(loaded.replies)
-        if held.rss <= before.rss * STEADY:
-            break
-        before = held
-    return held, count
-
-
 async def _loaded(bench: Bench, server: Server, seconds: float, seed: int) -> tuple[str, Loaded]:
     """Where the requests come from, and what came of them."""
     options = bench.options
@@ -98,9 +82,11 @@ async def _loaded(bench: Bench, server: Server, seconds: float, seed: int) -> tu
 
 async def _measured(bench: Bench, server: Server) -> tuple[dict[str, Any], list[str]]:
     options = bench.options
-    before, warmed = await _warmed(bench, server)
+    before = await warmed(
+        server, lambda number: _loaded(bench, server, options.warm, options.seed + number)
+    )
     source, loaded = await _loaded(bench, server, options.seconds, options.seed)
     record, wrong = compared(before, await settled(server), RSS_SHARE)
-    record |= {"arrivals": source, "warm": warmed} | summary(*loaded)
+    record |= {"arrivals": source} | summary(*loaded)
     wrong += [f"error: {x}" for x in record["first_errors"]]
     return record | {"stats": server.get("/stats")["requests"]}, wrong

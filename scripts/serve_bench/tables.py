@@ -14,7 +14,8 @@ def mixed(record: dict[str, Any]) -> str:
 def long(record: dict[str, Any]) -> str:
     """The same, and what was read from disk meanwhile."""
     read = f"{record['spill_read_bytes'] / 2**20:.0f} MiB of keys and values were read from LMDB"
-    memory = f"method headrace, prompts of 16k to 32k tokens, {record['pinned_mib']:.0f} MiB for KV"
+    lengths = f"prompts of {record['longest'] // 2:,} to {record['longest']:,} tokens"
+    memory = f"method headrace, {lengths}, {record['pinned_mib']:.0f} MiB for KV"
     notes = f"- while decoding, **{read}**"
     return "\n".join([_about(record, memory), "", *_load(record), "", notes])
 

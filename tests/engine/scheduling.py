@@ -175,7 +175,7 @@ def rate(job):
 def worst(job):
     if not pinned(job):
         return rate(job) * job.capacity + job.need.fixed
-    prompt = 0 if job.made else job.need.prompt * job.prompt
+    prompt = 0 if job.made else job.need.prompt * job.capacity
     return max(prompt, job.need.answer * job.capacity) + job.need.fixed
 
 

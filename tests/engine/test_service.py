@@ -497,3 +497,202 @@ def test_dense_requests_of_a_service_lie_in_slabs(module):
             assert isinstance(live.run.cache, SlabCache)
         service.close()
     assert torch.is_inference_mode_enabled() is False
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_a_sparse_request_that_is_alone_comes_to_its_end(module, count):
+    method = preset("headrace", budget=48)
+    with Engine(module, config=config(method=method)) as engine:
+        service = Service(engine)
+        for _ in range(2):
+            assert len(ask(service, ASKED[1], count).completion().tokens) == count
+        empty(service)
+        service.close()
+
+
+def test_what_cannot_be_freed_keeps_nobody_from_hearing_of_the_end(module, monkeypatch):
+    with Engine(module, config=config()) as engine:
+        service = Service(engine)
+        mine, other = (ask(service, prompt(9).tolist(), 300) for _ in range(2))
+        mine.next(), other.next()
+        with service._door:
+            run = service._live[mine.ticket.id].run
+        release = run.release
+
+        def broken():
+            release()
+            raise RuntimeError("on purpose")
+
+        monkeypatch.setattr(run, "release", broken)
+        service.cancel(mine.ticket)
+        with pytest.raises(Cancelled):
+            mine.completion()
+        other.completion()
+        empty(service)
+        service.close()
+
+
+def test_a_failed_step_ends_nobody_who_was_not_in_it(module, monkeypatch):
+    with Engine(module, config=config()) as engine:
+        service = Service(engine)
+        ask(service, prompt(99).tolist(), 1).completion()
+        running = ask(service, prompt(5).tolist(), 500)
+        running.next()
+        read_many, go_on = engine.store.read_many, threading.Event()
+        reached = threading.Event()
+
+        def held(*arguments):
+            reached.set()
+            assert go_on.wait(WAIT_S)
+            return read_many(*arguments)
+
+        monkeypatch.setattr(engine.store, "read_many", held)
+        loading = ask(service, prompt(99).tolist(), 3)
+        assert reached.wait(WAIT_S)
+        embed = engine.model.embed
+
+        def once(tokens):
+            monkeypatch.setattr(engine.model, "embed", embed)
+            raise RuntimeError("out of memory, say")
+
+        monkeypatch.setattr(engine.model, "embed", once)
+        with pytest.raises(EngineError, match="RuntimeError"):
+            running.completion()
+        go_on.set()
+        assert loading.completion().stats.cached_tokens == 96
+        empty(service)
+        service.close()
+
+
+def test_a_fault_of_the_engine_thread_ends_all_and_serves_the_next(module, monkeypatch):
+    with Engine(module, config=config()) as engine:
+        service = Service(engine)
+        client = ask(service, prompt(9).tolist(), 300)
+        client.next()
+        done = service._scheduler.done
+
+        def once(plan):
+            service._scheduler.done = done
+            raise KeyError("on purpose")
+
+        service._scheduler.done = once
+        with pytest.raises(EngineError, match="engine failed"):
+            client.completion()
+        ask(service, ASKED[0], 3).completion()
+        empty(service)
+        service.close()
+
+
+def test_a_drain_sees_the_end_of_background_work(module):
+    with Engine(module, config=config()) as engine:
+        service = Service(engine)
+        go_on = threading.Event()
+
+        def slow():
+            yield 1
+            assert go_on.wait(WAIT_S)
+            yield 1
+
+        future = service.background(slow)
+        threading.Timer(0.2, go_on.set).start()
+        assert service.drain(WAIT_S)
+        assert future.done()
+        service.close()
+
+
+def test_work_that_cannot_begin_says_so_and_owners_take_turns(module):
+    with Engine(module, config=config()) as engine:
+        service = Service(engine)
+
+        def bad():
+            raise RuntimeError("on purpose")
+
+        with pytest.raises(RuntimeError, match="on purpose"):
+            service.background(bad).result(WAIT_S)
+        order, go_on = [], threading.Event()
+
+        def work(name):
+            def slices():
+                assert go_on.wait(WAIT_S)
+                yield 1
+                order.append(name)
+
+            return slices
+
+        futures = [service.background(work(name), name[0]) for name in ("a1", "a2", "a3", "b1")]
+        go_on.set()
+        for future in futures:
+            future.result(WAIT_S)
+        assert order.index("b1") < order.index("a2")
+        service.close()
+
+
+def test_a_batch_forgets_requests_that_ended(module):
+    method = preset("headrace", budget=200, attend_on="device")
+    with Engine(module, config=config(method=method, schedule=dict(max_tokens=60))) as engine:
+        engine.memory.batched = True
+        service = Service(engine)
+        for _ in range(2):
+            ask(service, ASKED[2], 4).completion()
+        empty(service)
+        assert not service._carrier._batch._slots
+        service.close()
+
+
+def test_kv_leaves_the_device_before_a_place_is_made_for_who_is_first(module):
+    need = 170 * TOKEN_BYTES
+    schedule = dict(policy="fair", swap_bytes=1 << 24)
+    with Engine(module, config=config(cache_bytes=need, schedule=schedule)) as engine:
+        service = Service(engine)
+        slabs = []
+        low = ask(service, prompt(60).tolist(), 100)
+        low.next()
+        cache = engine.memory.cache
+
+        def made(run, recorder):
+            slabs.append(
+                [live.run.cache.nbytes for live in service._live.values() if live.run.cache]
+            )
+            return cache(run, recorder)
+
+        engine.memory.cache = made
+        ask(service, prompt(90).tolist(), 60, priority=5).completion()
+        low.completion()
+        assert slabs == [[0]]
+        assert service.stats().preemptions == 1
+        empty(service)
+        service.close()
+
+
+def test_a_request_that_takes_the_whole_pool_is_served(module):
+    method = preset("headrace", budget=48)
+    block = 3 * 2 * 64 * 2 * 64 * 4 // 2  # three layers, two heads, 64 tokens, K and V
+    with Engine(module, config=config(method=method, pinned_bytes=4 * block)) as engine:
+        service = Service(engine)
+        tokens = engine.memory.pool.num_blocks * 64
+        assert service.longest == tokens
+        ask(service, prompt(tokens - 20).tolist(), 20).completion()
+        empty(service)
+        service.close()
+
+
+def test_repaired_kv_is_kept_where_it_is_asked_for(module):
+    chunks = [prompt(40, seed=s).tolist() for s in range(3)]
+    parts = Segments(prompt(5).tolist(), chunks, prompt(9, seed=8).tolist())
+    blend = BlendConfig(share=0.3, controller=False, keep_repaired=True)
+    with Engine(module, config=config()) as engine:
+        service = Service(engine)
+        ask(service, parts, 1, blend=blend).completion()
+        again = ask(service, parts, 1, blend=blend).completion()
+        assert again.stats.blend.repaired_tokens > 0
+        service.close()
+
+
+def test_closing_an_idle_service_ends_its_thread(module):
+    with Engine(module, config=config()) as engine:
+        for _ in range(20):
+            service = Service(engine)
+            closing = threading.Thread(target=service.close)
+            closing.start()
+            closing.join(WAIT_S)
+            assert not closing.is_alive()

@@ -5,7 +5,7 @@ import pytest
 from engine import forget
 from engine.errors import ConfigError, PromptError
 from engine.library import Unknown
-from engine.question import TEXTS, around_chat
+from engine.question import around_chat
 from engine.shelf import Shelf
 from tests.engine.rag import FACTS, Parts, blocks, documents
 
@@ -62,7 +62,7 @@ def test_a_conversation_has_to_have_a_place_for_texts(engine):
     with pytest.raises(PromptError, match="a user says"):
         around_chat(engine, [{"role": "system", "content": "Be."}])
     with pytest.raises(PromptError, match="does not keep the texts"):
-        around_chat(engine, user(f"{TEXTS}?"))
+        around_chat(engine, user("?"))
     engine.tokenizer.chat_template, kept = None, engine.tokenizer.chat_template
     try:
         with pytest.raises(PromptError, match="no chat template"):

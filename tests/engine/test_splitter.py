@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from engine import PromptError
 from engine.loader import load_tokenizer
-from engine.splitter import BREAK, encode, split
+from engine.splitter import BREAK, Splitter
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[2] / "models" / "needle-tiny")
+SPLITTER = Splitter(TOKENIZER)
 PAGE = topics["assignment"]
 
 
@@ -20,20 +21,20 @@ def bare(text: str) -> str:
 
 
 def texts(*args, **options) -> list[str]:
-    return [piece.text for piece in split(TOKENIZER, *args, **options)]
+    return [piece.text for piece in SPLITTER.split(*args, **options)]
 
 
 @pytest.mark.parametrize("limit", [16, 64, 512])
 @pytest.mark.parametrize("title", ["", "On"])
 def test_pieces_hold_the_whole_text_within_the_limit(limit, title):
-    pieces = split(TOKENIZER, PAGE, limit=limit, title=title)
+    pieces = SPLITTER.split(PAGE, limit=limit, title=title)
     assert bare("".join(piece.text for piece in pieces)) == bare(PAGE)
     assert all(len(piece.tokens) <= limit for piece in pieces)
     assert all(piece.text == piece.text.strip() != "" for piece in pieces)
 
 
 def test_pieces_are_not_much_shorter_than_they_may_be():
-    pieces = split(TOKENIZER, PAGE, limit=128)
+    pieces = SPLITTER.split(PAGE, limit=128)
     assert all(len(piece.tokens) >= 50 for piece in pieces[:-1])
 
 
@@ -41,13 +42,13 @@ def test_pieces_are_not_much_shorter_than_they_may_be():
 @given(st.text(max_size=300), st.integers(16, 40))
 @example(" A", 16)  # one token, that begins before the text does
 def test_any_text_can_be_cut(text, limit):
-    pieces = split(TOKENIZER, text, limit=limit)
+    pieces = SPLITTER.split(text, limit=limit)
     assert bare("".join(piece.text for piece in pieces)) == bare(text)
     assert all(len(piece.tokens) <= limit for piece in pieces)
 
 
 def test_a_pieces_tokens_are_its_title_and_its_text():
-    [piece] = split(TOKENIZER, "  It rained.\n", limit=64, title=" Weather ")
+    [piece] = SPLITTER.split("  It rained.\n", limit=64, title=" Weather ")
     assert piece.text == "It rained."
     assert TOKENIZER.decode(piece.tokens) == f"Weather{BREAK}It rained."
 
@@ -58,7 +59,7 @@ def test_a_pieces_tokens_are_its_title_and_its_text():
 def test_a_cut_prefers_paragraphs_to_lines_to_sentences_to_words(better, worse):
     first = " ".join("x" * 20) + better
     window = first + " ".join("y" * 6) + worse + "z z z"
-    limit = len(encode(TOKENIZER, window))
+    limit = len(SPLITTER.encode(window))
     assert texts(window + " z" * 40, limit=limit)[0] == first.strip()
 
 
@@ -75,29 +76,29 @@ def test_text_without_a_space_is_cut_between_characters():
 
 @pytest.mark.parametrize("text", ["", " \n\t\n"])
 def test_an_empty_text_has_no_pieces(text):
-    assert split(TOKENIZER, text, limit=64) == []
+    assert SPLITTER.split(text, limit=64) == []
 
 
 def test_what_spells_a_special_token_is_text():
-    [piece] = split(TOKENIZER, "before <|eos|> after", limit=64)
+    [piece] = SPLITTER.split("before <|eos|> after", limit=64)
     assert not set(piece.tokens) & set(TOKENIZER.all_special_ids)
     assert TOKENIZER.decode(piece.tokens) == "before <|eos|> after"
-    assert not set(encode(TOKENIZER, "<|bos|>")) & set(TOKENIZER.all_special_ids)
+    assert not set(SPLITTER.encode("<|bos|>")) & set(TOKENIZER.all_special_ids)
 
 
 def test_a_title_that_takes_half_of_a_chunk_is_refused():
     with pytest.raises(PromptError, match=r"left beside the title 'a long title .*raise chunk_tok"):
-        split(TOKENIZER, "text", limit=32, title="a long title " * 20)
+        SPLITTER.split("text", limit=32, title="a long title " * 20)
 
 
 def test_a_limit_below_one_character_is_refused():
     with pytest.raises(PromptError, match="alone takes more than 2 tokens: raise chunk_tokens"):
-        split(TOKENIZER, "水水水", limit=2)
+        SPLITTER.split("水水水", limit=2)
 
 
 def test_text_that_is_not_unicode_is_refused():
     with pytest.raises(PromptError, match="not Unicode: surrogates not allowed at 4"):
-        split(TOKENIZER, "bad \ud800", limit=64)
+        SPLITTER.split("bad \ud800", limit=64)
 
 
 def test_a_tokenizer_without_places_is_refused():
@@ -108,7 +109,7 @@ def test_a_tokenizer_without_places_is_refused():
             return TOKENIZER(text, **options)
 
     with pytest.raises(PromptError, match="use a fast one"):
-        split(Slow(), "text", limit=64)
+        Splitter(Slow()).split("text", limit=64)
 
 
 def test_a_long_document_is_cut_in_time_that_grows_with_its_length():

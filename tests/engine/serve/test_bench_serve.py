@@ -160,7 +160,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
     ("profile", "options"),
     [
         ("mixed", ("--warm", "6", "--generate", "--max-tokens", "600", "--new-tokens", "20")),
-        ("long", ("--pinned-mib", "100", "--new-tokens", "16")),
+        ("long", ("--longest", "3000", "--pinned-mib", "9", "--new-tokens", "16")),
         ("interference", ("--every", "1", "--long-tokens", "2000", "--new-tokens", "16")),
     ],
 )
