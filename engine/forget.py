@@ -22,6 +22,7 @@ class Forgetting:
     def __init__(self, engine: Engine, catalogue: Catalogue) -> None:
         self._engine, self._catalogue = engine, catalogue
         self._enough, self._enough_origins = TRACES, ORIGINS
+        self._seen: dict[Origin, BlockKey] = {}  # a block of a chunk that was there the last time
 
     def finish(self) -> int:
         """Delete the KV of all doomed chunks, also those of a process that died; how many."""
@@ -74,16 +75,20 @@ class Forgetting:
         self._engine.store.flush()
         stale = [origin for origin in origins - needed if not self._stored(origin)]
         self._enough_origins = len(origins) - len(stale) + ORIGINS
+        self._seen = {origin: key for origin, key in self._seen.items() if origin not in stale}
         self._catalogue.settle((), (), stale)
 
     def _stored(self, origin: Origin) -> bool:
-        """Whether any chunk has KV behind a prefix."""
-        size, catalogue = origin.block_tokens, self._catalogue
+        """Whether any chunk has KV behind a prefix. Only of the first such chunk all are tried."""
+        if origin in self._seen and self._seen[origin] in self._engine.store:
+            return True
+        size, catalogue, warmup = origin.block_tokens, self._catalogue, digest(origin.prefix)
         known = [chunk.tokens for chunk in catalogue.chunks.values()]
         known += [chunk.tokens for chunk in catalogue.doomed.values()]
         for tokens in known:
-            keys = self._keys(tokens[:size], size, kind=Kind.CHUNK, warmup=digest(origin.prefix))
+            keys = self._keys(tokens[:size], size, kind=Kind.CHUNK, warmup=warmup)
             if keys and keys[0] in self._engine.store:
+                self._seen[origin] = keys[0]
                 return True
         return False
 

@@ -126,10 +126,8 @@ class Shelf:
         segments = Segments(around.before, chunks, around.behind, self._separator)
         return Reading(self._library, segments, [id_ for id_, _ in found])
 
-    def _parts(
-        self, source: Source, left: int, most: int
-    ) -> Iterable[tuple[str | None, Tokens]]:
-        """Chunks of a source, with their ids; PromptTooLong if they are clearly more than `left`."""
+    def _parts(self, source: Source, left: int, most: int) -> Iterable[tuple[str | None, Tokens]]:
+        """Chunks of a source, and their ids; PromptTooLong if they clearly are more than `left`."""
         if isinstance(source, str):
             return ((one.citation.chunk, one.tokens) for one in self._library.parts(source))
         if isinstance(source, Mapping):

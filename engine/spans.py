@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Final
 
 from engine.intervals import Intervals
@@ -231,21 +232,29 @@ class Shares:
 
 
 class Recent:
-    """The last traces that ended, and the sums over all of them. Thread-safe."""
+    """The last traces that ended, and the sums over all of them. Thread-safe.
+
+    Args:
+        capacity: traces of each tenant (their attribute of that name), so that none can push out
+            another's.
+    """
 
     def __init__(self, capacity: int = 256) -> None:
         self._lock = threading.Lock()
-        self._traces: deque[Trace] = deque(maxlen=capacity)
+        self._capacity, self._numbers = capacity, count()
+        self._traces: dict[Attribute, deque[tuple[int, Trace]]] = {}  # by tenant; as they came
         self._shares = Shares()
 
     def start(self, name: str, traceparent: str | None = None) -> Trace:
         """A new trace, which is remembered here when it ends."""
-        return Trace(name, traceparent, self._remember)
+        return Trace(name, traceparent, self.add)
 
     def traces(self) -> list[Trace]:
         """Newest first."""
         with self._lock:
-            return list(reversed(self._traces))
+            numbered = [one for traces in self._traces.values() for one in traces]
+        numbered.sort(key=lambda one: one[0], reverse=True)
+        return [trace for _, trace in numbered]
 
     def shares(self) -> Shares:
         """A copy of the sums."""
@@ -254,10 +263,13 @@ class Recent:
             totals = {n: Total(t.count, t.busy_ns) for n, t in sums.totals.items()}
             return Shares(sums.traces, sums.wall_ns, sums.covered_ns, totals)
 
-    def _remember(self, trace: Trace) -> None:
+    def add(self, trace: Trace) -> None:
+        """Remember a trace that has ended."""
+        tenant = trace.attributes.get("tenant", "")
         totals, covered = trace.totals, trace.covered_ns
         with self._lock:
-            self._traces.append(trace)
+            kept = self._traces.setdefault(tenant, deque(maxlen=self._capacity))
+            kept.append((next(self._numbers), trace))
             self._shares.traces += 1
             self._shares.wall_ns += trace.wall_ns
             self._shares.covered_ns += covered

@@ -125,7 +125,7 @@ class DiskTier:
             found = list(self.ledger.entries(txn))
         recent = {digest: i for i, digest in enumerate(list(self._stamps), 1)}
         found.sort(key=lambda e: (recent.get(e.key.digest, 0), e.stamp, -e.key.depth))
-        return (Resident(e.key.digest, e.key.parent, e.nbytes) for e in found)
+        return (Resident(e.key.digest, e.key.parent, e.nbytes, e.key.depth) for e in found)
 
     def clear(self) -> None:
         with self.changing() as txn:

@@ -177,7 +177,7 @@ class Level:
     def _note(self, blocks: Sequence[Item], evicted: int) -> None:
         with self._lock:
             for key, block in blocks:
-                self._policy.add(key.digest, key.parent, self.tier.cost(block))
+                self._policy.add(key.digest, key.parent, self.tier.cost(block), key.depth)
                 self.stats.bytes_written += block.nbytes
             self.stats.evictions += evicted
 

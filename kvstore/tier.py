@@ -20,6 +20,7 @@ class Resident(NamedTuple):
     digest: bytes
     parent: bytes | None
     nbytes: int
+    depth: int  # index in its chain
 
 
 @runtime_checkable
@@ -132,7 +133,7 @@ class HostTier:
     def residents(self) -> Iterator[Resident]:
         with self._lock:
             items = list(self._blocks.values())
-        return (Resident(key.digest, key.parent, block.nbytes) for key, block in items)
+        return (Resident(key.digest, key.parent, block.nbytes, key.depth) for key, block in items)
 
     def clear(self) -> None:
         with self._lock:

@@ -1,5 +1,6 @@
 """One HTTP request from its first byte to its last: its name, its numbers, its line in the log."""
 
+import asyncio
 import logging
 import re
 import secrets
@@ -32,6 +33,7 @@ class Call:
     Args:
         route: the pattern that its path fits; "" where nothing does.
         status: of the answer; 0 until it begins.
+        tenant: None until it is known.
         outcome: how a request of a model ended: "stop", "length", or an error's code.
         dropped: the client was, because it read too slowly or had gone.
         stats: of its completion.
@@ -43,7 +45,7 @@ class Call:
     trace: Trace | None = None
     route: str = ""
     status: int = 0
-    tenant: str = ""
+    tenant: str | None = None
     outcome: str = ""
     dropped: Literal["slow", "gone"] | None = None
     stats: RequestStats | None = None
@@ -55,7 +57,7 @@ class Call:
         """The request in the access log: one JSON object."""
         said = {
             "time": round(time.time(), 3), "id": self.id, "method": self.method,
-            "route": self.route, "status": self.status, "tenant": self.tenant,
+            "route": self.route, "status": self.status, "tenant": self.tenant or "",
             "total_s": round(self.total_s, 4),
         }  # fmt: skip
         if self.outcome or self.dropped:
@@ -130,6 +132,8 @@ class Door:
             self._observed.finished(
                 call.trace, status=call.status, tenant=call.tenant, stats=call.stats
             )
+            if self._observed.due():
+                asyncio.get_running_loop().run_in_executor(None, self._observed.note)
         if call.dropped is not None:
             self._observed.dropped(call.dropped)
         access.info("%s", call.line().decode())

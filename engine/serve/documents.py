@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from typing import Any, TypeVar
 
@@ -115,18 +116,24 @@ class Adding:
         def work() -> Slices[None]:
             return _until(left, lambda: engine.precompute_slices(chunks, prefix))
 
-        future = await self._recorded(lambda: service.background(work, owner))  # behind a door
-        self._place.until(future)  # who leaves may not come back before that is off the queue
-        future.add_done_callback(lambda _: recorders.submit(stored, documents))
-        done = asyncio.wrap_future(future)
+        def begin() -> "Future[None]":
+            future = service.background(work, owner)
+            future.add_done_callback(lambda _: recorders.submit(stored, documents))
+            return future
+
         try:
+            future = await self._recorded(begin)  # the service has a door
+            self._place.until(future)  # who leaves has its place until this is off the queue
+            done = asyncio.wrap_future(future)
             await asyncio.wait({done})
         finally:
             left.set()
         if done.cancelled():
             raise ServerStopping("the server is stopping: not all KV was computed")
         done.result()
-        await self._desk.in_thread(engine.store.flush, self._place)  # a slice would hold up who is answered
+        await self._desk.in_thread(
+            engine.store.flush, self._place
+        )  # a slice would hold up who is answered
 
     async def _recorded(self, work: Callable[[], T]) -> T:
         return await self._desk.recorded(work, self._place)

@@ -4,15 +4,20 @@ from engine.errors import Busy, DeadlineExceeded, PromptError, PromptTooLong, Se
 from engine.serve.refusals import Refusal, crashed, invalid, overloaded, timed_out, too_long
 from kvstore.errors import PoolFull
 
+TOO_LONG = (
+    "This is longer than what this server takes in one request. Please reduce the length of the "
+    "messages, prompt or title, name fewer documents, or ask for fewer tokens."
+)
+
 
 def refused(error: Exception) -> Refusal:
     """The answer for any exception. Only messages that are about the request are repeated: others
-    may name folders and settings of the server's, and belong into its log."""
+    name settings and folders of the server's, which a client can neither see nor change."""
     match error:
         case Refusal():
             return error
         case PromptTooLong():
-            return too_long(str(error), None)
+            return too_long(TOO_LONG, None)
         case PromptError():
             return invalid(str(error))
         case DeadlineExceeded():

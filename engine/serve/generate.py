@@ -63,9 +63,7 @@ class Generate:
 class Job:
     """One request that generates. Close it, whatever became of it."""
 
-    def __init__(
-        self, desk: Desk, tenant: Tenant, place: Place, asked: Asked, call: Call
-    ) -> None:
+    def __init__(self, desk: Desk, tenant: Tenant, place: Place, asked: Asked, call: Call) -> None:
         self._desk, self._tenant, self._place = desk, tenant, place
         self._asked, self._call = asked, call
         self._answering = Answering(desk.service, desk.recorders)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from engine.request import RequestStats
-from engine.serve.counters import Read
+from engine.serve.counters import Read, Readings
 from engine.serve.history import History, Latencies, Recorded, Sample
 from engine.serve.metrics import Metrics
 from engine.spans import Recent, Trace
@@ -72,19 +72,26 @@ class Observed:
 
     def begin(self, name: str, traceparent: str | None = None) -> Trace:
         """Call it when a request arrives; `finished` ends the trace."""
-        return self.recent.start(name, traceparent)
+        return Trace(name, traceparent)
 
     def finished(
-        self, trace: Trace, *, status: int, tenant: str = "", stats: RequestStats | None = None
+        self,
+        trace: Trace,
+        *,
+        status: int,
+        tenant: str | None = "",
+        stats: RequestStats | None = None,
     ) -> None:
-        """The last byte was sent, or nobody waits for it any more.
+        """The last byte was sent, or nobody waits for it any more. `note` may be due.
 
         Args:
             status: HTTP's; 499 for a client that went.
-            tenant: a configured name; nothing for one that is not known.
+            tenant: a configured name; "" where there are no keys; None for one that is not known,
+                whose trace is not kept.
             stats: of the completion, where there was one.
         """
-        trace.attributes |= {"status": status, "tenant": tenant}
+        name = tenant or ""
+        trace.attributes |= {"status": status, "tenant": name}
         if stats is not None:
             trace.attributes |= {
                 "prompt_tokens": stats.prompt_tokens,
@@ -92,14 +99,15 @@ class Observed:
                 "new_tokens": stats.new_tokens,
             }
         trace.end()
+        if tenant is not None:
+            self.recent.add(trace)
         queue = trace.totals.get("queue")
         queue_s = None if queue is None else queue.busy_ns / 1e9
         ttft_s = stats.ttft_s if stats is not None and stats.new_tokens else None
-        self.metrics.observe(trace, status, tenant, stats, queue_s, tpot_s(stats))
+        self.metrics.observe(trace, status, name, stats, queue_s, tpot_s(stats))
         with self.lock:
-            self.sums.add(tenant, stats)
+            self.sums.add(name, stats)
             self.latencies.note(Recorded(self.clock(), ttft_s, tpot_s(stats), queue_s))
-        self.note()
 
     def dropped(self, reason: Literal["slow", "gone"]) -> None:
         """A client that reads too slowly, or closed its connection, was dropped."""
@@ -107,15 +115,22 @@ class Observed:
         with self.lock:
             self.sums.dropped += 1
 
-    def note(self) -> None:
-        """Keep a reading of the counters, if the last one is some seconds old."""
+    def due(self) -> bool:
+        """Whether it is time for a `note`."""
         with self.lock:
-            if self.history.due(self.clock()):
-                self.history.note(self.sample())
+            return self.history.due(self.clock())
 
-    def sample(self) -> Sample:
+    def note(self) -> None:
+        """Keep a reading of the counters, if the last one is some seconds old. May have to wait for
+        a step of the engine, as all that reads: not for the server's loop."""
+        if self.due():
+            readings = self.read()
+            with self.lock:
+                self.history.note(self.sample(readings))
+
+    def sample(self, readings: Readings) -> Sample:
         """The counters now. The lock must be held."""
-        readings, sums = self.read(), self.sums
+        sums = self.sums
         tiers = readings.store.tiers
         return Sample(
             self.clock(),

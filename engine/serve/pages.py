@@ -1,5 +1,6 @@
 """The routes that show how a server is doing: `/`, `/stats`, `/traces` and `/metrics`."""
 
+import asyncio
 import base64
 import hashlib
 import re
@@ -43,20 +44,26 @@ def routes(observed: Observed, viewer: Viewer) -> list[Route]:
 
     async def stats(request: Request) -> Response:
         _all(viewer(request))
-        return _json(status_report(observed))
+        return await asyncio.to_thread(lambda: _json(status_report(observed)))
 
     async def traces(request: Request) -> Response:
-        found = visible(observed.recent, viewer(request), request.query_params.get("id"))
+        tenant, id_ = viewer(request), request.query_params.get("id")
         form = request.query_params.get("format")
         if form not in (None, "otlp"):
             raise invalid("Invalid value for 'format': otlp is the only one.", "format")
-        if form == "otlp":
-            return _json(otlp(found))
-        return _json(TracesReport(traces=[trace_report(trace) for trace in found]))
+
+        def found() -> Response:
+            shown = visible(observed.recent, tenant, id_)
+            if form == "otlp":
+                return _json(otlp(shown))
+            return _json(TracesReport(traces=[trace_report(trace) for trace in shown]))
+
+        return await asyncio.to_thread(found)
 
     async def metrics(request: Request) -> Response:
         _all(viewer(request))
-        text, kind = observed.metrics.exposition(request.headers.get("accept"))
+        accept = request.headers.get("accept")
+        text, kind = await asyncio.to_thread(observed.metrics.exposition, accept)
         return Response(text, headers=SAFE | {"content-type": kind})
 
     return [

@@ -28,9 +28,8 @@ class Prompted:
         """Tokens of it."""
         return len(self.prompt.tokens if isinstance(self.prompt, Segments) else self.prompt)
 
-def prompted(
-    tenant: Tenant, request: ChatRequest | CompletionRequest, room: Room
-) -> Prompted:
+
+def prompted(tenant: Tenant, request: ChatRequest | CompletionRequest, room: Room) -> Prompted:
     """The prompt of a request. For a thread of its own: long texts take long.
 
     Args:

@@ -1,12 +1,20 @@
 """HTTP/1.1 as uvicorn speaks it, with what keeps broken and slow clients from costing anything."""
 
 import asyncio
+import logging
 import socket
+import time
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from engine.serve.refusals import Refusal, invalid, overloaded
+
+access = logging.getLogger("headrace.access")
+
+LINGER_S = 1.0  # to a connection too many, which may have sent something
 ABORT = "headrace.abort"  # in a request's scope: drops the connection, whatever waits to be sent
 
 
@@ -18,10 +26,12 @@ class Protocol(H11Protocol):
 
     header_timeout_s: float
     send_timeout_s: float
+    most: int  # connections
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._head_timer: asyncio.TimerHandle | None = None
+        self._surplus: asyncio.TimerHandle | None = None  # ends one that is too many
         app: Any = self.app
 
         async def with_abort(scope: Any, receive: Any, send: Any) -> None:
@@ -32,13 +42,20 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._set_options(transport.get_extra_info("socket"))
-        self._expect_head()
+        if len(self.connections) > self.most:
+            self._refuse_surplus()
+        else:
+            self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_came()
+        if self._surplus is not None:
+            self._surplus.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._surplus is not None:
+            return  # read, so that the answer is not lost with what was sent
         before = self.cycle
         super().data_received(data)
         if self.cycle is not before:
@@ -54,7 +71,7 @@ class Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Our answer to what is not HTTP, in the shape of all others."""
-        self._refuse(400, "Bad Request", msg)
+        self._refuse(invalid(msg))
 
     def _set_options(self, connection: Any) -> None:
         # asyncio does that for sockets it made; a token must not wait for the last one's receipt
@@ -77,24 +94,47 @@ class Protocol(H11Protocol):
     def _head_late(self) -> None:
         self._head_timer = None
         if not self.transport.is_closing():
-            self._refuse(408, "Request Timeout", "The request's headers took too long.")
+            self._refuse(Refusal(408, "The request's headers took too long."))
 
-    def _refuse(self, status: int, reason: str, message: str) -> None:
+    def _refuse_surplus(self) -> None:
+        """Nobody reads what this one asks. It is not counted, and has a second to take that."""
+        self.connections.discard(self)
+        refusal = overloaded("The server is overloaded: too many connections are open.")
+        self._surplus = self.loop.call_later(LINGER_S, self.transport.abort)
+        self.transport.write(_answer(refusal))
+        self.transport.write_eof()
+        said = {"time": round(time.time(), 3), "status": 503, "outcome": "too_many_connections"}
+        access.info("%s", msgspec.json.encode(said).decode())
+
+    def _refuse(self, refusal: Refusal) -> None:
         self._head_came()
         if self.cycle is not None and self.cycle.response_started != self.cycle.response_complete:
             self.transport.close()  # in the middle of an answer there is no place for another
             return
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-        body = msgspec.json.encode({"error": error})
-        head = (
-            f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
+        self.transport.write(_answer(refusal))
         self.transport.close()
 
 
-def limited(header_timeout_s: float, send_timeout_s: float) -> type[Protocol]:
-    """The protocol with these limits."""
-    limits = {"header_timeout_s": header_timeout_s, "send_timeout_s": send_timeout_s}
+def limited(header_timeout_s: float, send_timeout_s: float, most: int) -> type[Protocol]:
+    """The protocol with these limits; `most` connections are served at once."""
+    limits = {
+        "header_timeout_s": header_timeout_s,
+        "send_timeout_s": send_timeout_s,
+        "most": most,
+    }
     return type("LimitedProtocol", (Protocol,), limits)
+
+
+def _answer(refusal: Refusal) -> bytes:
+    """All of it, without an application."""
+    body = refusal.body()
+    headers = refusal.headers | {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+    }
+    lines = [
+        f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}",
+        *(f"{name}: {value}" for name, value in headers.items()),
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + body

@@ -59,7 +59,7 @@ class Server:
         self._told = False
         self._config = uvicorn.Config(
             app,
-            http=limited(config.header_timeout_s, config.send_timeout_s),
+            http=limited(config.header_timeout_s, config.send_timeout_s, config.max_connections),
             ws="none",
             lifespan="off",
             loop="asyncio",
@@ -70,7 +70,6 @@ class Server:
             server_header=False,
             h11_max_incomplete_event_size=config.header_bytes,
             timeout_keep_alive=max(1, round(config.idle_timeout_s)),
-            limit_concurrency=config.max_connections + 1,  # uvicorn serves one less
             timeout_graceful_shutdown=1,  # `drain` has waited for those that may end
         )
 

@@ -15,7 +15,7 @@ def status_report(observed: Observed) -> StatusReport:
     observed.note()
     readings, now = observed.read(), observed.clock()
     with observed.lock:
-        sums, sample = observed.sums.copy(), observed.sample()
+        sums, sample = observed.sums.copy(), observed.sample(readings)
         rate, past = observed.history.generated_per_s(sample), observed.history.past(now)
         recent = observed.latencies.recent(now)
     shares = observed.recent.shares()

@@ -1,5 +1,6 @@
 """OpenAI's requests: what may be asked of a model, and nothing else."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -42,10 +43,11 @@ class TextPart(Wire, frozen=True, kw_only=True):
 
 
 class Message(Wire, frozen=True, kw_only=True):
-    """A turn of a conversation. `name` is accepted and not shown to the model."""
+    """A turn of a conversation. `name` is accepted and not shown to the model. An assistant's turn
+    may say nothing: null."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Meta(min_length=1)]
+    content: str | Annotated[list[TextPart], Meta(min_length=1)] | None
     name: str | None = None
     refusal: None = None
     annotations: Nothing | None = None
@@ -56,8 +58,8 @@ class Message(Wire, frozen=True, kw_only=True):
     @property
     def text(self) -> str:
         """All of it; parts stand on lines of their own."""
-        if isinstance(self.content, str):
-            return self.content
+        if isinstance(self.content, str | None):
+            return self.content or ""
         return "\n".join(part.text for part in self.content)
 
 
@@ -211,6 +213,7 @@ def parse_chat(body: bytes) -> ChatRequest:
     """The request of /v1/chat/completions. Refusal for any other."""
     request = read(body, ChatRequest, ONLY)
     _refuse_options(request)
+    _refuse_silence(request.messages)
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise invalid(
             "'max_tokens' and 'max_completion_tokens' are two names for one limit: send one.",
@@ -247,6 +250,15 @@ def _refuse_options(request: Options) -> None:
         )
     if request.stream_options.include_obfuscation:
         raise _unsupported("stream_options.include_obfuscation")
+
+
+def _refuse_silence(messages: Sequence[Message]) -> None:
+    """Only an assistant may have said nothing."""
+    for number, message in enumerate(messages):
+        if message.content is None and message.role != "assistant":
+            field = f"messages[{number}].content"
+            expected = f"Invalid value for '{field}': expected string or array, got null."
+            raise invalid(expected, field, "invalid_type")
 
 
 def _refuse_prompts(prompt: str | list[str | int | list[int]]) -> None:

@@ -24,7 +24,7 @@ def named(chains: Sequence[NDArray[np.int32]]) -> list[list[bytes]]:
     return [[names[x] for x in chain.tolist()] for chain in chains]
 
 
-Placed: TypeAlias = tuple[bytes, bytes | None]  # a block and its parent
+Placed: TypeAlias = tuple[bytes, bytes | None, int]  # a block, its parent, and its depth
 
 
 def replay(chains: Sequence[list[bytes]], policy: EvictionPolicy, capacity: int) -> list[int]:
@@ -38,7 +38,7 @@ def _serve(chain: list[bytes], policy: EvictionPolicy, capacity: int) -> int:
     policy.touch(chain[:hits])
     missing = chain[hits:]
     above = [chain[hits - 1] if hits else None, *missing[:-1]]
-    insert(policy, capacity, list(zip(missing, above, strict=False)))
+    insert(policy, capacity, list(zip(missing, above, range(hits, len(chain)), strict=False)))
     return hits
 
 
@@ -59,9 +59,9 @@ def insert(
     if _fits(policy, capacity, blocks, pinned, nbytes):
         return
     skipped: set[bytes | None] = set()
-    for block, parent in blocks:
-        if parent in skipped or not _fits(policy, capacity, [(block, parent)], pinned, nbytes):
-            skipped.add(block)
+    for placed in blocks:
+        if placed[1] in skipped or not _fits(policy, capacity, [placed], pinned, nbytes):
+            skipped.add(placed[0])
 
 
 def _fits(
@@ -73,15 +73,15 @@ def _fits(
 ) -> bool:
     """Store all of the blocks, or none."""
     if (excess := len(policy) + len(blocks) - capacity) > 0:
-        keep = {parent for _, parent in blocks if parent is not None}
+        keep = {parent for _, parent, _ in blocks if parent is not None}
         keep.update(pinned)
         victims = list(islice(policy.victims(keep), excess))
         if len(victims) < excess:
             return False
         for block in victims:
             policy.remove(block)
-    for block, parent in blocks:
-        policy.add(block, parent, nbytes)
+    for block, parent, depth in blocks:
+        policy.add(block, parent, nbytes, depth)
     return True
 
 

@@ -30,12 +30,12 @@ class ARC(Leaves):
         self._target: int | float = 0  # of _once_bytes
         self._ghosts = Ghosts(), Ghosts()
 
-    def add(self, digest: bytes, parent: bytes | None, nbytes: int) -> None:
+    def add(self, digest: bytes, parent: bytes | None, nbytes: int, depth: int = 0) -> None:
         """Note a new block, as the most recently used. Adding it again touches it."""
         if digest in self._blocks:
             self.touch([digest])
             return
-        self._enter(digest, parent, nbytes)
+        self._enter(digest, parent, nbytes, depth)
         if self._returns(digest, nbytes):
             self._again.add(digest)
         else:

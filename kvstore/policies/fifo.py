@@ -10,10 +10,10 @@ from kvstore.policies.leaves import Leaves, Rank
 class FIFO(Leaves):
     """First come, first to go, however often it was used."""
 
-    def add(self, digest: bytes, parent: bytes | None, nbytes: int) -> None:
+    def add(self, digest: bytes, parent: bytes | None, nbytes: int, depth: int = 0) -> None:
         """Note a new block, as the last that came. Adding it again changes nothing."""
         if digest not in self._blocks:
-            self._enter(digest, parent, nbytes)
+            self._enter(digest, parent, nbytes, depth)
 
     def touch(self, digests: Iterable[bytes]) -> None:
         """Uses do not matter."""

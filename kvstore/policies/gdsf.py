@@ -6,7 +6,7 @@ from typing import final
 
 from kvstore.policies.leaves import Leaves, Rank
 
-DEPTH = 64  # blocks before one at which attention to them costs as much as all else
+DEPTH = 512  # blocks of 64 tokens: there attention costs an 8B Llama as much as all else
 
 
 @final
@@ -27,15 +27,14 @@ class GDSF(Leaves):
         self._clock = 0.0
         self._clocks: dict[bytes, float] = {}  # the clock at a block's last use
         self._uses: Counter[bytes] = Counter()
-        self._depths: dict[bytes, int] = {}  # of blocks whose chain is known to its head
-        self._doubling = depth
+        self._depth = depth
 
-    def add(self, digest: bytes, parent: bytes | None, nbytes: int) -> None:
+    def add(self, digest: bytes, parent: bytes | None, nbytes: int, depth: int = 0) -> None:
         """Note a new block, used once. Adding it again touches it."""
         if digest in self._blocks:
             self.touch([digest])
         else:
-            self._enter(digest, parent, nbytes)
+            self._enter(digest, parent, nbytes, depth)
             self._clocks[digest] = self._clock
             self._uses[digest] = 1
 
@@ -48,9 +47,9 @@ class GDSF(Leaves):
 
     def remove(self, digest: bytes) -> None:
         """Forget a block and its uses; unknown ones are fine."""
-        if self._leave(digest) is not None:
-            for known in (self._clocks, self._uses, self._depths):
-                known.pop(digest, None)
+        self._leave(digest)
+        self._clocks.pop(digest, None)
+        self._uses.pop(digest, None)
 
     def victims(self, pinned: Container[bytes]) -> Iterator[bytes]:
         """Leaves, and what becomes one, least worth first; the clock follows."""
@@ -59,22 +58,6 @@ class GDSF(Leaves):
             yield digest
 
     def _rank(self, digest: bytes) -> Rank:
-        depth = self._depths.get(digest)
-        cost = 1 + (self._depth(digest) if depth is None else depth) / self._doubling
-        worth = self._uses[digest] * cost / self._blocks[digest][1]
+        _, nbytes, depth = self._blocks[digest]
+        worth = self._uses[digest] * (1 + depth / self._depth) / nbytes
         return 0, self._clocks[digest] + worth, self._times[digest]
-
-    def _depth(self, digest: bytes) -> int:
-        """Blocks before one, as far as they are here."""
-        above: list[bytes] = []
-        at: bytes | None = digest
-        while at is not None and at in self._blocks and at not in self._depths:
-            above.append(at)
-            at = self._blocks[at][0]
-        if at is not None and at not in self._blocks:
-            return len(above) - 1  # its beginning may come yet
-        depth = -1 if at is None else self._depths[at]
-        self._depths.update(
-            zip(reversed(above), range(depth + 1, depth + 1 + len(above)), strict=True)
-        )
-        return self._depths[digest]

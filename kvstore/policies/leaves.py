@@ -19,7 +19,7 @@ class Leaves(ABC):
     """
 
     def __init__(self, queues: int = 1) -> None:
-        self._blocks: dict[bytes, tuple[bytes | None, int]] = {}  # parent, and bytes
+        self._blocks: dict[bytes, tuple[bytes | None, int, int]] = {}  # parent, bytes, depth
         self._times: dict[bytes, int] = {}  # when a block came, or was used, as the policy wants
         self._now = 0
         self._held = 0  # bytes
@@ -27,7 +27,7 @@ class Leaves(ABC):
         self._children: dict[bytes, int] = {}  # also of parents that are not here; never 0
         self._heaps: list[list[Entry]] = [[] for _ in range(queues)]
         self._queued: dict[bytes, Entry] = {}  # which entry of a block counts
-        self._loose: dict[bytes, None] = {}  # leaves that are not queued yet
+        self._loose: dict[bytes, None] = {}  # not queued yet, if leaves at all
         self._aside: list[bytes] = []  # taken from the queues by `victims`
         self._gone: dict[bytes, int] = {}  # how many children it has yielded, by parent
 
@@ -47,23 +47,21 @@ class Leaves(ABC):
     def _rank(self, digest: bytes) -> Rank:
         """Where a leaf belongs, in which queue."""
 
-    def _enter(self, digest: bytes, parent: bytes | None, nbytes: int) -> None:
-        self._blocks[digest] = parent, nbytes
+    def _enter(self, digest: bytes, parent: bytes | None, nbytes: int, depth: int) -> None:
+        self._blocks[digest] = parent, nbytes, depth
         self._now = self._times[digest] = self._now + 1
         self._held += nbytes
         if self._held > self._room:
             self._room = self._held
-        if digest not in self._children:
-            self._loose[digest] = None
+        self._loose[digest] = None
         if parent is not None:
             self._children[parent] = self._children.get(parent, 0) + 1
-            self._loose.pop(parent, None)
 
     def _leave(self, digest: bytes) -> int | None:
         """Forget a block; its size, None if it is unknown."""
         if digest not in self._blocks:
             return None
-        parent, nbytes = self._blocks.pop(digest)
+        parent, nbytes, _ = self._blocks.pop(digest)
         del self._times[digest]
         self._held -= nbytes
         self._loose.pop(digest, None)

@@ -19,12 +19,12 @@ class LFU(Leaves):
         super().__init__()
         self._uses: Counter[bytes] = Counter()  # of the blocks that are here
 
-    def add(self, digest: bytes, parent: bytes | None, nbytes: int) -> None:
+    def add(self, digest: bytes, parent: bytes | None, nbytes: int, depth: int = 0) -> None:
         """Note a new block, used once. Adding it again touches it."""
         if digest in self._blocks:
             self.touch([digest])
         else:
-            self._enter(digest, parent, nbytes)
+            self._enter(digest, parent, nbytes, depth)
             self._uses[digest] = 1
 
     def touch(self, digests: Iterable[bytes]) -> None:

@@ -10,12 +10,12 @@ from kvstore.policies.leaves import Leaves, Rank
 class LRU(Leaves):
     """Least recently used first; of blocks used together, the last of their chain."""
 
-    def add(self, digest: bytes, parent: bytes | None, nbytes: int) -> None:
+    def add(self, digest: bytes, parent: bytes | None, nbytes: int, depth: int = 0) -> None:
         """Note a new block, as the most recently used. Adding it again touches it."""
         if digest in self._blocks:
             self.touch([digest])
         else:
-            self._enter(digest, parent, nbytes)
+            self._enter(digest, parent, nbytes, depth)
 
     def touch(self, digests: Iterable[bytes]) -> None:
         """Note a use of a chain, given from its head on; its tail counts as used a bit earlier."""

@@ -33,12 +33,12 @@ class S3FIFO(Leaves):
         self._uses: Counter[bytes] = Counter()  # not yet cut to MOST_USES
         self._ghosts = Ghosts()
 
-    def add(self, digest: bytes, parent: bytes | None, nbytes: int) -> None:
+    def add(self, digest: bytes, parent: bytes | None, nbytes: int, depth: int = 0) -> None:
         """Note a new block. Adding it again touches it."""
         if digest in self._blocks:
             self.touch([digest])
             return
-        self._enter(digest, parent, nbytes)
+        self._enter(digest, parent, nbytes, depth)
         if self._ghosts.discard(digest):
             self._main.add(digest)
         else:

@@ -23,12 +23,12 @@ class SIEVE(Leaves):
         self._round = 0
         self._rounds: dict[bytes, int] = {}  # in which the hand comes to a block next
 
-    def add(self, digest: bytes, parent: bytes | None, nbytes: int) -> None:
+    def add(self, digest: bytes, parent: bytes | None, nbytes: int, depth: int = 0) -> None:
         """Note a new block, as the last that came. Adding it again touches it."""
         if digest in self._blocks:
             self.touch([digest])
         else:
-            self._enter(digest, parent, nbytes)
+            self._enter(digest, parent, nbytes, depth)
 
     def touch(self, digests: Iterable[bytes]) -> None:
         """Mark blocks as used."""

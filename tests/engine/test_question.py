@@ -4,7 +4,7 @@ import pytest
 
 from engine import Engine, PromptError
 from engine.loader import load_tokenizer
-from engine.question import around
+from engine.question import around, around_chat
 from tests.engine.families import build
 from tests.engine.rag import MODELS
 
@@ -49,6 +49,23 @@ def test_a_template_that_refuses_is_told(engine):
     engine.tokenizer.chat_template = "{{ raise_exception('only about cats') }}"
     with pytest.raises(PromptError, match="refuses this question: only about cats"):
         around(engine, "", "Why?")
+
+
+def test_whatever_a_user_says_is_told_apart_from_the_texts(engine, monkeypatch):
+    """Also what stood for the texts in an earlier prompt."""
+    engine.tokenizer.chat_template = CHAT
+    seen, applied = [], engine.tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        engine.tokenizer,
+        "apply_chat_template",
+        lambda messages, **options: seen.append(messages) or applied(messages, **options),
+    )
+    around(engine, "", "Why?")
+    place = seen[0][0]["content"].removesuffix("Why?")
+    asked = f"{place} and [[ the texts stand here ]]?"
+    assert engine.tokenizer.decode(around(engine, "", asked).behind) == f"{asked}]"
+    said = around_chat(engine, [{"role": "user", "content": asked}])
+    assert engine.tokenizer.decode(said.behind) == f"{asked}]"
 
 
 def test_an_empty_question_is_refused(engine):

@@ -3,10 +3,12 @@
 import pytest
 
 from engine import forget
-from engine.errors import ConfigError, PromptError
-from engine.library import Unknown
+from engine.catalogue import Catalogue, CatalogueError
+from engine.errors import ConfigError, PromptError, PromptTooLong
+from engine.library import Library, Unknown
 from engine.question import around_chat
 from engine.shelf import Shelf
+from engine.splitter import Splitter
 from tests.engine.rag import FACTS, Parts, blocks, documents
 
 
@@ -39,6 +41,7 @@ def add(engine, shelf, given):
 def answered(engine, shelf, messages, sources) -> str:
     """Through the engine alone."""
     reading = shelf.reading(around_chat(engine, messages), sources)
+    reading.begin()
     [done] = engine.generate(reading.segments, max_new_tokens=6)
     reading.end(done.tokens, done)
     return str(done.text).strip(" .")
@@ -61,8 +64,6 @@ def test_texts_stand_in_front_of_what_the_user_says_first(engine):
 def test_a_conversation_has_to_have_a_place_for_texts(engine):
     with pytest.raises(PromptError, match="a user says"):
         around_chat(engine, [{"role": "system", "content": "Be."}])
-    with pytest.raises(PromptError, match="does not keep the texts"):
-        around_chat(engine, user("?"))
     engine.tokenizer.chat_template, kept = None, engine.tokenizer.chat_template
     try:
         with pytest.raises(PromptError, match="no chat template"):
@@ -81,7 +82,62 @@ def test_documents_chunks_and_texts_are_read_in_the_order_of_the_request(engine)
     expected = [second.chunks[0], *pieces, *first.chunks]
     assert reading.segments.chunks == tuple(chunk.tokens for chunk in expected)
     assert reading.segments.question == around.behind
-    reading.end([], None)
+
+
+def test_no_more_is_read_than_there_is_room_for(engine, monkeypatch):
+    library = shelf(engine)
+    [document] = add(engine, library, documents()[:1])
+    around = around_chat(engine, user("What?"))
+    exact = len(library.reading(around, [document.id] * 3).segments.tokens)
+    assert len(library.reading(around, [document.id] * 3, exact).segments.tokens) == exact
+    with pytest.raises(PromptTooLong, match=f"more than {exact - 1} tokens"):
+        library.reading(around, [document.id] * 3, exact - 1)
+    seen, parts = [], Library.parts
+    monkeypatch.setattr(Library, "parts", lambda self, id_: seen.append(id_) or parts(self, id_))
+    with pytest.raises(PromptTooLong):
+        library.reading(around, [document.id] * 6000)
+    assert len(seen) <= engine.model.shape.max_positions // document.tokens + 1
+
+
+def test_a_text_for_which_there_is_clearly_no_room_is_not_even_cut(engine, monkeypatch):
+    library = shelf(engine)
+    around = around_chat(engine, user("What?"))
+    monkeypatch.setattr(Splitter, "split", lambda *args, **options: pytest.fail("it was cut"))
+    for field in ("text", "title"):
+        with pytest.raises(PromptTooLong):
+            library.reading(around, [{"text": "a", field: "word " * 1_000_000}])
+
+
+def test_a_prompt_that_does_not_run_leaves_nothing_on_record(engine):
+    library = shelf(engine)
+    [document] = add(engine, library, documents()[:1])
+    messages = [{"role": "system", "content": "Other."}, *user("What?")]
+    catalogue = library._library._catalogue
+    before = list(catalogue.origins)
+    reading = library.reading(around_chat(engine, messages), [document.id])
+    assert list(catalogue.origins) == before
+    reading.begin()
+    assert len(catalogue.origins) == len(before) + 1
+    reading.withdraw()
+    assert not catalogue.traces
+    assert not library._library._reading
+    library.delete(document.id)
+
+
+def test_a_reading_that_cannot_begin_is_not_counted(engine, monkeypatch):
+    def full(*args):
+        raise CatalogueError("no space")
+
+    library = shelf(engine)
+    [document] = add(engine, library, documents()[:1])
+    for method, module in (("remember", Catalogue), ("prune", forget.Forgetting)):
+        reading = library.reading(around_chat(engine, user("?")), [document.id])
+        with monkeypatch.context() as patch:
+            patch.setattr(module, method, full)
+            with pytest.raises(CatalogueError):
+                reading.begin()
+        assert not library._library._reading
+    library.delete(document.id)
 
 
 def test_answers_come_from_documents(engine):
@@ -111,6 +167,7 @@ def test_a_document_that_is_deleted_while_it_is_read_leaves_nothing(engine):
     [document] = add(engine, library, documents()[:1])
     messages = [{"role": "system", "content": "Other."}, *user(FACTS[0].question)]
     reading = library.reading(around_chat(engine, messages), [document.id])
+    reading.begin()
     library.delete(document.id)
     [done] = engine.generate(reading.segments, max_new_tokens=2)
     assert blocks(engine) != held
@@ -126,7 +183,9 @@ def test_prefixes_of_which_nothing_is_stored_are_forgotten(engine, monkeypatch):
 
     def read(number: int):
         messages = [{"role": "system", "content": f"It is {number} o'clock."}, *user("What?")]
-        return library.reading(around_chat(engine, messages), [document.id])
+        reading = library.reading(around_chat(engine, messages), [document.id])
+        reading.begin()
+        return reading
 
     running = read(0)  # its KV may still come
     for number in range(1, 20):
@@ -140,6 +199,27 @@ def test_prefixes_of_which_nothing_is_stored_are_forgotten(engine, monkeypatch):
     assert {library.prefix, running.segments.prefix, kept} <= known
     running.end([], None)
     library.delete(document.id)
+
+
+def test_prefixes_of_which_something_is_stored_are_not_searched_again(engine, monkeypatch):
+    monkeypatch.setattr(forget, "ORIGINS", 0)
+    library = shelf(engine)
+    documents_ = add(engine, library, documents())
+    last = documents_[-1]
+    messages = [{"role": "system", "content": "Other."}, *user("What?")]
+    reading = library.reading(around_chat(engine, messages), [last.id])
+    reading.begin()
+    engine.generate(reading.segments, max_new_tokens=1)
+    reading.withdraw()
+    made, forgetting = [], library._library._forgetting
+    keys = forgetting._keys
+    monkeypatch.setattr(forgetting, "_keys", lambda *a, **o: made.append(a) or keys(*a, **o))
+    for _ in range(3):
+        forgetting._enough_origins = 0
+        forgetting.prune({library._library._origin})
+    assert len(made) == sum(len(document.chunks) for document in documents_)
+    for document in documents_:
+        library.delete(document.id)
 
 
 def test_unknown_ids_are_told_apart_from_other_mistakes(engine):

@@ -176,6 +176,15 @@ def test_recent_keeps_the_last_ones_and_the_sums_of_all() -> None:
     assert shares.wall_ns == sum(trace.wall_ns for trace in traces)
 
 
+def test_no_tenant_pushes_out_the_traces_of_another() -> None:
+    recent = Recent(capacity=2)
+    for name, tenant in [("1", "a"), ("2", "b"), ("3", "b"), ("4", "b"), ("5", "a")]:
+        trace = recent.start(name)
+        trace.attributes["tenant"] = tenant
+        trace.end()
+    assert [trace.name for trace in recent.traces()] == ["5", "4", "3", "1"]
+
+
 def test_the_id_comes_from_a_valid_traceparent() -> None:
     id_, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
     trace = Trace(traceparent=f"00-{id_}-{parent}-01")

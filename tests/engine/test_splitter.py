@@ -1,5 +1,6 @@
 """Documents cut into chunks: nothing is lost, nothing too long, and cuts are where they belong."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -11,9 +12,11 @@ from engine import PromptError
 from engine.loader import load_tokenizer
 from engine.splitter import BREAK, Splitter
 
-TOKENIZER = load_tokenizer(Path(__file__).parents[2] / "models" / "needle-tiny")
+MODEL = Path(__file__).parents[2] / "models" / "needle-tiny"
+TOKENIZER = load_tokenizer(MODEL)
 SPLITTER = Splitter(TOKENIZER)
 PAGE = topics["assignment"]
+WIDE = (PAGE, "水" * 300, "=" * 400, "a")
 
 
 def bare(text: str) -> str:
@@ -116,3 +119,29 @@ def test_a_long_document_is_cut_in_time_that_grows_with_its_length():
     pages = "".join(topics.values())
     assert len(pages) > 400_000
     assert len(texts(pages, limit=512)) > 300
+
+
+def test_what_is_cut_at_the_same_time_changes_no_other_tokens():
+    """Chats have special tokens, documents have none, in whatever order they are encoded."""
+    tokenizer = load_tokenizer(MODEL)
+    text = "some words <|bos|> more words. " * 20
+    special, plain = list(tokenizer(text)["input_ids"]), SPLITTER.encode(text)
+    assert special != plain
+    splitter, seen = Splitter(tokenizer), []
+
+    def chat(_: int) -> bool:
+        seen.append(tokenizer.backend_tokenizer.encode_special_tokens)
+        return list(tokenizer(text)["input_ids"]) == special
+
+    def document(_: int) -> bool:
+        return splitter.encode(text) == plain
+
+    with ThreadPoolExecutor(4) as threads:
+        ends = [threads.submit(act, i) for i in range(200) for act in (chat, document)]
+        assert all(end.result() for end in ends)
+    assert not any(seen)
+
+
+def test_the_longest_token_bounds_how_much_text_a_token_can_be():
+    assert all(len(text.encode()) <= SPLITTER.longest * len(SPLITTER.encode(text)) for text in WIDE)
+    assert SPLITTER.longest < 200

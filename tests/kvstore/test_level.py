@@ -108,3 +108,13 @@ def test_all_tiers_follow_the_policy_that_is_set(policy, tmp_path):
     with TieredStore.open(config) as store:
         made = [type(level._policy) for level in store._levels]
     assert made == [POLICIES[policy]] * 2
+
+
+def test_tiers_say_how_deep_in_their_chains_blocks_are(tmp_path):
+    keys = chain(range(12))
+    with closing(DiskTier(tmp_path / "store", 3 * COST)) as disk:
+        for tier in (disk, HostTier(1 << 20)):
+            level = level_of(tier, "gdsf", [keys])
+            found = {resident.digest: resident.depth for resident in tier.residents()}
+            assert found == {key.digest: key.depth for key in keys}
+            assert level._policy._blocks == level_of(tier, "gdsf")._policy._blocks

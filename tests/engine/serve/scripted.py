@@ -79,7 +79,11 @@ class Scripted(Service):
         self.cancelled.put(ticket)
         self._live.pop(ticket).fail(Cancelled("cancelled"))
 
-    def background(self, job: Callable[[], Slices[Any]]) -> "Future[Any]":
+    @property
+    def longest(self) -> int:
+        return 1 << 20
+
+    def background(self, job: Callable[[], Slices[Any]], owner: str = "") -> "Future[Any]":
         future: Future[Any] = Future()
         future.set_result(drained(job()))
         return future

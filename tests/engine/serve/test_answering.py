@@ -13,6 +13,7 @@ from engine.ask import Ask, Failure, Listener, Ticket
 from engine.errors import Busy, Cancelled
 from engine.request import Completion, Event, RequestStats
 from engine.serve.answering import Answering
+from engine.shelf import Reading
 from tests.engine.serve.server import LIMIT_S
 
 ASK = Ask(prompt=[1], max_new_tokens=9)
@@ -37,7 +38,7 @@ class Slow:
         self.cancelled.put(ticket)
 
 
-class Noted:
+class Noted(Reading):
     """What becomes of a reading."""
 
     def __init__(self) -> None:

@@ -176,6 +176,22 @@ def test_a_prompt_that_is_too_long_is_told_so(server):
     assert "32768" in str(refused.value)
 
 
+def test_a_chat_without_a_length_ends_where_memory_does():
+    with running(engine={"cache_bytes": 1 << 20}) as server, server.client() as client:
+        longest = server.service.longest
+        assert len(server.engine.render(MESSAGES)) < longest < 32768
+        answer = client.chat.completions.create(
+            model=server.model, messages=MESSAGES, temperature=0
+        )
+        assert "314159" in str(answer.choices[0].message.content)
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.chat.completions.create(
+                model=server.model, messages=MESSAGES, max_tokens=longest + 1
+            )
+        assert refused.value.code == "context_length_exceeded"
+        assert "cache_bytes" not in str(refused.value)
+
+
 def test_a_token_that_the_model_does_not_know_is_no_crash(server):
     with server.client() as client, pytest.raises(openai.BadRequestError, match="out of range"):
         client.completions.create(model=server.model, prompt=[2**31 - 1])

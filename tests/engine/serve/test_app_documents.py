@@ -4,12 +4,13 @@ import json
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import openai
 import pytest
 
-from engine.catalogue import Document
-from engine.shelf import Shelf
+from engine.catalogue import Catalogue, Document
+from engine.shelf import Reading, Shelf
 from kvstore.config import StoreConfig
 from tests.engine.rag import FACTS, blocks, documents
 from tests.engine.serve.server import LIMIT_S, Running, running
@@ -204,6 +205,71 @@ def test_a_client_that_leaves_ends_the_reading(monkeypatch):
         with server.http() as client:
             [document] = client.get("/v1/documents").json()["data"]
         assert len(document["chunks"]) > len(computed)
+
+
+def test_a_document_that_is_deleted_after_its_reader_has_left_leaves_nothing(monkeypatch):
+    """The request still stores KV while it is cancelled."""
+    began, go_on, done = threading.Event(), threading.Event(), threading.Event()
+    end = Reading.end
+
+    def ended(self: Reading, *args: Any) -> None:
+        end(self, *args)
+        done.set()
+
+    monkeypatch.setattr(Reading, "end", ended)
+    with running() as server, server.http() as client:
+        given = {"text": "The secret number of Rome is 100001. " * 30, "id": "rome"}
+        client.post("/v1/documents", json={"documents": [given]})
+        server.engine.store.clear()  # as if it was evicted
+        put = server.engine.store.put
+
+        def slowly(blocks: Any) -> None:
+            began.set()
+            assert go_on.wait(LIMIT_S)
+            put(blocks)
+
+        monkeypatch.setattr(server.engine.store, "put", slowly)
+        asked = {"messages": [{"role": "user", "content": "What?"}], "documents": ["rome"]}
+        body = json.dumps({"model": server.model, "max_tokens": 5} | asked).encode()
+        with socket.create_connection(("127.0.0.1", server.port), LIMIT_S) as connection:
+            connection.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\n"
+                + f"content-length: {len(body)}\r\n\r\n".encode()
+                + body
+            )
+            assert began.wait(LIMIT_S)
+        server.ended(outcome="gone")
+        assert client.delete("/v1/documents/rome").status_code == 200
+        go_on.set()
+        assert server.service.drain(LIMIT_S)
+        assert done.wait(LIMIT_S)
+        assert blocks(server.engine) == {0}
+
+
+def test_requests_that_are_refused_leave_nothing_on_record(server, added, monkeypatch):
+    noted: list[object] = []
+    monkeypatch.setattr(Catalogue, "remember", lambda self, origin: noted.append(origin))
+    monkeypatch.setattr(Catalogue, "note", lambda self, traces: noted.extend(traces))
+    for number in range(5):
+        messages = [
+            {"role": "system", "content": f"Number {number}."}, {"role": "user", "content": "?"},
+        ]  # fmt: skip
+        with (
+            pytest.raises(openai.BadRequestError, match="maximum context"),
+            server.client() as asks,
+        ):
+            asks.chat.completions.create(
+                model=server.model,
+                messages=messages,
+                max_tokens=10**6,
+                extra_body={"documents": added},
+            )
+    assert not noted
+
+
+def test_a_request_with_more_documents_than_there_is_room_for_is_refused(server, added):
+    with pytest.raises(openai.BadRequestError, match="name fewer documents"):
+        ask(server, SECOND.question, added * 1000)
 
 
 def test_a_reading_that_the_server_does_not_end_is_told(monkeypatch):

@@ -131,9 +131,10 @@ def test_too_many_at_once_are_told_to_come_again(server, threads):
 
     running_ = [threads.submit(ask) for _ in range(2)]
     submitted = [server.service.next() for _ in range(2)]
-    with pytest.raises(openai.RateLimitError) as refused:
+    with pytest.raises(openai.InternalServerError) as refused:
         ask()
-    assert refused.value.code == "rate_limit_exceeded"
+    assert refused.value.status_code == 503  # no limit of the client's own is reached
+    assert refused.value.code == "overloaded"
     assert refused.value.response.headers["retry-after"] == "1"
     for one in submitted:
         one.end("done")
@@ -219,5 +220,10 @@ def test_connections_that_do_nothing_are_closed_and_not_too_many():
             with socket.create_connection(("127.0.0.1", server.port), LIMIT_S) as other:
                 other.sendall(healthy)
                 assert other.recv(100).startswith(b"HTTP/1.1 200")
-                assert raw(server, healthy).startswith(b"HTTP/1.1 503")
+                for _ in range(3):
+                    answer = raw(server, healthy)
+                    status, said = error(answer)
+                    assert (status, said["code"]) == (503, "overloaded")
+                    assert b"\r\nretry-after: 1\r\n" in answer
+                    assert server.ended(outcome="too_many_connections")["status"] == 503
         assert raw(server, healthy).startswith(b"HTTP/1.1 200")  # until the server closes it

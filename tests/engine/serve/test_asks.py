@@ -7,7 +7,7 @@ import pytest
 from engine.repair import BlendConfig
 from engine.sampling import Sampling
 from engine.segments import Segments
-from engine.serve.asks import Room, ask_of, new_tokens
+from engine.serve.asks import Room, ask_of, new_tokens, refuse_hopeless
 from engine.serve.refusals import Refusal
 from engine.serve.wire import parse_chat, parse_completion
 
@@ -91,3 +91,27 @@ def test_the_servers_own_limits_hold():
     fault = refused(chat(max_tokens=6), 10, room)
     assert (fault.param, fault.code) == ("max_tokens", "invalid_value")
     assert refused(chat(max_completion_tokens=6), 10, room).param == "max_completion_tokens"
+
+
+def test_a_length_that_nobody_asked_for_is_what_memory_holds():
+    room = Room(positions=100, longest=60)
+    assert new_tokens(chat(), 50, room) == 10
+    assert new_tokens(text(), 50, room) == 10
+    assert new_tokens(text(), 30, room) == 16
+    assert new_tokens(chat(max_tokens=40), 50, room) == 40  # the service says why it cannot be
+    assert new_tokens(chat(), 70, room) == 1  # likewise
+
+
+def test_a_text_of_too_many_bytes_is_hopeless():
+    room = Room(positions=10, prompt_tokens=4, token_bytes=2)
+    refuse_hopeless(text(prompt="x" * 8), room)
+    refuse_hopeless(text(prompt=[5] * 99), room)  # counted elsewhere
+    refuse_hopeless(text(prompt="x" * 99), Room(positions=10))
+    for long in (
+        text(prompt="é" * 5),
+        chat(messages=[{"role": "user", "content": "x" * 5}] * 2),
+        chat(documents=["a", {"text": "x" * 9}]),
+    ):
+        with pytest.raises(Refusal, match="At most 4 prompt tokens") as refused:
+            refuse_hopeless(long, room)
+        assert refused.value.fault.code == "context_length_exceeded"

@@ -12,6 +12,7 @@ from engine.errors import (
     EngineError,
     ModelError,
     PromptError,
+    PromptTooLong,
     ServerStopping,
 )
 from engine.serve import refusals
@@ -63,6 +64,7 @@ def test_a_refusal_may_get_headers_of_its_own():
     ("error", "status"),
     [
         (PromptError("token id 9 is out of range"), 400),
+        (PromptTooLong(f"cache_bytes is {SECRET}: raise it"), 400),
         (DeadlineExceeded("x"), 408),
         (Busy("x"), 503),
         (ServerStopping("x"), 503),
@@ -80,7 +82,9 @@ def test_whatever_fails_has_an_answer(error, status):
     refusal = refused(error)
     assert refusal.status == status
     assert SECRET not in refusal.body().decode()
-    if isinstance(error, PromptError):
+    if isinstance(error, PromptTooLong):
+        assert refusal.fault.code == "context_length_exceeded"
+    elif isinstance(error, PromptError):
         assert refusal.fault.message == str(error)
 
 

@@ -225,3 +225,12 @@ def test_a_salt_keeps_what_is_stored_when_the_key_changes(tmp_path):
 def test_an_unknown_key_costs_a_request_nothing(server):
     with server.client("nobody") as client, pytest.raises(openai.AuthenticationError):
         client.models.list()
+
+
+def test_whom_nobody_knows_leaves_no_trace(server):
+    with server.http("nobody") as client, server.http("sk-ops") as ops:
+        before = ops.get("/traces").json()["traces"]
+        for path in ("/v1/completions", "/v1/documents", "/nowhere"):
+            assert client.post(path, json={}).status_code in (401, 404)
+            server.ended(route=path if path != "/nowhere" else "")
+        assert ops.get("/traces").json()["traces"] == before

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.serve.token_text import TokenText
+from engine.serve.token_text import TokenText, longest
 from tests.engine.serve.told import ids, of_bytes, of_model, of_pieces, of_words, told
 
 TOKENIZERS = {
@@ -106,3 +106,18 @@ def test_every_token_of_a_vocabulary_has_its_bytes():
         for token in range(0, len(tokenizer), 7):
             text = tokenizer.decode([token], skip_special_tokens=False)
             assert words.data(token).decode(errors="replace") == text
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(text=TEXT)
+def test_no_token_stands_for_more_bytes_than_the_longest(name, text):
+    tokenizer = TOKENIZERS[name]()
+    most = longest(tokenizer)
+    assert most is not None
+    assert len(text.encode()) <= len(ids(tokenizer, text)) * most
+
+
+def test_the_longest_token_is_known_where_all_bytes_are():
+    assert longest(of_bytes()) == len("<end>")
+    assert longest(of_model("needle-tiny")) == 10
+    assert longest(of_words()) is None  # one token for any word it does not know

@@ -43,12 +43,14 @@ def test_a_chat_is_its_turns():
         {"role": "developer", "content": "Be kind."},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         {"role": "assistant", "content": "ok", "refusal": None, "tool_calls": None, "audio": None},
+        {"role": "assistant", "content": None},
         {"role": "user", "content": "äö😀", "name": "Ann"},
     ]
     assert chat(messages=messages).turns == [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "a\nb"},
         {"role": "assistant", "content": "ok"},
+        {"role": "assistant", "content": ""},
         {"role": "user", "content": "äö😀"},
     ]
 

@@ -27,7 +27,7 @@ def _serve(chain, rooms):
         first = hits
         if room.durable:  # and what it lacks of the hits, which rests in memory
             first = min((i for i in range(hits) if chain[i] not in room.policy), default=hits)
-        pairs = list(zip(chain, [None, *chain[:-1]]))[first:]
-        absent = [pair for pair in pairs if pair[0] not in room.policy]
+        placed = list(zip(chain, [None, *chain], range(len(chain))))[first:]
+        absent = [x for x in placed if x[0] not in room.policy]
         insert(room.policy, room.capacity, absent, chain, room.nbytes)
     return hits

@@ -108,9 +108,9 @@ class GDSF(LFU):
         self.clocks |= dict.fromkeys(names, self.clock)
 
     def rank(self, name):
-        above, depth = self.parents[name], 0
-        while above in self.times:
-            above, depth = self.parents[above], depth + 1
+        depth, above = 0, self.parents[name]
+        while above is not None:
+            depth, above = depth + 1, self.parents[above]
         return self.clocks[name] + self.uses[name] * (1 + depth / self.depth) / self.size[name]
 
     def choose(self, leaves, gone):

