@@ -19,6 +19,7 @@ from engine.job import Job, State
 from engine.live import Live
 from engine.loading import BlocksLost
 from engine.outbox import Outbox
+from engine.pace import Pace
 from engine.plan import Plan, Started
 from engine.request import Chosen
 from engine.scheduler import Scheduler
@@ -50,6 +51,7 @@ class Service:
             self._carrier.close()
             raise
         self._live: dict[int, Live] = {}  # by the job's id
+        self._pace = Pace(engine.config.schedule.slowdown)
         self._started: list[Live] = []  # by the plan of this turn
         self._numbers = count(1)
         self._door = threading.Condition()  # guards the scheduler, and all of these
@@ -178,7 +180,7 @@ class Service:
             self._stirred = False
         self._sweep()
         with self._door:
-            plan = self._scheduler.next(self._start)
+            plan = self._scheduler.next(self._start, self._pace.allows())
         self._move(plan)
         worked = self._step(plan)
         with self._door:
@@ -202,6 +204,7 @@ class Service:
 
     def _step(self, plan: Plan) -> bool:
         """Compute a plan's tokens; whether there was anything to do."""
+        began = time.perf_counter()
         try:
             step = self._carrier.step(plan, self._live)
         except Exception as error:  # the model's: nobody's alone of those in the step
@@ -210,10 +213,12 @@ class Service:
             for live in [self._live[job.id] for job in jobs if job.id in self._live]:
                 self._fail(live, EngineError(f"a step failed: {type(error).__name__}"))
             return True
+        read = sum(count for _, count in plan.prompt)
+        self._pace.learn(len(plan.decode), read, time.perf_counter() - began)
         with self._door:
             self._scheduler.done(plan)
             self._stats.steps += bool(plan.tokens)
-            self._stats.prompt_tokens += sum(n for _, n in plan.prompt)
+            self._stats.prompt_tokens += read
         for live, failure in step.failed:
             self._failed(live, failure)
         for live, chosen in step.chosen:

@@ -3,7 +3,7 @@
 import pytest
 
 from engine.errors import Busy, ConfigError, EngineError, PromptError
-from engine.job import Need, State
+from engine.job import Job, Need, State
 from engine.order import FCFS, Fair
 from engine.plan import Plan, Started
 from tests.engine.scheduling import DENSE, SPARSE, limits, scheduled
@@ -41,6 +41,20 @@ def test_decodes_come_first_then_unfinished_prompts_then_new_ones_and_fill_the_s
     assert caller.step() == Plan(prompt=((a, 4), (b, 6)))
     assert caller.step() == Plan(decode=(a,), prompt=((b, 7), (c, 2)))
     assert caller.step() == Plan(decode=(a, b), prompt=((c, 8),))
+
+
+def test_prompts_may_be_kept_small_beside_decodes_and_only_there():
+    scheduler = fcfs().scheduler
+    first, second = (Job(number, "", 6, 9, DENSE) for number in range(2))
+    scheduler.add(first)
+    plan = scheduler.next(lambda job: Started(0), beside=2)
+    assert plan.prompt == ((first, 6),)
+    scheduler.done(plan)
+    scheduler.settled(first)
+    scheduler.add(second)
+    for beside, tokens in ((0, ()), (2, ((second, 2),)), (None, ((second, 6),))):
+        plan = scheduler.next(lambda job: Started(0), beside)
+        assert (plan.decode, plan.prompt) == ((first,), tokens)
 
 
 def test_a_long_prompt_does_not_stop_those_who_decode():

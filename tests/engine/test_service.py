@@ -134,11 +134,11 @@ def test_moving_requests_down_and_back_changes_no_token(module, policy, below, t
         """Move somebody down before every fifth step or so."""
         dice, start = random.Random(5), service._scheduler.next
 
-        def forced(begin):
+        def forced(begin, beside):
             movable = [live.job for live in service._live.values() if live.run.tokens]
             if movable and dice.random() < 0.2:
                 service._scheduler.force_out(dice.choice(movable))
-            return start(begin)
+            return start(begin, beside)
 
         service._scheduler.next = forced
 
