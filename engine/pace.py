@@ -1,5 +1,7 @@
 """How much of a step goes to prompts while others are answered."""
 
+from math import inf
+
 LEAST = 16  # tokens, so that prompts always come on
 STALE = 32  # steps with prompts, after which one without them shows again what that takes
 WEIGHT = 0.2  # of the newest step in what is known
@@ -13,10 +15,10 @@ class Pace:
     this measures it while it serves, as it depends on lengths and on how many are answered.
 
     Args:
-        slowdown: None lets prompts fill every step.
+        slowdown: more than 1; infinity lets prompts fill every step.
     """
 
-    def __init__(self, slowdown: float | None) -> None:
+    def __init__(self, slowdown: float) -> None:
         self._slowdown = slowdown
         self._alone_s: float | None = None  # a step that only decodes
         self._token_s: float | None = None  # each prompt token more
@@ -24,7 +26,7 @@ class Pace:
 
     def allows(self) -> int | None:
         """Prompt tokens beside decodes; None if there is no bound."""
-        if self._slowdown is None:
+        if self._slowdown == inf:
             return None
         if self._alone_s is None or self._since >= STALE:
             return 0

@@ -15,7 +15,7 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         step_tokens: of one step, prompts and answers together; None takes the prefill chunk.
             More of them read prompts faster, fewer keep the pauses between tokens short.
         slowdown: a step with prompts takes at most about so many times one without, while requests
-            are answered; None fills every step.
+            are answered; inf fills every step.
         max_running: requests that are read or answered at a time.
         max_waiting: requests that wait for a place; more are refused.
         max_tokens: of a request and its answer; None takes the model's positions. Where a GPU
@@ -29,7 +29,7 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """
 
     step_tokens: int | None = None
-    slowdown: float | None = 1.75
+    slowdown: float = 1.75
     max_running: int = 64
     max_waiting: int = 256
     max_tokens: int | None = None
@@ -42,7 +42,7 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"schedule.{name} must be at least 1, got {value}")
-        if self.slowdown is not None and not self.slowdown > 1:
+        if not self.slowdown > 1:
             raise ConfigError(f"schedule.slowdown must be more than 1, got {self.slowdown}")
         if self.swap_bytes < 0:
             raise ConfigError(f"schedule.swap_bytes must not be negative, got {self.swap_bytes}")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ def run(args: Namespace) -> int:
     config = _config(args)
     if importlib.util.find_spec("uvicorn") is None:
         raise ConfigError("a server needs more packages: pip install 'headrace[serve]'")
+    # oneDNN keeps what it compiled for 1,024 shapes, which a server has: hundreds of megabytes
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     from engine.serve.running import serving
 
     with (
