@@ -21,8 +21,8 @@ def run(args: Namespace) -> int:
     config = _config(args)
     if importlib.util.find_spec("uvicorn") is None:
         raise ConfigError("a server needs more packages: pip install 'headrace[serve]'")
-    # oneDNN keeps what it compiled for 1,024 shapes, which a server has: hundreds of megabytes
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    # oneDNN keeps what it compiled for 1,024 shapes, which a server has: a megabyte each
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     from engine.serve.running import serving
 
     with (

@@ -87,7 +87,7 @@ def test_files_are_closed_when_clients_are_gone(server):
 
 
 BODY = b'{"model":"needle-tiny","prompt":"a","max_tokens":1}'
-PATH = "/v1/completions"
+PATH, CHAT = "/v1/completions", "/v1/chat/completions"
 POST = request("POST", PATH, body=BODY)
 LAST = b"connection: close"
 
@@ -103,6 +103,8 @@ LAST = b"connection: close"
         (request("GET", "/" + "a" * (1 << 20)), [400]),
         (request("POST", PATH, LAST, body=b"[" * DEEP + b"]" * DEEP), [400]),
         (request("POST", PATH, LAST, body=b'{"a":' * DEEP), [400]),
+        (request("POST", CHAT, LAST, body=b'{"tools":' + b"[" * DEEP + b"]" * DEEP + b"}"), [400]),
+        (request("POST", PATH, LAST, body=BODY.replace(b'"a"', b'""')), [400]),
         (request("POST", PATH, LAST, body=BODY.replace(b"1}", b"NaN}")), [400]),
         (request("POST", PATH, LAST, body=BODY.replace(b'"a"', b'"\xff"')), [400]),
         (request("POST", PATH, LAST, body=BODY.replace(b"1}", b"1e999}")), [400]),

@@ -1,6 +1,7 @@
 """The status page in a browser, beside a server under load."""
 
 import re
+import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -49,15 +50,28 @@ def load(server: Running, clients: int = 4) -> None:
 
 @contextmanager
 def busy(server: Running) -> Generator[None]:
-    """A request that runs as long as the body does."""
-    with (
-        server.client() as client,
-        client.completions.create(
-            model=server.model, prompt="The sky", max_tokens=2000, stream=True
-        ) as stream,
-    ):
-        next(iter(stream))
+    """Requests one after the other, as long as the body runs: one may end by itself at any time."""
+    enough, first = threading.Event(), threading.Event()
+
+    def ask() -> None:
+        with server.client() as client:
+            while not enough.is_set():
+                with client.completions.create(
+                    model=server.model, prompt="The sky", max_tokens=2000, stream=True
+                ) as stream:
+                    for _ in stream:
+                        first.set()
+                        if enough.is_set():
+                            break
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        assert first.wait(60)
         yield
+    finally:
+        enough.set()
+        thread.join()
 
 
 def number(text: str) -> float:
