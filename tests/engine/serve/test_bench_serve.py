@@ -196,7 +196,9 @@ def wait_for_child(process: subprocess.Popen[bytes]) -> int:
     while process.poll() is None:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         for child in children:
-            if b"serve" in Path(f"/proc/{child}/cmdline").read_bytes():
+            if (
+                b"engine.cli" in Path(f"/proc/{child}/cmdline").read_bytes()
+            ):  # before that it is a copy of its parent
                 return int(child)
     raise AssertionError("the load test ended before its server began")
 
