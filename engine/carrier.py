@@ -254,6 +254,10 @@ class Carrier:
                 live.logits, live.settling = row, cache.settle()
                 self._unsettled.append(live)
                 return None
+        return self._choose(live, row)
+
+    def _choose(self, live: Live, row: Float[Tensor, " vocab"]) -> Chosen:
+        """The next token; with its first one a request takes its place in the batch."""
         if not live.run.tokens and self._batch is not None:
             self._batch.join(live.run)
         chosen = live.run.choose(row)
@@ -269,11 +273,9 @@ class Carrier:
             self._unsettled.remove(live)
             assert live.logits is not None
             row, live.logits, live.settling = live.logits, None, None
-            if self._batch is not None:
-                self._batch.join(live.run)
-            return live.run.choose(row)
-        finally:
             live.mark("prefill")
+            return self._choose(live, row)
+        live.mark("prefill")
         return None
 
     def _attempt(self, live: Live, done: Done, act: Callable[[Live], Chosen | None]) -> bool:
