@@ -197,8 +197,7 @@ class Blending:
             slices = blend_layers(self._model, cache, tokens, found.reuse, loader, policy, budget)
             logits = yield from watch.timed(slices)
             if isinstance(cache, SparseCache):
-                for _ in cache.settle():
-                    yield len(tokens) // self._model.shape.num_layers
+                yield from watch.timed(_settled(cache, len(tokens) // len(self._model.layers)))
         finally:
             loader.cancel()
         run.stored = [block.key for block in found.placed]
@@ -295,3 +294,9 @@ class Blending:
             ((tier, nbytes),) = work.loads.items()
             self.speeds.loaded(tier, nbytes, report.load_s)
         self.speeds.blended(work, report.charged, report.compute_s)
+
+
+def _settled(cache: SparseCache, cost: int) -> Slices[None]:
+    """The indexes of a complete prompt, a layer a slice."""
+    for _ in cache.settle():
+        yield cost
