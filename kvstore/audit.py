@@ -11,6 +11,7 @@ from kvstore.disk import DiskTier
 from kvstore.entry import Entry
 from kvstore.errors import CorruptRecord
 from kvstore.ledger import Ledger, name
+from kvstore.tally import counted
 from kvstore.tier import HostTier, Tier
 
 
@@ -106,6 +107,8 @@ def _check_books(ledger: Ledger, txn: lmdb.Transaction, good: list[Entry]) -> It
     used, total = ledger.used(txn), sum(entry.nbytes for entry in good)
     if used != total:
         yield f"disk counts {used} bytes and holds {total}"
+    if ledger.groups(txn) != counted((entry.group, entry.nbytes) for entry in good):
+        yield "disk miscounts what belongs to whom"
 
 
 def _strays(ledger: Ledger, txn: lmdb.Transaction, good: list[Entry]) -> list[bytes]:

@@ -40,6 +40,7 @@ class BlockKey:
     num_tokens: int = field(compare=False)
     kind: Kind = field(compare=False)
     depth: int = field(compare=False)  # index in its chain
+    tenant: bytes = field(default=bytes(8), compare=False)  # see `tenant_tag`, 8
 
     @classmethod
     def chain(
@@ -66,7 +67,8 @@ class BlockKey:
         if size < 1 or (warmup and kind is Kind.EXACT):
             raise ValueError(f"need size >= 1 and no warm-up for EXACT, got {size=}, {warmup=}")
         ids = _token_ids(tokens)
-        secret = sha256(b"headrace tenant 1" + tenant).digest()  # HMAC pads keys: b"a" == b"a\0"
+        secret = _secret(tenant)
+        tag = tenant_tag(tenant)
         head = _head(identity.digest, size, kind, warmup)
         end = len(ids) if kind is not Kind.EXACT else len(ids) // size * size
         keys: list[BlockKey] = []
@@ -75,9 +77,18 @@ class BlockKey:
             own = ids[start : start + size].tobytes()
             digest = hmac.digest(secret, head + _link(parent, len(own) // 4) + own, "sha256")
             digest16, count = sha256(own).digest()[:16], len(own) // 4
-            keys.append(cls(digest, parent, identity.digest, digest16, count, kind, depth))
+            keys.append(cls(digest, parent, identity.digest, digest16, count, kind, depth, tag))
             parent = digest
         return keys
+
+
+def tenant_tag(tenant: bytes) -> bytes:
+    """Eight bytes that all blocks of a tenant carry, so that a store can count what is whose.
+
+    From the tag alone the secret can only be guessed, as from the digests; two tenants have
+    different ones.
+    """
+    return hmac.digest(_secret(tenant), b"headrace tenant tag 1", "sha256")[:8]
 
 
 class LayerKV(NamedTuple):
@@ -117,6 +128,10 @@ class KVBlock:
         if self.data.untyped_storage().nbytes() == self.nbytes:
             return self
         return KVBlock(self.data.clone())
+
+
+def _secret(tenant: bytes) -> bytes:
+    return sha256(b"headrace tenant 1" + tenant).digest()  # HMAC pads keys: b"a" == b"a\0"
 
 
 def _token_ids(tokens: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:

@@ -21,6 +21,7 @@ from kvstore.errors import CorruptRecord, StoreError
 from kvstore.extent import UNKNOWN
 from kvstore.fetch import SOURCE, Part, Read, copy, planned
 from kvstore.ledger import Ledger, entry_cost
+from kvstore.tally import Groups
 from kvstore.tier import Item, Resident, check_layers, checked_out
 from native.library import library
 
@@ -125,7 +126,13 @@ class DiskTier:
             found = list(self.ledger.entries(txn))
         recent = {digest: i for i, digest in enumerate(list(self._stamps), 1)}
         found.sort(key=lambda e: (recent.get(e.key.digest, 0), e.stamp, -e.key.depth))
-        return (Resident(e.key.digest, e.key.parent, e.nbytes, e.key.depth) for e in found)
+        for entry in found:
+            key = entry.key
+            yield Resident(key.digest, key.parent, entry.nbytes, key.depth, key.tenant)
+
+    def groups(self) -> Groups:
+        with self.reading() as txn:
+            return self.ledger.groups(txn)
 
     def clear(self) -> None:
         with self.changing() as txn:

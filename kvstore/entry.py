@@ -8,15 +8,16 @@ import torch
 import xxhash
 
 from kvstore.block import BlockKey, Kind
-from kvstore.codec import DTYPE_CODES, DTYPE_OF_CODE
+from kvstore.codec import DTYPE_CODES, DTYPE_OF_CODE, RAW
 from kvstore.errors import CorruptRecord
 from kvstore.layout import runs
+from kvstore.tally import Group
 
-_KEY = struct.Struct("<B32s32s16sIBI")  # the fields of a BlockKey, less the digest
+_KEY = struct.Struct("<B32s32s16sIBI8s")  # the fields of a BlockKey, less the digest
 _REST = struct.Struct("<BHIIIHQQI")
 _PAGE = struct.Struct("<Q")
 _CHECK = struct.Struct("<Q")
-_FIELDS = ("parent", "identity", "token_digest", "num_tokens", "kind", "depth")
+_FIELDS = ("parent", "identity", "token_digest", "num_tokens", "kind", "depth", "tenant")
 _described = attrgetter(*_FIELDS)
 _FIXED = _KEY.size + _REST.size  # then a page number per record, and the checksum of all that
 
@@ -38,6 +39,11 @@ class Entry:
     def groups(self) -> list[range]:
         return runs(self.shape[0], self.group_layers)
 
+    @property
+    def group(self) -> Group:
+        """With which blocks it is counted."""
+        return Group(self.key.tenant, self.key.kind, RAW.code)
+
     def pack(self) -> bytes:
         key, (layers, _, heads, tokens, dim) = self.key, self.shape
         packed = _pack_key(key) + _REST.pack(
@@ -57,13 +63,15 @@ def unpack(digest: bytes, data: memoryview | bytes) -> Entry:
     packed = _checked(digest, data)
     if packed is None:
         raise CorruptRecord(f"checksum of a block entry of {len(data)} bytes does not match")
-    has_parent, parent, identity, token_digest, num_tokens, kind, depth = _KEY.unpack_from(packed)
+    has_parent, parent, identity, token_digest, num_tokens, kind, depth, tenant = _KEY.unpack_from(
+        packed
+    )
     dtype, layers, heads, tokens, dim, group_layers, nbytes, stamp, children = _REST.unpack_from(
         packed, _KEY.size
     )
     pages = tuple(page for (page,) in _PAGE.iter_unpack(packed[_FIXED:]))
     above = parent if has_parent else None
-    key = BlockKey(digest, above, identity, token_digest, num_tokens, Kind(kind), depth)
+    key = BlockKey(digest, above, identity, token_digest, num_tokens, Kind(kind), depth, tenant)
     shape = torch.Size((layers, 2, heads, tokens, dim))
     entry = Entry(
         key, DTYPE_OF_CODE[dtype], shape, group_layers, nbytes, stamp, children, pages
@@ -91,7 +99,7 @@ def check_is_for(entry: Entry, key: BlockKey) -> None:
 def _pack_key(key: BlockKey) -> bytes:
     return _KEY.pack(
         key.parent is not None, key.parent or b"", key.identity, key.token_digest, key.num_tokens,
-        key.kind, key.depth,
+        key.kind, key.depth, key.tenant,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 DATA_FILE = "data.mdb"
-FORMAT = b"headrace store 1"
+FORMAT = b"headrace store 2"
 MIN_MAP_BYTES = 1 << 40  # address space, not memory or disk
 _START_ANEW = "delete the folder (blocks are a cache and will be computed again)"
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

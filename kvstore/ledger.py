@@ -22,6 +22,7 @@ from kvstore.environment import Environment
 from kvstore.errors import CorruptRecord, MissingParent
 from kvstore.extent import first_page, span
 from kvstore.layout import group_size, layer_groups
+from kvstore.tally import Groups, Tally, counted
 from kvstore.tier import Tier, full
 
 PAGE_BYTES = 4096
@@ -46,6 +47,7 @@ class Ledger:
 
     def __init__(self, env: Environment) -> None:
         self.env = env
+        self._tally = Tally(env)
         # Unpacking takes 15 us of a read of 2 MiB's 250. The bytes are part of what is looked up
         # here, so nothing goes stale.
         self._unpack = lru_cache(maxsize=4096)(entries.unpack)
@@ -57,6 +59,11 @@ class Ledger:
             if used ^ check == (1 << 64) - 1:
                 return int(used)
         return sum(entry.nbytes for entry in self.entries(txn))
+
+    def groups(self, txn: lmdb.Transaction) -> Groups:
+        """How much belongs to whom."""
+        known = self._tally.read(txn)
+        return counted((e.group, e.nbytes) for e in self.entries(txn)) if known is None else known
 
     def get(self, txn: lmdb.Transaction, digest: bytes) -> Entry | None:
         """The entry of a block, None if absent. Raises CorruptRecord."""
@@ -96,7 +103,7 @@ class Ledger:
         size = group_size(len(data), data.nbytes // len(data))
         cost = entry_cost(data)
         new = Entry(key, data.dtype, data.shape, size, cost, time.time_ns(), 0, pages)
-        self._set_used(txn, self.used(txn) + cost)
+        self._count(txn, new, 1)
         self._put(txn, new)
 
     def _add_records(self, txn: lmdb.Transaction, key: BlockKey, data: Tensor) -> tuple[int, ...]:
@@ -150,16 +157,17 @@ class Ledger:
         self.recount(txn, parents)
 
     def recount(self, txn: lmdb.Transaction, parents: Iterable[bytes | None]) -> None:
-        """Set the used bytes, and the children of `parents`, to what the entries say."""
+        """Set the used bytes, whose they are, and the children of `parents`, to what the entries say."""
         children: dict[bytes | None, int] = defaultdict(int)
-        used = 0
+        members = []
         for entry in self.entries(txn):
             children[entry.key.parent] += 1
-            used += entry.nbytes
+            members.append((entry.group, entry.nbytes))
         for parent in parents:
             if parent is not None and (above := self.sound(txn, parent)) is not None:
                 self._put(txn, replace(above, children=children[parent]))
-        self._set_used(txn, used)
+        self._set_used(txn, sum(nbytes for _, nbytes in members))
+        self._tally.set(txn, counted(members))
 
     def stamp(self, txn: lmdb.Transaction, digests: Sequence[bytes]) -> None:
         """Note uses, least recent first."""
@@ -172,12 +180,13 @@ class Ledger:
         for table in (self.env.data, self.env.entries):
             txn.drop(table, delete=False)
         self._set_used(txn, 0)
+        self._tally.set(txn, {})
 
     def _remove(self, txn: lmdb.Transaction, entry: Entry) -> None:
         """Delete a block on which nothing rests, and keep the books."""
         for number in range(len(entry.groups)):
             txn.delete(name(entry.key.digest, number), db=self.env.data)
-        self._set_used(txn, self.used(txn) - entry.nbytes)
+        self._count(txn, entry, -1)
         txn.delete(entry.key.digest, db=self.env.entries)
         if entry.key.parent is not None:
             self._count_child(txn, entry.key.parent, -1)
@@ -200,6 +209,11 @@ class Ledger:
 
     def _put(self, txn: lmdb.Transaction, entry: Entry) -> None:
         txn.put(entry.key.digest, entry.pack(), db=self.env.entries)
+
+    def _count(self, txn: lmdb.Transaction, entry: Entry, blocks: int) -> None:
+        """Note that a block came (1), or goes (-1)."""
+        self._set_used(txn, self.used(txn) + blocks * entry.nbytes)
+        self._tally.change(txn, entry.group, blocks * entry.nbytes, blocks)
 
     def _set_used(self, txn: lmdb.Transaction, used: int) -> None:
         txn.put(b"used", _USED.pack(used, used ^ ((1 << 64) - 1)), db=self.env.info)

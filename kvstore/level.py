@@ -194,7 +194,7 @@ class Level:
             if fresh and isinstance(self._policy, LRU):
                 self._policy, fresh = LRU(), residents
             for resident in fresh:
-                self._policy.add(*resident)
+                self._policy.add(*resident[:-1])
 
 
 class _Either:

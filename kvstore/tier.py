@@ -9,7 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvstore.block import BlockKey, KVBlock
+from kvstore.codec import RAW
 from kvstore.errors import TierFull
+from kvstore.tally import Group, Groups, change
 
 Item = tuple[BlockKey, KVBlock]
 
@@ -21,6 +23,7 @@ class Resident(NamedTuple):
     parent: bytes | None
     nbytes: int
     depth: int  # index in its chain
+    tenant: bytes  # see `BlockKey`
 
 
 @runtime_checkable
@@ -36,6 +39,7 @@ class Tier(Protocol):
     delete: blocks with all that the tier knows to rest on them; unknown keys are fine.
     held: which of the keys are present. Reads no data. `in` also takes a digest alone.
     residents: least recently used first.
+    groups: how much of the budget belongs to whom; sums to `used_bytes`.
     touched: uses of blocks, least recent first, for `residents` of a later opening.
     """
 
@@ -62,6 +66,7 @@ class Tier(Protocol):
     def held(self, keys: Sequence[BlockKey]) -> list[bool]: ...
     def touched(self, digests: Sequence[bytes]) -> None: ...
     def residents(self) -> Iterator[Resident]: ...
+    def groups(self) -> Groups: ...
     def clear(self) -> None: ...
     def close(self) -> None: ...
     def __contains__(self, key: BlockKey | bytes | None) -> bool: ...
@@ -80,6 +85,7 @@ class HostTier:
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
         self._blocks: dict[bytes, Item] = {}
+        self._groups: Groups = {}
         self._lock = threading.Lock()
 
     def cost(self, block: KVBlock) -> int:
@@ -94,6 +100,8 @@ class HostTier:
                 self._drop(digest)
             self._blocks |= fresh
             self.used_bytes += need
+            for key, block in fresh.values():
+                change(self._groups, _group(key), block.nbytes, 1)
             return going
 
     def get(self, key: BlockKey) -> KVBlock | None:
@@ -133,11 +141,16 @@ class HostTier:
     def residents(self) -> Iterator[Resident]:
         with self._lock:
             items = list(self._blocks.values())
-        return (Resident(key.digest, key.parent, block.nbytes, key.depth) for key, block in items)
+        return (Resident(k.digest, k.parent, b.nbytes, k.depth, k.tenant) for k, b in items)
+
+    def groups(self) -> Groups:
+        with self._lock:
+            return dict(self._groups)
 
     def clear(self) -> None:
         with self._lock:
             self._blocks.clear()
+            self._groups.clear()
             self.used_bytes = 0
 
     def close(self) -> None:
@@ -163,6 +176,11 @@ class HostTier:
     def _drop(self, digest: bytes) -> None:
         if item := self._blocks.pop(digest, None):
             self.used_bytes -= item[1].nbytes
+            change(self._groups, _group(item[0]), -item[1].nbytes, -1)
+
+
+def _group(key: BlockKey) -> Group:
+    return Group(key.tenant, key.kind, RAW.code)
 
 
 def check_layers(layers: range, num_layers: int) -> None:
