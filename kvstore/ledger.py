@@ -157,7 +157,7 @@ class Ledger:
         self.recount(txn, parents)
 
     def recount(self, txn: lmdb.Transaction, parents: Iterable[bytes | None]) -> None:
-        """Set the used bytes, whose they are, and the children of `parents`, to what the entries say."""
+        """Set the used bytes, in all and by group, and the children of `parents`, anew."""
         children: dict[bytes | None, int] = defaultdict(int)
         members = []
         for entry in self.entries(txn):

@@ -105,7 +105,7 @@ class Tally:
             self.change(txn, group, *usage)
 
 
-def _usage(row: memoryview) -> Usage | None:
+def _usage(row: memoryview | bytes) -> Usage | None:
     """What a row says; None if it was damaged."""
     if len(row) != _ROW.size:
         return None
