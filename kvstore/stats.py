@@ -23,8 +23,10 @@ class TierStats:
 
 @dataclass(slots=True)
 class StoreStats:
-    """All tiers, what waits to be written, and how many blocks may not be evicted now."""
+    """All tiers, what waits to be written, and what is pinned."""
 
     tiers: dict[str, TierStats] = field(default_factory=dict)
     queued_bytes: int = 0
     pinned: int = 0
+    oldest_pin_s: float = 0.0  # how long the oldest pin has held
+    expired_pins: int = 0  # that were not released in time

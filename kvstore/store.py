@@ -1,10 +1,8 @@
 """Tiers stacked fast to slow under one policy: the store that the engine uses."""
 
 import threading
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from kvstore.config import StoreConfig
 from kvstore.disk import DiskTier
 from kvstore.eviction import PolicyName
 from kvstore.level import Level
+from kvstore.pins import PIN_S, Pin, Pins
 from kvstore.stats import StoreStats
 from kvstore.tier import HostTier, Item, Tier
 from kvstore.writer import QUEUE_BYTES, Writer
@@ -40,7 +39,7 @@ class TieredStore:
         policy: PolicyName = "lru",
     ) -> None:
         self._lock = threading.RLock()  # policies, pins and numbers; never held during I/O
-        self._pins: Counter[bytes] = Counter()
+        self._pins = Pins(self._lock)
         self._levels = [Level(tier, self._lock, self._pins, policy) for tier in tiers]
         self._fast = [level for level in self._levels if not level.tier.durable]
         self._slow = [level for level in self._levels if level.tier.durable]
@@ -134,20 +133,13 @@ class TieredStore:
         if self._writer is not None:
             self._writer.flush()
 
-    @contextmanager
-    def pin(self, keys: Sequence[BlockKey]) -> Iterator[None]:
-        """Keep keys from being evicted. What a lookup finds while they are pinned, stays."""
-        digests = [key.digest for key in keys]
-        with self._lock:
-            self._pins.update(digests)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._pins.subtract(digests)
-                for digest in digests:
-                    if digest in self._pins and not self._pins[digest]:
-                        del self._pins[digest]
+    def pin(self, keys: Sequence[BlockKey], ttl_s: int | float = PIN_S) -> Pin:
+        """Keep keys from being evicted. What a lookup finds while they are pinned, stays.
+
+        Until the pin is released (it is a context manager, too), but for `ttl_s` seconds at most:
+        a pin that nobody releases must not keep others out for ever.
+        """
+        return self._pins.pin([key.digest for key in keys], ttl_s)
 
     def promote(self, keys: Sequence[BlockKey]) -> int:
         """Copy leading keys into the fastest tier as far as it has room; how many it then has."""
@@ -171,7 +163,7 @@ class TieredStore:
     def stats(self) -> StoreStats:
         queued = self._writer.queued_bytes if self._writer else 0
         tiers = {level.tier.name: level.snapshot() for level in self._levels}
-        return StoreStats(tiers, queued, len(self._pins))
+        return StoreStats(tiers, queued, len(self._pins), self._pins.oldest_s, self._pins.expired)
 
     def __contains__(self, key: BlockKey | bytes) -> bool:
         """Whether some tier has a block; counts as no use of it."""

@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 
 from engine.serve.counters import Read, Readings
 from engine.serve.report import Pool, Swap
-from kvstore.stats import TierStats
+from kvstore.stats import StoreStats, TierStats
 
 TIER_GAUGES: Final = {
     "used_bytes": ("tier_used_bytes", "Bytes of blocks."),
@@ -83,9 +83,15 @@ class ReadingsCollector(Collector):
         yield _gauge(
             "store_queued_bytes", "On their way to the slowest tier.", readings.store.queued_bytes
         )
-        yield _gauge("store_pinned_blocks", "That may not be evicted.", readings.store.pinned)
+        yield from _pins(readings.store)
         if readings.pool is not None:
             yield from _pool(readings.pool)
+
+
+def _pins(store: StoreStats) -> Iterator[Metric]:
+    yield _gauge("store_pinned_blocks", "That may not be evicted.", store.pinned)
+    yield _gauge("store_oldest_pin_seconds", "How long it has held.", store.oldest_pin_s)
+    yield _counter("store_expired_pins", "Not released in time.", store.expired_pins)
 
 
 def _scheduler(readings: Readings) -> Iterator[Metric]:

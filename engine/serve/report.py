@@ -173,6 +173,8 @@ class StatusReport(msgspec.Struct, frozen=True, kw_only=True):
     tiers: list[Tier]
     queued_bytes: int  # on their way to the slowest tier
     pinned_blocks: int
+    oldest_pin_s: float
+    expired_pins: int  # not released in time
     running: Running
     pool: Pool | None
     swap: Swap

@@ -31,6 +31,8 @@ def status_report(observed: Observed) -> StatusReport:
         tiers=[_tier(name, stats) for name, stats in readings.store.tiers.items()],
         queued_bytes=readings.store.queued_bytes,
         pinned_blocks=readings.store.pinned,
+        oldest_pin_s=readings.store.oldest_pin_s,
+        expired_pins=readings.store.expired_pins,
         running=readings.kv,
         pool=readings.pool,
         swap=readings.swap,

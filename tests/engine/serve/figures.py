@@ -49,7 +49,9 @@ def readings(**changes: object) -> Readings:
             used_bytes=2_000_000_000, capacity_bytes=4_000_000_000, open_leases=12, hits=900,
             promotions=100, evictions=101, spilled_bytes=102, spill_read_bytes=103,
         ),
-        "store": StoreStats({"host": host, "disk": disk}, queued_bytes=21, pinned=22),
+        "store": StoreStats(
+            {"host": host, "disk": disk}, queued_bytes=21, pinned=22, oldest_pin_s=1.5,
+        ),
     }  # fmt: skip
     return Readings(**(numbers | changes))  # type: ignore[arg-type]
 

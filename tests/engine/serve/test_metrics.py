@@ -81,6 +81,8 @@ def test_counters_of_the_engine_are_read_when_asked_for() -> None:
     assert of(found, "tier_quarantined_records", tier="disk") == 1
     assert of(found, "store_queued_bytes") == 21
     assert of(found, "store_pinned_blocks") == 22
+    assert of(found, "store_oldest_pin_seconds") == 1.5
+    assert of(found, "store_expired_pins_total") == 0
     assert of(found, "pool_promotions_total") == 100
     assert of(found, "pool_spill_read_bytes_total") == 103
     assert of(found, "pool_open_leases") == 12
