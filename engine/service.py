@@ -26,9 +26,11 @@ from engine.scheduler import Scheduler
 from engine.segments import Segments
 from engine.service_stats import ServiceStats, TenantCounts
 from engine.slices import Slices
+from native.heap import give_back
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+QUIET_S = 0.5  # with nothing to do, until freed memory is given back
 
 
 class Service:
@@ -56,6 +58,7 @@ class Service:
         self._numbers = count(1)
         self._door = threading.Condition()  # guards the scheduler, and all of these
         self._stirred = self._draining = self._closed = False
+        self._unused = True  # nothing was done since freed memory was given back
         self._stats = ServiceStats()
         self._chores = Chores()
         self._outbox = Outbox(lambda live: self._end_by(live, Cancelled("it has all it asked for")))
@@ -163,9 +166,10 @@ class Service:
                     log.exception("the engine thread failed")
                     busy = True
                     self._fail_all(EngineError("the engine failed"))
-                with self._door:
-                    if not busy:
-                        self._door.wait_for(lambda: self._stirred or self._closed, self._rest_s())
+                self._unused = self._unused and not busy
+                if not (busy or self._rest() or self._live or self._unused):
+                    give_back()
+                    self._unused = True
         finally:
             with self._door:
                 self._draining = self._closed = True
@@ -327,8 +331,15 @@ class Service:
         self._stirred = True
         self._door.notify_all()
 
+    def _rest(self) -> bool:
+        """Wait until there is something to do; False if a time passed in which there was not."""
+        with self._door:
+            return self._door.wait_for(lambda: self._stirred or self._closed, self._rest_s())
+
     def _rest_s(self) -> float | None:
-        """Until the next deadline."""
+        """Until the next deadline, or until memory is given back."""
+        if not self._live:
+            return None if self._unused else QUIET_S
         deadlines = [live.deadline for live in self._live.values() if live.deadline is not None]
         if not deadlines:
             return None

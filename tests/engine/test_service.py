@@ -3,11 +3,13 @@
 import queue
 import random
 import threading
+from contextlib import closing
 
 import pytest
 import torch
 
 from engine import Engine, EngineConfig, PromptError
+from engine import service as service_module
 from engine.ask import Ask, Failure
 from engine.errors import Busy, Cancelled, DeadlineExceeded, EngineError, ServerStopping
 from engine.method import preset
@@ -696,3 +698,17 @@ def test_closing_an_idle_service_ends_its_thread(module):
             closing.start()
             closing.join(WAIT_S)
             assert not closing.is_alive()
+
+
+def test_memory_is_given_back_once_after_work_and_again_after_more(module, monkeypatch):
+    given = queue.Queue()
+    monkeypatch.setattr(service_module, "give_back", lambda: given.put(threading.get_ident()))
+    monkeypatch.setattr(service_module, "QUIET_S", 0.01)
+    with Engine(module, config=config()) as engine, closing(Service(engine)) as service:
+        for _ in range(2):
+            ask(service, prompt(40).tolist(), 3).completion()
+            assert given.get(timeout=WAIT_S) != threading.get_ident()
+        service.background(lambda: engine.precompute_slices([])).result(WAIT_S)
+        given.get(timeout=WAIT_S)
+        with pytest.raises(queue.Empty):  # and rests
+            given.get(timeout=0.2)
