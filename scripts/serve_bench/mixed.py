@@ -89,4 +89,6 @@ async def _measured(bench: Bench, server: Server) -> tuple[dict[str, Any], list[
     record, wrong = compared(before, await settled(server), RSS_SHARE)
     record |= {"arrivals": source} | summary(*loaded)
     wrong += [f"error: {x}" for x in record["first_errors"]]
-    return record | {"stats": server.get("/stats")["requests"]}, wrong
+    stats = server.get("/stats")
+    spans = {name: stats[name] for name in ("coverage", "shares")}
+    return record | {"stats": stats["requests"], "spans": spans}, wrong

@@ -7,8 +7,9 @@ LINE = "| --- " * 9 + "|"
 
 
 def mixed(record: dict[str, Any]) -> str:
-    """What clients waited for, and what was left."""
-    return "\n".join([_about(record, f"arrivals of {record['arrivals']}"), "", *_load(record)])
+    """What clients waited for, what was left, and where the time of requests went."""
+    parts = [_about(record, f"arrivals of {record['arrivals']}"), "", *_load(record)]
+    return "\n".join([*parts, "", *_spans(record["spans"])])
 
 
 def long(record: dict[str, Any]) -> str:
@@ -93,6 +94,19 @@ def _load(record: dict[str, Any]) -> list[str]:
         "| memory after | bytes leaked |"
     )
     return [head, LINE, f"| {' | '.join(cells)} |"]
+
+
+def _spans(spans: dict[str, Any]) -> list[str]:
+    """Shares of the wall time of all requests since the server's start, largest first."""
+    shares = sorted(spans["shares"].items(), key=lambda pair: -pair[1])
+    return [
+        f"Spans cover {spans['coverage']:.1%} of the time of requests; they overlap, and a step "
+        "that several share counts in each.",
+        "",
+        f"| {' | '.join(name for name, _ in shares)} |",
+        "| --- " * len(shares) + "|",
+        f"| {' | '.join(f'{share:.1%}' for _, share in shares)} |",
+    ]
 
 
 def _ms(seconds: float) -> str:
