@@ -193,6 +193,7 @@ def _add_model_options(parser: Parser) -> None:
         "--model", default="needle-tiny",
         help="folder or hub id (the %(default)s that comes along, which can only find needles)",
     )  # fmt: skip
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter (PEFT): folder or hub id")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="the checkpoint's if not given"
     )

@@ -29,6 +29,7 @@ class Job(msgspec.Struct, frozen=True):
     tokens: int
     facts: int
     seed: int
+    adapter: str | None = None
     dtype: str | None = None
     device: str | None = None
 

@@ -30,5 +30,7 @@ def work(kind: type[J], run: Callable[[Engine, J], msgspec.Struct]) -> int:
 
 def _run(job: J, run: Callable[[Engine, J], msgspec.Struct]) -> msgspec.Struct:
     dtype = None if job.dtype is None else getattr(torch, job.dtype)
-    with Engine.from_pretrained(job.model, job.config, dtype=dtype, device=job.device) as engine:
+    with Engine.from_pretrained(
+        job.model, job.config, adapter=job.adapter, dtype=dtype, device=job.device
+    ) as engine:
         return run(engine, job)

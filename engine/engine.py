@@ -12,12 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from engine.adapter import merge
 from engine.blending import Blending, Progress
 from engine.cache import SequenceCache
 from engine.check import check
 from engine.config import EngineConfig
 from engine.decoding import decoding
-from engine.errors import EngineError, PromptError
+from engine.errors import EngineError, ModelError, PromptError
 from engine.hf import HFModel
 from engine.identity import identity
 from engine.loader import load_module, load_tokenizer, locate, pick_device, refuse_module
@@ -63,7 +64,8 @@ class Engine:
         tokenizer: Any = None,
         config: EngineConfig | None = None,
         *,
-        _folder: Path | None = None,  # of unchanged weights, which need not be hashed in memory
+        _folder: Path | None = None,  # of the weights, which need not be hashed in memory
+        _adapters: tuple[tuple[str, bytes], ...] = (),  # merged into them since
     ) -> None:
         refuse_module(module)
         self._closed = False
@@ -74,7 +76,7 @@ class Engine:
         self.model = HFModel(module.eval())
         check(self.model)
         self.config.check(self.model.shape)
-        self.identity = identity(self.model, _folder)
+        self.identity = identity(self.model, _folder, _adapters)
         self.memory = Memory(self.model, self.config)
         self.store = TieredStore.open(self.config.store)
         self._serve()
@@ -90,21 +92,28 @@ class Engine:
         path_or_id: str | Path | PreTrainedModel,
         config: EngineConfig | None = None,
         *,
+        adapter: str | Path | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> "Engine":
         """An engine for a model folder, a hub id, or a loaded module.
 
         Args:
+            adapter: folder or hub id of a LoRA adapter (PEFT), which is merged into the weights; an
+                engine has one at most. KV is never shared between adapters, or with the model.
             dtype: None takes the checkpoint's (on a CPU: float32 where it lacks the instructions).
             device: "cpu" or "cuda[:N]"; None takes a GPU where there is one.
         """
         if isinstance(path_or_id, PreTrainedModel):
+            if adapter is not None:
+                raise ModelError("an adapter needs a model folder or hub id, not a loaded module")
             moved: Any = path_or_id
             return cls(moved.to(device=device, dtype=dtype), None, config)
         folder = locate(path_or_id)
         module = load_module(folder, dtype=dtype, device=pick_device(device))
-        return cls(module, load_tokenizer(folder), config, _folder=folder)
+        merged = () if adapter is None else (merge(module, locate(adapter, "adapter")),)
+        tokenizer = load_tokenizer(folder)
+        return cls(module, tokenizer, config, _folder=folder, _adapters=merged)
 
     def generate(
         self,

@@ -19,8 +19,14 @@ SEMANTICS = 1  # raise when the same weights come to mean other KV
 IGNORED = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
 
 
-def identity(model: HFModel, folder: Path | None) -> ModelIdentity:
-    """Identity of a model loaded from `folder`, or of the module itself where there is none."""
+def identity(
+    model: HFModel, folder: Path | None, adapters: tuple[tuple[str, bytes], ...] = ()
+) -> ModelIdentity:
+    """Identity of a model loaded from `folder`, or of the module itself where there is none.
+
+    Args:
+        adapters: what was merged into the weights since they were loaded, in that order.
+    """
     config = {k: v for k, v in model.config.to_dict().items() if k not in IGNORED}
     frequencies = [
         (hashlib.sha256(rope.inv_freq.cpu().numpy().tobytes()).hexdigest(), rope.scaling)
@@ -28,7 +34,7 @@ def identity(model: HFModel, folder: Path | None) -> ModelIdentity:
     ]
     return ModelIdentity(
         weights=_weights(model.module, folder),
-        adapters=(),
+        adapters=adapters,
         rope=_canonical({"layers": frequencies}),
         dtype=str(model.shape.dtype).removeprefix("torch."),
         num_layers=model.shape.num_layers,

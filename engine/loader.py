@@ -19,8 +19,12 @@ HARMLESS = ("rotary_emb.inv_freq", "lm_head.weight")  # computed; tied
 FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
 
 
-def locate(path_or_id: str | Path) -> Path:
-    """The folder of a model: a path, a model that comes with the project, or a hub id."""
+def locate(path_or_id: str | Path, what: str = "model") -> Path:
+    """The folder of a model: a path, a model that comes with the project, or a hub id.
+
+    Args:
+        what: else, in the words of an error.
+    """
     here = Path(__file__).parent
     ours = (here / "models" / path_or_id, here.parent / "models" / path_or_id)
     for folder in (*ours, Path(path_or_id)):
@@ -30,7 +34,7 @@ def locate(path_or_id: str | Path) -> Path:
         return Path(snapshot_download(str(path_or_id), allow_patterns=FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"model not found: {path_or_id} is neither a folder nor a model that the hub gives: "
+            f"{what} not found: {path_or_id} is neither a folder nor a {what} that the hub gives: "
             f"{str(error).splitlines()[0]}"
         ) from error
 
@@ -40,7 +44,7 @@ def weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = [single]
     if not single.exists() and index.exists():
-        shards = _json(index).get("weight_map")
+        shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise ModelError(f"{index} names no shards: it needs a weight_map")
         files = [folder / str(name) for name in sorted(set(shards.values()))]
@@ -57,7 +61,11 @@ def load_module(
     folder: Path, *, dtype: torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
     """The model in `folder`, on `device`, in `dtype` (None: the checkpoint's, see `_dtype`)."""
-    config = _json(folder / "config.json")
+    if (folder / "adapter_config.json").exists():  # which transformers may apply or not
+        raise ModelError(
+            f"{folder} holds an adapter: load the model that it belongs to, with adapter={folder}"
+        )
+    config = read_json(folder / "config.json")
     _refuse_config(config)
     weight_files(folder)
     try:
@@ -131,7 +139,10 @@ def refuse_module(module: PreTrainedModel) -> None:
     """ModelError for a loaded model that is quantized or spread over several devices."""
     _refuse_config(module.config.to_dict())
     if getattr(module, "_hf_peft_config_loaded", False) or hasattr(module, "peft_config"):
-        raise ModelError("adapters are not supported: merge them into the weights first")
+        raise ModelError(
+            "adapters of a loaded module are not supported: merge them into its weights first, or "
+            "give Engine.from_pretrained the model's folder, and the adapter's as adapter="
+        )
     devices = {str(weight.device) for weight in module.parameters()}
     if len(devices) > 1:
         raise ModelError(
@@ -176,13 +187,17 @@ def _dtype(asked: torch.dtype | None, config: dict[str, Any], device: torch.devi
     return torch.float32
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, without: str | None = None) -> dict[str, Any]:
+    """What a file holds, one JSON object. ModelError for all else, beginning with `without` if it
+    is not there."""
     try:
         found = json.loads(path.read_text())
         if not isinstance(found, dict):
             raise ModelError(f"cannot read {path}: it is no JSON object")
         return found
     except FileNotFoundError as error:
-        raise ModelError(f"{path.parent} is no model folder: it has no {path.name}") from error
+        raise ModelError(
+            f"{without or f'{path.parent} is no model folder'}: it has no {path.name}"
+        ) from error
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {path}: {error}") from error

@@ -45,6 +45,7 @@ def _job(args: Namespace, folder: str) -> Job:
     config = engine_config(Namespace(**vars(args) | {"store": folder}))
     return Job(
         model=args.model,
+        adapter=args.adapter,
         config=config,
         tokens=args.tokens,
         facts=args.facts,

@@ -53,6 +53,7 @@ def _process(job: Job, name: str) -> Outcome:
 def _job(args: Namespace, folder: str) -> Job:
     return Job(
         model=args.model,
+        adapter=args.adapter,
         config=engine_config(Namespace(**vars(args) | {"store": folder})),
         tokens=args.tokens,
         facts=args.facts,

@@ -79,7 +79,9 @@ def open_engine(args: Namespace, config: EngineConfig | None = None) -> "Engine"
         from engine.engine import Engine
 
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
-        return Engine.from_pretrained(args.model, config, dtype=dtype, device=args.device)
+        return Engine.from_pretrained(
+            args.model, config, adapter=args.adapter, dtype=dtype, device=args.device
+        )
 
 
 def quiet() -> None:
