@@ -1,6 +1,7 @@
 """Speed of the disk tier beside plain files and the raw disk, in one run.
 
     python scripts/bench_store.py [--json] [--save] [--blocks N] [--rounds N] [--folder PATH]
+                                  [--lmcache [--lmcache-env PATH]]
 
 Blocks of 32 layers x 8 KV heads x 128 x 64 tokens in bfloat16: 8 MiB, stored as 2 MiB values.
 
@@ -16,10 +17,11 @@ get   hot: everything in the page cache. A get ends in tensors, verified: a thre
 raw   sequential O_DIRECT reads of one of the files' bytes, 4 MiB at a time.
 
 A and B alternate; medians over rounds, and medians of the rounds' ratios.
+
+--lmcache   afterwards the store beside LMCache's backends: see store_bench/beside_lmcache.py
 """
 
 import argparse
-import ctypes
 import json
 import mmap
 import os
@@ -38,6 +40,10 @@ import lmdb
 import numpy as np
 import torch
 from bench_common import facts, save
+from store_bench.beside_lmcache import Bench as Beside
+from store_bench.beside_lmcache import beside_lmcache
+from store_bench.environment import NoLMCache, environment
+from store_bench.pages import drop, resident_share
 
 from kvstore.block import BlockKey, KVBlock
 from kvstore.disk import DiskTier
@@ -51,7 +57,6 @@ VALUE = 2 << 20
 BATCH = 8  # blocks: 64 MiB
 TOGETHER = 4  # blocks of which a thread gets a value each: 8 MiB
 THREADS = (1, 2, 4)
-LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def make_items(count: int) -> list[tuple[BlockKey, KVBlock]]:
@@ -87,30 +92,6 @@ def put_files(folder: Path, items: Sequence[tuple[BlockKey, KVBlock]]) -> None:
             os.close(handle)
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
-        os.close(handle)
-
-
-def resident_share(paths: Sequence[Path]) -> float:
-    """The share of the files' pages that mincore finds in the page cache."""
-    pages = found = 0
-    for path in paths:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
-            count = -(-len(view) // mmap.PAGESIZE)
-            vector = (ctypes.c_ubyte * count)()
-            mapped = np.frombuffer(view, np.uint8)
-            address, length = ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(len(view))
-            assert LIBC.mincore(address, length, vector) == 0
-            found += int((np.frombuffer(vector, np.uint8) & 1).sum())
-            pages += count
-            del mapped
-    return found / pages
-
-
-def drop(paths: Sequence[Path]) -> None:
-    for path in paths:
-        handle = os.open(path, os.O_RDWR)
-        os.fsync(handle)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(handle)
 
 
@@ -267,29 +248,51 @@ def record(bench: Bench) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--blocks", type=int, default=128, help="of 8 MiB")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--folder", type=Path, help="on the disk to measure; default: the temporary folder"
-    )
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: $TMPDIR")
     parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
     parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
-    arguments = parser.parse_args()
+    parser.add_argument("--lmcache", action="store_true", help="beside LMCache, too")
+    parser.add_argument("--lmcache-env", type=Path, help="its environment; default: in your cache")
+    return parser.parse_args()
+
+
+def with_lmcache(options: argparse.Namespace) -> Callable[[], Beside] | None:
+    """The second bench, ready to run. Ends the program where LMCache cannot be had."""
+    if not options.lmcache:
+        return None
+    try:
+        python = environment(options.lmcache_env)
+    except NoLMCache as error:
+        print(f"skipped: LMCache cannot be installed here: {error}", file=sys.stderr)
+        sys.exit(2)
+    return lambda: beside_lmcache(python, options.folder, options.blocks, options.rounds)
+
+
+def main() -> None:
+    options = arguments()
+    second = with_lmcache(options)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        bench = Bench(Path(folder), arguments.blocks)
-        for turn in range(arguments.rounds):
-            print(f"round {turn + 1} of {arguments.rounds}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        bench = Bench(Path(folder), options.blocks)
+        for turn in range(options.rounds):
+            print(f"round {turn + 1} of {options.rounds}", file=sys.stderr)
             bench.put_round("put lmdb" if turn % 2 else "put files")
             bench.get_round(turn)
             bench.raw_round()
-        if arguments.save:
-            save("store", record(bench))
-        print(json.dumps(bench.summary()) if arguments.json else table(bench))
+    beside = second() if second else None
+    if options.save:
+        save("store", record(bench))
+        if beside:
+            save("store_lmcache", facts(torch.device("cpu")) | beside.record())
+    summary = bench.summary() | ({"lmcache": beside.summary()} if beside else {})
+    tables = [table(bench), *([beside.table()] if beside else [])]
+    print(json.dumps(summary) if options.json else "\n\n".join(tables))
 
 
 if __name__ == "__main__":
