@@ -12,6 +12,7 @@ from engine.model import Shape
 from engine.repair import BlendConfig
 from engine.schedule import ScheduleConfig
 from engine.serve.config import ServeConfig
+from kvstore.codecs.known import BY_NAME
 from kvstore.config import StoreConfig
 from kvstore.ledger import entry_cost
 
@@ -68,7 +69,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         block = torch.empty(size, dtype=shape.dtype, device="meta")  # its size is all we need
         needs = [("store.host_bytes", self.store.host_bytes, block.nbytes)]
         if self.store.disk_path is not None:
-            needs.append(("store.disk_bytes", self.store.disk_bytes, entry_cost(block)))
+            needed = entry_cost(block, BY_NAME[self.store.codec])
+            needs.append(("store.disk_bytes", self.store.disk_bytes, needed))
         for name, budget, needed in needs:
             if 0 < budget < needed:
                 raise ConfigError(

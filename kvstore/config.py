@@ -4,6 +4,7 @@ from typing import get_args
 
 import msgspec
 
+from kvstore.codecs.known import CodecName
 from kvstore.eviction import PolicyName
 
 GIB = 1 << 30
@@ -16,6 +17,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         host_bytes: memory for blocks; 0 for no host tier.
         disk_path: folder of the disk tier; None for no disk tier. Not on a network file system.
         disk_bytes: live bytes on disk. The file may be some batches larger (see DiskTier).
+        codec: how blocks are written to the disk: `raw`, or `lossless` for about two thirds of
+            the bytes at the price of compressing and decompressing them.
         policy: which blocks of a full tier go first, the last of their chain always: `lru`, least
             recently used; `fifo`, `lfu`, `arc`, `s3fifo`, `sieve`, `gdsf`. See `kvstore.policies`.
     Raises:
@@ -25,6 +28,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     host_bytes: int = GIB
     disk_path: str | None = None
     disk_bytes: int = 16 * GIB
+    codec: CodecName = "raw"
     policy: PolicyName = "lru"
 
     def __post_init__(self) -> None:
@@ -34,9 +38,9 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueError(f"disk_bytes must be positive, got {self.disk_bytes}")
         if self.disk_path is not None and not self.disk_path:
             raise ValueError("disk_path must name a folder, got ''; leave it out for no disk tier")
-        if self.policy not in get_args(PolicyName):  # only what is read from a file is checked else
-            raise ValueError(
-                f"policy is one of {', '.join(get_args(PolicyName))}, got {self.policy!r}"
-            )
+        for setting, names in (("codec", CodecName), ("policy", PolicyName)):
+            known, given = get_args(names), getattr(self, setting)
+            if given not in known:  # only what is read from a file is checked else
+                raise ValueError(f"{setting} is one of {', '.join(known)}, got {given!r}")
         if self.host_bytes == 0 and self.disk_path is None:
             raise ValueError("the store has no tier: set disk_path, or host_bytes above 0")

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from kvstore import record
 from kvstore.block import BlockKey, KVBlock
-from kvstore.codec import byte_view
+from kvstore.codecs.codec import Codec, byte_view
+from kvstore.codecs.known import RAW
 from kvstore.entry import Entry, check_is_for, matches
 from kvstore.environment import explained, open_environment
 from kvstore.errors import CorruptRecord, StoreError
 from kvstore.extent import UNKNOWN
 from kvstore.fetch import SOURCE, Part, Read, copy, planned
-from kvstore.ledger import Ledger, entry_cost
+from kvstore.ledger import Ledger, entry_cost, packed
 from kvstore.tally import Groups
 from kvstore.tier import Item, Resident, check_layers, checked_out
 from native.library import library
@@ -33,8 +34,8 @@ class DiskTier:
     """Blocks in an LMDB folder, which several processes may share.
 
     A block, all its records and its entry, is written in one transaction, so it is there whole or
-    not at all. The budget counts live pages; freed ones are used again two commits later, so
-    the file grows to the budget and about three batches more.
+    not at all. The budget counts live pages, of what the codec made; freed ones are used again two
+    commits later, so the file grows to the budget and about three batches more.
 
     Reads verify a copy, made inside a short transaction (which keeps the pages from being reused).
     Large values come by `preadv` from the pages that their entry names, so that a sector that
@@ -49,8 +50,9 @@ class DiskTier:
     setting = "disk_bytes"
     durable = True
 
-    def __init__(self, path: Path, capacity_bytes: int) -> None:
+    def __init__(self, path: Path, capacity_bytes: int, codec: Codec = RAW) -> None:
         self.capacity_bytes = capacity_bytes
+        self._codec = codec
         self.corrupt = 0
         library(SOURCE)  # compiled now: not while a transaction waits
         self._env = open_environment(path, capacity_bytes)
@@ -69,19 +71,26 @@ class DiskTier:
         with self.reading() as txn:
             return self.ledger.used(txn)
 
-    def cost(self, block: KVBlock) -> int:
-        return entry_cost(block.data)
+    def cost(self, key: BlockKey, block: KVBlock) -> int:
+        return entry_cost(block.data, self._codec)
+
+    def sizes(self, digests: Sequence[bytes]) -> list[int]:
+        with self.reading() as txn:
+            entries = [self.ledger.sound(txn, digest) for digest in digests]
+        return [0 if entry is None else entry.nbytes for entry in entries]
 
     def put(self, blocks: Sequence[Item], victims: Iterable[bytes] = ()) -> list[bytes]:
         """As Tier.put. Raises MissingParent for a block that no lookup could reach."""
-        self.held([key for key, _ in blocks])  # quarantines damaged entries, so they are replaced
+        there = self.held([key for key, _ in blocks])  # damaged ones are not, and replaced
+        new = {key.digest: (key, b) for (key, b), is_ in zip(blocks, there, strict=True) if not is_}
+        made = [packed(key, block, self._codec) for key, block in new.values()]
         with self.changing() as txn:
-            fresh = {k.digest: (k, b) for k, b in blocks if self.ledger.get(txn, k.digest) is None}
-            need = sum(self.cost(block) for _, block in fresh.values())
+            fresh = [block for block in made if self.ledger.get(txn, block.key.digest) is None]
+            need = sum(block.cost for block in fresh)
             gone = self.ledger.make_room(txn, need, victims, self)
-            for key, block in fresh.values():
-                self.ledger.add(txn, key, block)
-        self._moved -= fresh.keys()
+            for block in fresh:
+                self.ledger.add(txn, block)
+        self._moved.difference_update(block.key.digest for block in fresh)
         return gone
 
     def get(self, key: BlockKey) -> KVBlock | None:
@@ -217,7 +226,9 @@ class DiskTier:
         """Whether all of it is there, verified."""
         try:
             for part in read.parts:
-                if not part.is_right():
+                if part.is_right():
+                    part.decode()
+                else:
                     self._through_map(txn, read.entry, part)
                 part.deliver()
             return True

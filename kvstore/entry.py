@@ -8,18 +8,19 @@ import torch
 import xxhash
 
 from kvstore.block import BlockKey, Kind
-from kvstore.codec import DTYPE_CODES, DTYPE_OF_CODE, RAW
+from kvstore.codecs.codec import DTYPE_CODES, DTYPE_OF_CODE, Codec
+from kvstore.codecs.known import CODECS
 from kvstore.errors import CorruptRecord
 from kvstore.layout import runs
 from kvstore.tally import Group
 
 _KEY = struct.Struct("<B32s32s16sIBI8s")  # the fields of a BlockKey, less the digest
-_REST = struct.Struct("<BHIIIHQQI")
-_PAGE = struct.Struct("<Q")
+_REST = struct.Struct("<BHIIIHBQQI")
+_RECORD = struct.Struct("<QQ")
 _CHECK = struct.Struct("<Q")
 _FIELDS = ("parent", "identity", "token_digest", "num_tokens", "kind", "depth", "tenant")
 _described = attrgetter(*_FIELDS)
-_FIXED = _KEY.size + _REST.size  # then a page number per record, and the checksum of all that
+_FIXED = _KEY.size + _REST.size  # then where each record lies, and the checksum of all that
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +31,12 @@ class Entry:
     dtype: torch.dtype
     shape: torch.Size  # L 2 Hk P D
     group_layers: int  # layers per record
+    codec: Codec  # of all its records
     nbytes: int  # what it takes of the budget
     stamp: int  # of its last use; grows
     children: int  # stored blocks whose parent it is
     pages: tuple[int, ...]  # where its records lie: see extent.first_page; a hint
+    sizes: tuple[int, ...]  # bytes of their payloads
 
     @property
     def groups(self) -> list[range]:
@@ -42,15 +45,15 @@ class Entry:
     @property
     def group(self) -> Group:
         """With which blocks it is counted."""
-        return Group(self.key.tenant, self.key.kind, RAW.code)
+        return Group(self.key.tenant, self.key.kind, self.codec.code)
 
     def pack(self) -> bytes:
         key, (layers, _, heads, tokens, dim) = self.key, self.shape
         packed = _pack_key(key) + _REST.pack(
-            DTYPE_CODES[self.dtype], layers, heads, tokens, dim, self.group_layers, self.nbytes,
-            self.stamp, self.children,
+            DTYPE_CODES[self.dtype], layers, heads, tokens, dim, self.group_layers, self.codec.code,
+            self.nbytes, self.stamp, self.children,
         )  # fmt: skip
-        packed += b"".join(map(_PAGE.pack, self.pages))
+        packed += b"".join(map(_RECORD.pack, self.pages, self.sizes))
         return packed + _CHECK.pack(_checksum(key.digest, packed))
 
 
@@ -66,15 +69,20 @@ def unpack(digest: bytes, data: memoryview | bytes) -> Entry:
     has_parent, parent, identity, token_digest, num_tokens, kind, depth, tenant = _KEY.unpack_from(
         packed
     )
-    dtype, layers, heads, tokens, dim, group_layers, nbytes, stamp, children = _REST.unpack_from(
-        packed, _KEY.size
+    dtype, layers, heads, tokens, dim, group_layers, codec, nbytes, stamp, children = (
+        _REST.unpack_from(packed, _KEY.size)
     )
-    pages = tuple(page for (page,) in _PAGE.iter_unpack(packed[_FIXED:]))
+    records = list(_RECORD.iter_unpack(packed[_FIXED:]))
+    pages = tuple(page for page, _ in records)
+    sizes = tuple(size for _, size in records)
+    if codec not in CODECS:
+        raise CorruptRecord(f"unknown codec {codec}")
     above = parent if has_parent else None
     key = BlockKey(digest, above, identity, token_digest, num_tokens, Kind(kind), depth, tenant)
     shape = torch.Size((layers, 2, heads, tokens, dim))
     entry = Entry(
-        key, DTYPE_OF_CODE[dtype], shape, group_layers, nbytes, stamp, children, pages
+        key, DTYPE_OF_CODE[dtype], shape, group_layers, CODECS[codec], nbytes, stamp, children,
+        pages, sizes,
     )  # fmt: skip
     if len(pages) != len(entry.groups):
         raise CorruptRecord(f"block entry with {len(pages)} pages for {len(entry.groups)} records")
@@ -106,7 +114,7 @@ def _pack_key(key: BlockKey) -> bytes:
 def _checked(digest: bytes, data: memoryview | bytes) -> bytes | None:
     """The bytes of an entry before its checksum; None if they are not what was written."""
     end = len(data) - _CHECK.size
-    if end < _FIXED or (end - _FIXED) % _PAGE.size:
+    if end < _FIXED or (end - _FIXED) % _RECORD.size:
         return None
     packed = bytes(data[:end])
     return packed if _CHECK.unpack_from(data, end) == (_checksum(digest, packed),) else None

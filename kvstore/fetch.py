@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvstore import record
-from kvstore.codec import Payload
+from kvstore.codecs.codec import Payload
 from kvstore.entry import Entry
 from kvstore.errors import CorruptRecord
 from kvstore.extent import UNKNOWN, DataFile
@@ -29,20 +29,24 @@ class Part:
     """One record of a block, copied and verified whole, of which a read wants all or some."""
 
     __slots__ = ("_digest", "_entry", "_error", "_landed", "_skipped", "_start", "_wanted",
-                 "group", "number", "page")  # fmt: skip
+                 "_whole", "group", "number", "page")  # fmt: skip
 
     def __init__(
         self, entry: Entry, number: int, group: range, row: Payload, at: int, nbytes: int, page: int
     ) -> None:
-        """Its payload, of `nbytes`, belongs to `row` at `at`, and may reach over both ends.
+        """Its KV, of `nbytes`, belongs to `row` at `at`, and may reach over both ends.
 
         Args:
             page: where it lies; UNKNOWN for nowhere but in the map.
+        Raises:
+            CorruptRecord: a record of such a size cannot be this one.
         """
         self._entry, self.number, self.group, self.page = entry, number, group, page
         self._wanted, self._skipped = row[max(at, 0) : at + nbytes], max(-at, 0)
-        whole = self._wanted.nbytes == nbytes
-        self._landed = self._wanted if whole else np.empty(nbytes, np.uint8)
+        fits = self._wanted.nbytes == nbytes
+        self._whole = self._wanted if fits else np.empty(nbytes, np.uint8)
+        shape = torch.Size((len(group), *entry.shape[1:]))
+        self._landed = entry.codec.landing(self._whole, shape, entry.dtype, entry.sizes[number])
         self._start, self._digest = bytearray(record.HEADER_BYTES), b""
         self._error: OSError | None = None
 
@@ -70,20 +74,24 @@ class Part:
         if self._error is not None:  # the same pages through the map would be a SIGBUS
             raise CorruptRecord(f"cannot read layer group {self.number}: {self._error}")
         entry, nbytes = self._entry, self._landed.nbytes
-        return self._start == record.raw_header(
-            entry.key, self.group, entry.shape, entry.dtype, nbytes, self._digest
+        return self._start == record.header(
+            entry.key, self.group, entry.shape, entry.dtype, entry.codec, nbytes, self._digest
         )
 
     def tensor(self) -> Float[Tensor, "n 2 Hk P D"]:
-        """Where it lands, for who fills it from elsewhere."""
-        flat = torch.from_numpy(self._landed).view(self._entry.dtype)
+        """Its KV, decoded: for who fills it from elsewhere."""
+        flat = torch.from_numpy(self._whole).view(self._entry.dtype)
         return flat.view(len(self.group), *self._entry.shape[1:])
+
+    def decode(self) -> None:
+        """Turn the copy, which is right, into KV. CorruptRecord: it cannot be."""
+        self._entry.codec.decode(self._landed, self.tensor())
 
     def deliver(self) -> None:
         """Give the row what it wanted of a record that is larger."""
-        if self._landed is not self._wanted:
+        if self._whole is not self._wanted:
             end = self._skipped + self._wanted.nbytes
-            self._wanted[:] = self._landed[self._skipped : end]
+            self._wanted[:] = self._whole[self._skipped : end]
 
 
 class Read(NamedTuple):

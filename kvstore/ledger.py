@@ -7,7 +7,7 @@ import struct
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import lmdb
@@ -16,12 +16,13 @@ from torch import Tensor
 from kvstore import entry as entries
 from kvstore import record
 from kvstore.block import BlockKey, KVBlock
-from kvstore.codec import DTYPE_CODES, RAW
+from kvstore.codecs.codec import DTYPE_CODES, Codec, Payload
+from kvstore.codecs.known import RAW
 from kvstore.entry import Entry
 from kvstore.environment import Environment
 from kvstore.errors import CorruptRecord, MissingParent
 from kvstore.extent import first_page, span
-from kvstore.layout import group_size, layer_groups
+from kvstore.layout import layer_groups
 from kvstore.tally import Groups, Tally, counted
 from kvstore.tier import Tier, full
 
@@ -29,13 +30,44 @@ PAGE_BYTES = 4096
 _USED = struct.Struct("<QQ")  # bytes, and their complement as a check
 
 
-def entry_cost(data: Tensor) -> int:
-    """What a block takes of the budget: whole pages, and its share of the tables."""
-    per_layer = data.nbytes // len(data)
-    groups = layer_groups(len(data), per_layer)
-    return 512 + sum(
-        span(record.HEADER_BYTES + len(g) * per_layer, PAGE_BYTES) * PAGE_BYTES for g in groups
-    )
+def entry_cost(data: Tensor, codec: Codec = RAW) -> int:
+    """What a block takes of the budget, at most."""
+    parts = [data[g.start : g.stop].shape for g in groups_of(data)]
+    return cost_of([codec.payload_bytes(shape, data.dtype) for shape in parts])
+
+
+def cost_of(payloads: Iterable[int]) -> int:
+    """What payloads of these sizes take: whole pages, and the block's share of the tables."""
+    pages = sum(span(record.HEADER_BYTES + nbytes, PAGE_BYTES) for nbytes in payloads)
+    return 512 + pages * PAGE_BYTES
+
+
+def groups_of(data: Tensor) -> list[range]:
+    """The layers that one record holds, for each."""
+    return layer_groups(len(data), data.nbytes // len(data))
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A block as it will be written."""
+
+    key: BlockKey
+    data: Tensor
+    codec: Codec
+    payloads: list[Payload]
+
+    @property
+    def cost(self) -> int:
+        return cost_of(payload.nbytes for payload in self.payloads)
+
+
+def packed(key: BlockKey, block: KVBlock, codec: Codec) -> Packed:
+    """Encode a block. ValueError: it is not of this key."""
+    data = block.data
+    if data.dtype not in DTYPE_CODES or data.shape[3] != key.num_tokens:
+        raise ValueError(f"no block of {key.num_tokens} tokens: {data.dtype} {data.shape}")
+    payloads = [codec.encode(data[g.start : g.stop]) for g in groups_of(data)]
+    return Packed(key, data, codec, payloads)
 
 
 def name(digest: bytes, group: int) -> bytes:
@@ -92,26 +124,25 @@ class Ledger:
             except CorruptRecord:
                 continue  # of no chain; an audit reports it, a read quarantines it
 
-    def add(self, txn: lmdb.Transaction, key: BlockKey, block: KVBlock) -> None:
+    def add(self, txn: lmdb.Transaction, block: Packed) -> None:
         """Write a block that is absent. Raises MissingParent."""
-        data = block.data
-        if data.dtype not in DTYPE_CODES or data.shape[3] != key.num_tokens:
-            raise ValueError(f"no block of {key.num_tokens} tokens: {data.dtype} {data.shape}")
+        key, data = block.key, block.data
         if key.parent is not None:
             self._count_child(txn, key.parent, 1, required=True)
-        pages = self._add_records(txn, key, data)
-        size = group_size(len(data), data.nbytes // len(data))
-        cost = entry_cost(data)
-        new = Entry(key, data.dtype, data.shape, size, cost, time.time_ns(), 0, pages)
+        pages = self._add_records(txn, block)
+        new = Entry(
+            key, data.dtype, data.shape, len(groups_of(data)[0]), block.codec, block.cost,
+            time.time_ns(), 0, pages, tuple(payload.nbytes for payload in block.payloads),
+        )  # fmt: skip
         self._count(txn, new, 1)
         self._put(txn, new)
 
-    def _add_records(self, txn: lmdb.Transaction, key: BlockKey, data: Tensor) -> tuple[int, ...]:
+    def _add_records(self, txn: lmdb.Transaction, block: Packed) -> tuple[int, ...]:
         """Write the KV of a block; the pages it went to."""
-        pages = []
-        for number, layers in enumerate(layer_groups(len(data), data.nbytes // len(data))):
-            part = data[layers.start : layers.stop]
-            value = record.encode(key, part, layers, len(data), RAW)
+        pages, key, data = [], block.key, block.data
+        groups = groups_of(data)
+        for number, (layers, payload) in enumerate(zip(groups, block.payloads, strict=True)):
+            value = record.sealed(payload, key, layers, data.shape, data.dtype, block.codec)
             txn.put(name(key.digest, number), value, db=self.env.data)
             written = self.record(txn, key.digest, number)
             pages.append(first_page(written, self.env.page_bytes))

@@ -41,8 +41,8 @@ class Level:
 
     def check_fits(self, blocks: Sequence[Item]) -> None:
         """Raise TierFull for a block that is larger than the whole tier."""
-        for _, block in blocks:
-            if (cost := self.tier.cost(block)) > self.tier.capacity_bytes:
+        for key, block in blocks:
+            if (cost := self.tier.cost(key, block)) > self.tier.capacity_bytes:
                 raise TierFull(
                     f"one block takes {cost} bytes, the whole {self.tier.name} tier has "
                     f"{self.tier.capacity_bytes}; raise {self.tier.setting}"
@@ -164,7 +164,7 @@ class Level:
         """Enough victims to make room for the blocks, if there are enough."""
         keep = {key.parent for key, _ in blocks} | {key.digest for key, _ in blocks}
         with self._lock:
-            need = sum(self.tier.cost(block) for _, block in blocks)
+            need = sum(self.tier.cost(key, block) for key, block in blocks)
             excess = self.tier.used_bytes + need - self.tier.capacity_bytes
             doomed: list[bytes] = []
             victims = self._policy.victims(_Either(self._pinned, keep))
@@ -175,9 +175,10 @@ class Level:
             return doomed
 
     def _note(self, blocks: Sequence[Item], evicted: int) -> None:
+        sizes = self.tier.sizes([key.digest for key, _ in blocks])
         with self._lock:
-            for key, block in blocks:
-                self._policy.add(key.digest, key.parent, self.tier.cost(block), key.depth)
+            for (key, block), size in zip(blocks, sizes, strict=True):
+                self._policy.add(key.digest, key.parent, size, key.depth)
                 self.stats.bytes_written += block.nbytes
             self.stats.evictions += evicted
 

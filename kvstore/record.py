@@ -1,7 +1,7 @@
 """One stored value: a header that says what it is, and the payload it vouches for.
 
     [ magic .. reserved | header checksum ][ payload                              ]
-      176 bytes, little-endian               [n layers][2][Hk][P][D] if raw
+      176 bytes, little-endian               of [n layers][2][Hk][P][D], by a codec
 
 LMDB puts large values at 16 bytes behind a page's start, so 176 = 48 mod 64 bytes of header align
 the payload to 64 bytes. The checksum of the payload lies in the header, and that of the header at
@@ -18,11 +18,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvstore.block import BlockKey
-from kvstore.codec import CODECS, DTYPE_CODES, RAW, Codec
+from kvstore.codecs.codec import DTYPE_CODES, Codec, Payload, byte_view
+from kvstore.codecs.known import CODECS
 from kvstore.errors import CorruptRecord
 
 MAGIC = b"HRKV"
-VERSION = 1
+VERSION = 2
 _HEADER = struct.Struct("<4sHBBB3x32s32sIIIHHHxx16sQQ16s24x")
 _CHECK = struct.Struct("<Q")
 HEADER_BYTES = _HEADER.size + _CHECK.size
@@ -55,12 +56,23 @@ def encode(
     key: BlockKey, data: Float[Tensor, "n 2 Hk P D"], layers: range, num_layers: int, codec: Codec
 ) -> memoryview:
     """The record of `layers` of a block, of which `data` is the KV."""
-    payload = codec.encode(data)
     shape = torch.Size((num_layers, *data.shape[1:]))
+    return sealed(codec.encode(data), key, layers, shape, data.dtype, codec)
+
+
+def sealed(
+    payload: Payload,
+    key: BlockKey,
+    layers: range,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    codec: Codec,
+) -> memoryview:
+    """The record of `layers` of a block of `shape`, which the codec made this payload of."""
     digest = xxhash.xxh3_128_digest(payload.data)
-    header = expected(key, layers, shape, data.dtype, codec, payload.nbytes, digest)
+    start = header(key, layers, shape, dtype, codec, payload.nbytes, digest)
     record = np.empty(HEADER_BYTES + payload.nbytes, np.uint8)
-    record[:HEADER_BYTES] = np.frombuffer(_pack(header), np.uint8)
+    record[:HEADER_BYTES] = np.frombuffer(start, np.uint8)
     record[HEADER_BYTES:] = payload
     return record.data
 
@@ -77,32 +89,33 @@ def decode_into(
     Raises:
         CorruptRecord: if the record is not exactly what was asked for; `out` is then undefined.
     """
-    header = _unpack(record)
-    codec = CODECS.get(header.codec)
+    found = _unpack(record)
+    codec = CODECS.get(found.codec)
     if codec is None:
-        raise CorruptRecord(f"unknown codec {header.codec}")
+        raise CorruptRecord(f"unknown codec {found.codec}")
     payload = np.frombuffer(record, np.uint8, offset=HEADER_BYTES)
     shape = torch.Size((num_layers, *out.shape[1:]))
     wanted = expected(key, layers, shape, out.dtype, codec, payload.nbytes)
-    if header._replace(checksum=b"") != wanted:
-        raise CorruptRecord(_difference(header, wanted))
-    landed = codec.landing(out, payload.nbytes)
+    if found._replace(checksum=b"") != wanted:
+        raise CorruptRecord(_difference(found, wanted))
+    landed = codec.landing(byte_view(out), out.shape, out.dtype, payload.nbytes)
     landed[:] = payload
-    if xxhash.xxh3_128_digest(landed.data) != header.checksum:
+    if xxhash.xxh3_128_digest(landed.data) != found.checksum:
         raise CorruptRecord("payload checksum does not match")
     codec.decode(landed, out)
 
 
-def raw_header(
+def header(
     key: BlockKey,
     layers: range,
     shape: torch.Size,
     dtype: torch.dtype,
+    codec: Codec,
     nbytes: int,
     checksum: bytes,
 ) -> bytes:
-    """The first HEADER_BYTES that the raw record of `layers` of a block of `shape` must have."""
-    return _pack(expected(key, layers, shape, dtype, RAW, nbytes, checksum))
+    """The first HEADER_BYTES that this record of `layers` of a block of `shape` must have."""
+    return _pack(expected(key, layers, shape, dtype, codec, nbytes, checksum))
 
 
 def expected(

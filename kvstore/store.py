@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvstore.audit import AuditReport
 from kvstore.block import BlockKey, KVBlock, LayerKV
+from kvstore.codecs.known import BY_NAME
 from kvstore.config import StoreConfig
 from kvstore.disk import DiskTier
 from kvstore.eviction import PolicyName
@@ -54,7 +55,7 @@ class TieredStore:
         if config.host_bytes:
             tiers.append(HostTier(config.host_bytes))
         if config.disk_path is not None:
-            tiers.append(DiskTier(Path(config.disk_path), config.disk_bytes))
+            tiers.append(DiskTier(Path(config.disk_path), config.disk_bytes, BY_NAME[config.codec]))
         return cls(tiers, policy=config.policy)
 
     def lookup(self, keys: Sequence[BlockKey]) -> int:

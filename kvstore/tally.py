@@ -20,7 +20,7 @@ class Group(NamedTuple):
 
     tenant: bytes  # `BlockKey.tenant`, 8
     kind: Kind
-    codec: int  # of their payloads; see `kvstore.codec`
+    codec: int  # of their payloads; see `kvstore.codecs`
 
 
 class Usage(NamedTuple):

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvstore.block import BlockKey, KVBlock
-from kvstore.codec import RAW
+from kvstore.codecs.known import RAW
 from kvstore.errors import TierFull
 from kvstore.tally import Group, Groups, change
 
@@ -37,6 +37,8 @@ class Tier(Protocol):
         be the tier's own. With `out`, they are copied there, and None leaves `out` undefined.
     read_many: as read for each key, into the rows of `out`; False leaves its row undefined.
     delete: blocks with all that the tier knows to rest on them; unknown keys are fine.
+    cost: what a block takes here, at most.
+    sizes: what present blocks take; 0 for absent ones.
     held: which of the keys are present. Reads no data. `in` also takes a digest alone.
     residents: least recently used first.
     groups: how much of the budget belongs to whom; sums to `used_bytes`.
@@ -53,7 +55,8 @@ class Tier(Protocol):
     def quarantined(self) -> int: ...  # blocks no longer served, and not yet deleted
     @property
     def used_bytes(self) -> int: ...
-    def cost(self, block: KVBlock) -> int: ...
+    def cost(self, key: BlockKey, block: KVBlock) -> int: ...
+    def sizes(self, digests: Sequence[bytes]) -> list[int]: ...
     def put(self, blocks: Sequence[Item], victims: Iterable[bytes] = ()) -> list[bytes]: ...
     def get(self, key: BlockKey) -> KVBlock | None: ...
     def read(
@@ -88,8 +91,13 @@ class HostTier:
         self._groups: Groups = {}
         self._lock = threading.Lock()
 
-    def cost(self, block: KVBlock) -> int:
+    def cost(self, key: BlockKey, block: KVBlock) -> int:
         return block.nbytes
+
+    def sizes(self, digests: Sequence[bytes]) -> list[int]:
+        with self._lock:
+            found = [self._blocks.get(digest) for digest in digests]
+        return [0 if item is None else item[1].nbytes for item in found]
 
     def put(self, blocks: Sequence[Item], victims: Iterable[bytes] = ()) -> list[bytes]:
         with self._lock:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kvstore import disk, fetch, layout
+from kvstore.codecs.known import RAW
 from kvstore.disk import DiskTier
 from kvstore.entry import Entry
 from kvstore.errors import StoreError
@@ -209,7 +210,9 @@ def test_the_compiled_hash_is_xxh3_and_short_files_have_none(tmp_path_factory, s
     data = np.random.default_rng(size).integers(0, 256, 4096 + 16 + 176 + size, np.uint8)
     path.write_bytes(data.tobytes()[: len(data) - missing])
     landed, file = np.zeros(size, np.uint8), DataFile(path, 4096)
-    entry = Entry(KEYS[0], torch.bfloat16, torch.Size((1, 2, 1, 1, 1)), 1, 0, 0, 0, (1,))
+    entry = Entry(
+        KEYS[0], torch.bfloat16, torch.Size((1, 2, 1, 1, 1)), 1, RAW, 0, 0, 0, (1,), (size,)
+    )
     part = Part(entry, 0, range(1), landed, 0, size, 1)
     fetch.copy([part], file)
     wanted = xxhash.xxh3_128_digest(landed.data) if not missing else bytes(16)

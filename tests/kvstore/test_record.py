@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from kvstore import record
 from kvstore.block import KVBlock
-from kvstore.codec import CODECS, DTYPE_CODES, RAW, Codec
+from kvstore.codecs.codec import DTYPE_CODES, Codec
+from kvstore.codecs.known import BY_NAME, CODECS, LOSSLESS, RAW
 from kvstore.disk import DiskTier
 from kvstore.entry import Entry, unpack
 from kvstore.errors import CorruptRecord
@@ -22,8 +23,13 @@ DATA = content(KEY, MODEL)
 LAYERS = range(3)
 
 
-def encoded():
-    return bytearray(record.encode(KEY, DATA, LAYERS, 3, RAW))
+@pytest.fixture(params=BY_NAME)
+def codec(request):
+    return BY_NAME[request.param]
+
+
+def encoded(codec=RAW):
+    return bytearray(record.encode(KEY, DATA, LAYERS, 3, codec))
 
 
 def decode(data, key=KEY, layers=LAYERS, num_layers=3, like=DATA):
@@ -37,11 +43,12 @@ SHAPES = st.tuples(
 )
 
 
-@given(SHAPES, st.sampled_from(list(DTYPES.values())), st.integers(0, 2), st.integers(0, 2))
-def test_every_dtype_and_shape_comes_back(shape, dtype, before, after):
+@given(SHAPES, st.sampled_from(list(DTYPES.values())), st.integers(0, 2), st.integers(0, 2),
+       st.sampled_from([RAW, LOSSLESS]))  # fmt: skip
+def test_every_dtype_and_shape_comes_back(shape, dtype, before, after, codec):
     data = torch.randn(shape).to(dtype)
     layers = range(before, before + shape[0])
-    made = record.encode(KEY, data, layers, layers.stop + after, RAW)
+    made = record.encode(KEY, data, layers, layers.stop + after, codec)
     out = decode(made, layers=layers, num_layers=layers.stop + after, like=data)
     assert same(out, data)
 
@@ -50,17 +57,17 @@ def test_the_payload_is_aligned_behind_a_page_header():
     assert (16 + record.HEADER_BYTES) % 64 == 0
 
 
-def test_codes_on_disk_are_those_of_version_1():
+def test_codes_on_disk_are_those_of_version_2():
     assert {str(dtype): code for dtype, code in DTYPE_CODES.items()} == {
         "torch.bfloat16": 1, "torch.float16": 2, "torch.float32": 3,
     }  # fmt: skip
-    assert {code: type(codec).__name__ for code, codec in CODECS.items()} == {1: "RawCodec"}
+    assert {code: codec.name for code, codec in CODECS.items()} == {1: "raw", 2: "lossless"}
     assert all(isinstance(codec, Codec) for codec in CODECS.values())
 
 
 @pytest.mark.parametrize("bit", [1, 128])
-def test_one_flipped_bit_anywhere_is_seen(bit):
-    good = encoded()
+def test_one_flipped_bit_anywhere_is_seen(bit, codec):
+    good = encoded(codec)
     for at in range(len(good)):
         bad = bytearray(good)
         bad[at] ^= bit
@@ -68,8 +75,8 @@ def test_one_flipped_bit_anywhere_is_seen(bit):
             decode(bad)
 
 
-def test_a_record_of_any_other_length_is_seen():
-    good = encoded()
+def test_a_record_of_any_other_length_is_seen(codec):
+    good = encoded(codec)
     for length in [*range(record.HEADER_BYTES + 2), len(good) - 1]:
         with pytest.raises(CorruptRecord):
             decode(good[:length])
@@ -92,20 +99,20 @@ def test_a_record_of_any_other_length_is_seen():
     ],
     ids=range(9),
 )
-def test_a_record_of_something_else_is_seen(wrong):
+def test_a_record_of_something_else_is_seen(wrong, codec):
     with pytest.raises(CorruptRecord):
-        decode(encoded(), **wrong)
+        decode(encoded(codec), **wrong)
 
 
 def test_a_header_that_names_an_unknown_codec_or_version_is_seen():
     header = record._unpack(memoryview(encoded()))
-    for change in ({"codec": 99}, {"version": 2}, {"magic": b"XXXX"}, {"raw_bytes": 1}):
+    for change in ({"codec": 99}, {"version": 1}, {"magic": b"XXXX"}, {"raw_bytes": 1}):
         with pytest.raises(CorruptRecord):
             decode(record._pack(header._replace(**change)) + encoded()[record.HEADER_BYTES :])
 
 
 def test_one_flipped_bit_anywhere_in_a_block_entry_is_seen():
-    entry = Entry(KEY, DATA.dtype, DATA.shape, 3, 5000, 7, 1, (9,))
+    entry = Entry(KEY, DATA.dtype, DATA.shape, 3, LOSSLESS, 5000, 7, 1, (9,), (77,))
     good = entry.pack()
     assert unpack(KEY.digest, good) == entry
     for at in range(len(good)):
@@ -143,7 +150,7 @@ def test_a_flipped_bit_in_lmdb_is_a_miss_until_the_block_is_put_again(tier, data
     length = (
         len(encoded())
         if table == "data"
-        else len(Entry(KEY, DATA.dtype, DATA.shape, 3, 0, 0, 0, (0,)).pack())
+        else len(Entry(KEY, DATA.dtype, DATA.shape, 3, RAW, 0, 0, 0, (0,), (0,)).pack())
     )
     at = data.draw(st.integers(0, length - 1) | st.sampled_from([0, length - 1]))
 

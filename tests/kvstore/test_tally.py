@@ -6,7 +6,7 @@ import pytest
 
 from kvstore.audit import audit_tier
 from kvstore.block import Kind, tenant_tag
-from kvstore.codec import RAW
+from kvstore.codecs.known import RAW
 from kvstore.disk import DiskTier
 from kvstore.ledger import entry_cost
 from kvstore.tally import Group, Usage, of_tenants
@@ -31,7 +31,7 @@ def tier(request, tmp_path):
 
 
 def test_blocks_are_counted_by_owner_and_kind(tier):
-    cost = tier.cost(items(ONE)[0][1])
+    cost = tier.cost(*items(ONE)[0])
     for keys in (ONE, TWO, CHUNK):
         tier.put(items(keys))
     assert tier.groups() == {

@@ -46,10 +46,10 @@ def test_the_queue_is_bounded(path, monkeypatch):
     gate, seen = threading.Event(), []
     add = disk.Ledger.add
 
-    def slow(self, txn, key, block):
+    def slow(self, txn, block):
         gate.wait()
         seen.append(store._writer.queued_bytes)
-        add(self, txn, key, block)
+        add(self, txn, block)
 
     monkeypatch.setattr(disk.Ledger, "add", slow)
     with TieredStore([DiskTier(path, 100 * COST)], queue_bytes=3 * BYTES) as store:
