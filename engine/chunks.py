@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from functools import partial
 
 import torch
 
@@ -93,14 +94,23 @@ class Chunks:
 
     def _alone(self, prefix: Tokens, chunks: Sequence[Tokens]) -> "_Alone":
         longest = max(map(len, chunks))
-        return _Alone(self._model, prefix, longest, size=self._size, step=self._step)
+        make = partial(Recorder, self._model.shape, size=self._size, empty=self._store.empty)
+        return _Alone(self._model, prefix, longest, make, step=self._step)
 
 
 class _Alone:
     """Computes chunks as if each alone followed the prefix, which is computed once."""
 
-    def __init__(self, model: Model, prefix: Tokens, longest: int, *, size: int, step: int) -> None:
-        self._model, self._size, self._step = model, size, step
+    def __init__(
+        self,
+        model: Model,
+        prefix: Tokens,
+        longest: int,
+        recorder: Callable[..., Recorder],
+        *,
+        step: int,
+    ) -> None:
+        self._model, self._recorder, self._step = model, recorder, step
         self._cache = SequenceCache(model.shape, len(prefix) + longest)
         self._behind = len(prefix)
         self._read(prefix)
@@ -109,7 +119,7 @@ class _Alone:
         """Unrotated KV of a chunk; that of the prefix is dropped, and used again for the next."""
         cache = self._cache
         cache.length = self._behind  # attention is causal: no chunk changed what lies before
-        cache.recorder = Recorder(self._model.shape, size=self._size, start=0, origin=self._behind)
+        cache.recorder = self._recorder(start=0, origin=self._behind)
         self._read(chunk)
         made = [*cache.recorder.take(cache.length), *cache.recorder.rest(cache.length)]
         return [block for _, block in made]

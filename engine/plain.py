@@ -84,6 +84,11 @@ class Plain:
                 run.keys = self.keys(run.all_tokens[: run.cache.length], run.repair)
             self._store.put([(run.keys[number], block) for number, block in blocks])
 
+    def recorder(self, start: int) -> Recorder:
+        """Of blocks from the token `start` on."""
+        size, empty = self._config.block_tokens, self._store.empty
+        return Recorder(self._model.shape, size=size, start=start, empty=empty)
+
     def _read(self, run: Running, stored: Sequence[BlockKey]) -> Slices[Float[Tensor, " vocab"]]:
         """Prefill behind the `stored` blocks."""
         loader = self.begin(run, stored, paced=self._memory.pool is not None)
@@ -104,7 +109,7 @@ class Plain:
         size = self._config.block_tokens
         start = len(stored) * size
         run.release()  # what a lost prefix left
-        recorder = Recorder(self._model.shape, size=size, start=start)
+        recorder = self.recorder(start)
         cache = run.cache = self._memory.cache(run, recorder)
         run.stored, run.stats.cached_tokens = stored, start
         if not stored:

@@ -1,11 +1,20 @@
 """Cuts the unrotated KV of new tokens into blocks for the store."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from engine.model import Shape
 from kvstore.block import KVBlock
+
+Empty = Callable[[Sequence[int], torch.dtype], Tensor]
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Host memory from the system."""
+    return torch.empty(torch.Size(shape), dtype=dtype)
 
 
 class Recorder:
@@ -19,14 +28,17 @@ class Recorder:
         size: tokens per block.
         start: first token recorded, a multiple of `size`: what lies before is stored already.
         origin: where in the cache the token counted as 0 lies; what lies before is not recorded.
+        empty: host memory for blocks; that of a store is faster than the system's.
     """
 
-    def __init__(self, shape: Shape, *, size: int, start: int, origin: int = 0) -> None:
+    def __init__(
+        self, shape: Shape, *, size: int, start: int, origin: int = 0, empty: Empty = fresh
+    ) -> None:
         if start % size:
             raise ValueError(f"recording starts at a block border, a multiple of {size}: {start}")
         self.size = size
         self._origin = origin
-        self._shape, self._device = shape, shape.device
+        self._shape, self._device, self._empty = shape, shape.device, empty
         self._open: dict[int, Tensor] = {}  # block number -> [L 2 Hk P D]
         self._next = start // size
 
@@ -64,18 +76,26 @@ class Recorder:
         """Blocks complete once `length` tokens are, with their numbers; each is given once."""
         done = range(self._next, (length - self._origin) // self.size)
         self._next = max(self._next, done.stop)
-        return [(number, KVBlock(self._open.pop(number).cpu())) for number in done]
+        return [(number, KVBlock(self._in_host(self._open.pop(number)))) for number in done]
 
     def rest(self, length: int) -> list[tuple[int, KVBlock]]:
         """What `take` leaves of `length` tokens: the last block, which is smaller, or nothing."""
         number, tokens = divmod(length - self._origin, self.size)
         if not tokens:
             return []
-        return [(number, KVBlock(self._open.pop(number)[..., :tokens, :].contiguous().cpu()))]
+        return [(number, KVBlock(self._in_host(self._open.pop(number)[..., :tokens, :])))]
 
     def _block(self, number: int) -> Float[Tensor, "L 2 Hk P D"]:
         if number not in self._open:
             s = self._shape
             size = (s.num_layers, 2, s.num_kv_heads, self.size, s.head_dim)
-            self._open[number] = torch.empty(size, dtype=s.dtype, device=self._device)
+            if self._device.type == "cpu":
+                self._open[number] = self._empty(size, s.dtype)
+            else:
+                self._open[number] = torch.empty(size, dtype=s.dtype, device=self._device)
         return self._open[number]
+
+    def _in_host(self, data: Float[Tensor, "L 2 Hk P D"]) -> Float[Tensor, "L 2 Hk P D"]:
+        if data.device.type == "cpu" and data.is_contiguous():
+            return data
+        return self._empty(data.shape, data.dtype).copy_(data)

@@ -123,12 +123,6 @@ class KVBlock:
     def nbytes(self) -> int:
         return self.data.nbytes
 
-    def owned(self) -> "KVBlock":
-        """The block, without the rest of a bigger tensor that it may be a view of."""
-        if self.data.untyped_storage().nbytes() == self.nbytes:
-            return self
-        return KVBlock(self.data.clone())
-
 
 def _secret(tenant: bytes) -> bytes:
     return sha256(b"headrace tenant 1" + tenant).digest()  # HMAC pads keys: b"a" == b"a\0"

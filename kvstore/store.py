@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,9 +18,10 @@ from kvstore.disk import DiskTier
 from kvstore.eviction import PolicyName
 from kvstore.level import Level
 from kvstore.pins import PIN_S, Pin, Pins
+from kvstore.spares import Spares
 from kvstore.stats import StoreStats
 from kvstore.tier import HostTier, Item, Tier
-from kvstore.writer import QUEUE_BYTES, Writer
+from kvstore.writer import QUEUE_BYTES, Writer, batches
 
 READ_THREADS = 4
 LOOKUP_STRIDE = 256  # keys looked up at a time, so that an early miss is cheap
@@ -45,6 +47,7 @@ class TieredStore:
         self._fast = [level for level in self._levels if not level.tier.durable]
         self._slow = [level for level in self._levels if level.tier.durable]
         self._writer = Writer(self._write, queue_bytes) if self._slow else None
+        self._spares = Spares()
         self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="headrace-reader")
         self._closed = False
 
@@ -110,6 +113,10 @@ class TieredStore:
         runs = [self._readers.submit(self._read_run, keys[p], layers, out[p]) for p in parts]
         return [is_there for run in runs for is_there in run.result()]
 
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory for a block that will be put here: much faster to fill than the system's."""
+        return self._spares.empty(shape, dtype)
+
     def put(self, blocks: Sequence[Item]) -> None:
         """Store blocks, parents first. They belong to the store afterwards: do not write to them.
 
@@ -121,13 +128,14 @@ class TieredStore:
         """
         for level in self._levels:
             level.check_fits(blocks)
-        owned = [(key, block.owned()) for key, block in blocks]
-        reachable = self._reachable(owned)
-        for level in self._fast:
-            level.insert(reachable)
-            level.skip(len(owned) - len(reachable))
-        if self._writer is not None:
-            self._writer.put(owned)
+        for batch in batches(blocks):  # what makes room for one leaves its memory to the next
+            owned = [(key, self._spares.owned(block)) for key, block in batch]
+            reachable = self._reachable(owned)
+            for level in self._fast:
+                level.insert(reachable)
+                level.skip(len(owned) - len(reachable))
+            if self._writer is not None:
+                self._writer.put(owned)
 
     def flush(self) -> None:
         """Return when all that was put is durable or skipped. Raises the StoreError of a write."""
@@ -208,6 +216,7 @@ class TieredStore:
             self._readers.shutdown()
             for level in self._levels:
                 level.tier.close()
+            self._spares.close()
 
     def __enter__(self) -> "TieredStore":
         return self

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from kvstore.errors import StoreError
 from kvstore.tier import Item
@@ -84,9 +84,21 @@ class Writer:
         """The next batch, of at least one block; empty when closing and all is written."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing)
-            batch: list[Item] = []
-            size = 0
-            while self._queue and (not batch or size + self._queue[0][1].nbytes <= BATCH_BYTES):
-                batch.append(self._queue.popleft())
-                size += batch[-1][1].nbytes
+            batch = next(batches(self._queue), [])
+            for _ in batch:
+                self._queue.popleft()
             return batch
+
+
+def batches(blocks: Iterable[Item]) -> Iterator[list[Item]]:
+    """The blocks, in runs of at most BATCH_BYTES, or of one block."""
+    batch: list[Item] = []
+    size = 0
+    for item in blocks:
+        if batch and size + item[1].nbytes > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += item[1].nbytes
+    if batch:
+        yield batch

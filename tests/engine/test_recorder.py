@@ -64,6 +64,23 @@ def test_blocks_are_filled_where_it_was_said_and_move_with_what_is_in_them(shape
     assert_blocks(recorder.take(TOKENS), layers, range(TOKENS // SIZE))
 
 
+def test_blocks_lie_in_the_memory_that_a_store_gives(shape, layers):
+    given = []
+
+    def empty(size, dtype):
+        given.append(torch.empty(size, dtype=dtype))
+        return given[-1]
+
+    recorder = Recorder(shape, size=SIZE, start=0, empty=empty)
+    for i in range(shape.num_layers):
+        recorder.write(i, 0, *layers[i])
+    taken = [*recorder.take(TOKENS), *recorder.rest(TOKENS)]
+    assert_blocks(taken[:-1], layers, range(TOKENS // SIZE))
+    addresses = {tensor.data_ptr() for tensor in given}
+    assert {block.data.data_ptr() for _, block in taken} <= addresses
+    assert len(given) == len(taken) + 1  # the rest was filled in a whole one
+
+
 def test_recording_starts_at_the_border_of_a_block(shape):
     with pytest.raises(ValueError, match="multiple of 16"):
         Recorder(shape, size=SIZE, start=17)

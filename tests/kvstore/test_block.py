@@ -124,11 +124,3 @@ def test_a_block_must_be_contiguous_and_have_keys_and_values():
     assert torch.equal(block.layer(1).k, block.data[1, 0])
     assert torch.equal(block.layer(1).v, block.data[1, 1])
     assert block.nbytes == 2 * 2 * 3 * 4 * 8 * 4
-
-
-def test_a_block_that_is_a_view_leaves_the_bigger_tensor_behind():
-    block = KVBlock(torch.randn(8, 2, 2, 3, 4, 8)[1])
-    owned = block.owned()
-    assert owned.data.untyped_storage().nbytes() == block.nbytes
-    assert torch.equal(owned.data, block.data)
-    assert owned.owned() is owned
