@@ -21,8 +21,7 @@ def run(args: Namespace) -> int:
     config = _config(args)
     if importlib.util.find_spec("uvicorn") is None:
         raise ConfigError("a server needs more packages: pip install 'headrace[serve]'")
-    # oneDNN keeps what it compiled for 1,024 shapes, which a server has: a megabyte each
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    bound_caches()
     from engine.serve.running import serving
 
     with (
@@ -32,6 +31,16 @@ def run(args: Namespace) -> int:
     ):
         server.run(lambda url: print(f"ready {url}", file=sys.stderr, flush=True))
     return 0
+
+
+def bound_caches() -> None:
+    """Keep memory from growing with the number of shapes that a server has computed.
+
+    oneDNN and torch each keep what oneDNN compiled for the last 1,024 shapes of matrix products:
+    most of a megabyte each. They read this before the first of them.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "128")
 
 
 def _config(args: Namespace) -> EngineConfig:
