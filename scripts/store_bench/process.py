@@ -23,7 +23,7 @@ class Process:
         self._log = log
         with log.open("w") as file:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True,
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, bufsize=0,
                 env=os.environ | {"PYTHONPATH": str(SCRIPTS)},
             )  # fmt: skip
         self.about = self._answer()
@@ -31,7 +31,7 @@ class Process:
     def seconds(self, what: str) -> float:
         """Have it do a round: how long that took there. Raises WorkerFailed for wrong values."""
         with suppress(BrokenPipeError):  # its answer, or the lack of one, says more
-            print(json.dumps({"do": what}), file=self._pipe(self._process.stdin), flush=True)
+            self._pipe(self._process.stdin).write(json.dumps({"do": what}).encode() + b"\n")
         answer = self._answer()
         if not answer["right"]:
             raise WorkerFailed(f"{what}: what was read is not what was stored")
@@ -46,7 +46,7 @@ class Process:
             raise WorkerFailed(f"the worker said {line!r}; the end of its log:\n{end}") from None
         return dict(answer)
 
-    def _pipe(self, pipe: IO[str] | None) -> IO[str]:
+    def _pipe(self, pipe: IO[bytes] | None) -> IO[bytes]:
         assert pipe is not None
         return pipe
 
