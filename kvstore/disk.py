@@ -61,6 +61,7 @@ class DiskTier:
         self._moved: set[bytes] = set()  # not where their entries say: in a compacted copy
         self._stamps: dict[bytes, None] = {}  # uses not yet written, least recent first
         self._writer = threading.Lock()
+        self._trouble = ""  # of all blocks, when last one was looked for
 
     @property
     def quarantined(self) -> int:
@@ -121,7 +122,9 @@ class DiskTier:
             with self.reading() as txn:
                 return [self._has(txn, key) for key in keys]
         except CorruptRecord as error:
-            _log.warning("all blocks on disk are misses: %s", error)
+            if str(error) != self._trouble:
+                _log.warning("all blocks on disk are misses: %s", error)
+            self._trouble = str(error)
             return [False] * len(keys)
 
     def touched(self, digests: Sequence[bytes]) -> None:
@@ -149,7 +152,7 @@ class DiskTier:
 
     def close(self) -> None:
         try:
-            if self._stamps or self._bad:
+            if (self._stamps or self._bad) and self._env.is_writable():
                 with self.changing():
                     pass
         finally:
@@ -238,7 +241,7 @@ class DiskTier:
 
     def _through_map(self, txn: lmdb.Transaction, entry: Entry, part: Part) -> None:
         """Fill a part that is not in pages of its own, or not in those that its entry names."""
-        self._env.check_length()  # the map must not be touched behind the file's end
+        self._env.check_readable()  # the map must not be touched behind the file's end
         value = self.ledger.record(txn, entry.key.digest, part.number)
         record.decode_into(part.tensor(), value, entry.key, part.group, entry.shape[0])
         if part.page != UNKNOWN:
@@ -264,8 +267,8 @@ class DiskTier:
     def reading(self) -> Iterator[lmdb.Transaction]:
         """A short read transaction: pages freed while it lasts cannot be used again."""
         self._check_process()
-        with explained(self._env.path):
-            self._env.check_length()
+        with explained(self._env.path), self._env.guard.whole():
+            self._env.check_readable()
             with self._env.lmdb.begin(buffers=True) as txn:
                 yield txn
 
@@ -275,10 +278,14 @@ class DiskTier:
         self._check_process()
         with self._writer, explained(self._env.path):
             bad, stamps = list(self._bad), list(self._stamps)
-            with self._env.lmdb.begin(write=True, buffers=True) as txn:
-                self.ledger.remove_trees(txn, bad)
-                self.ledger.stamp(txn, stamps)
-                yield txn
+            self._env.check_place()
+            with self._env.guard.whole() as seen:
+                self._env.check_length()
+                with self._env.lmdb.begin(write=True, buffers=True) as txn:
+                    self.ledger.remove_trees(txn, bad)
+                    self.ledger.stamp(txn, stamps)
+                    yield txn
+                    self._env.guard.check(seen)  # what met a blank page is not committed
             for digest in bad:
                 self._bad.pop(digest, None)
             for digest in stamps:

@@ -16,6 +16,7 @@ from lmdb.verify import VerifyError, verify
 
 from kvstore.errors import CorruptRecord, DeviceFull, StoreError, StoreFormatError
 from kvstore.extent import DataFile
+from kvstore.guard import Guard
 
 if TYPE_CHECKING:
     from lmdb import _Database
@@ -30,7 +31,7 @@ _LITTLE_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Environment:
     """An open LMDB environment and its three tables."""
 
@@ -42,14 +43,41 @@ class Environment:
     pid: int
     page_bytes: int
     values: DataFile  # reads around the map
+    guard: Guard  # of the map
+    damage: str = ""  # of the tables: what is wrong, once that is known
+
+    def check_readable(self) -> None:
+        """Of a data file cut short, without a guard: make it safe to read, or raise. 2 us."""
+        if not self.guard.guards:
+            self.check_length()
 
     def check_length(self) -> None:
         """Mend the data file if somebody has cut it short since: see `mend_length`. 2 us."""
-        pages = self.values.size() // self.page_bytes
-        if pages <= self.lmdb.info()["last_pgno"]:
+        if self.damage:
+            raise CorruptRecord(self.damage)
+        if self.values.size() // self.page_bytes > self.lmdb.info()["last_pgno"]:
+            return
+        self.check_place()
+        try:
             mend_length(self.lmdb, self.path)
+        except CorruptRecord as error:
+            self.damage = str(error)
+            raise
+
+    def is_writable(self) -> bool:
+        """Whether a change is worth a try."""
+        return not self.damage and self.values.is_at(self.path / DATA_FILE)
+
+    def check_place(self) -> None:
+        """Raise StoreError if the folder has another data file by now, or none. 3 us."""
+        if not self.values.is_at(self.path / DATA_FILE):
+            raise StoreError(
+                f"{self.path / DATA_FILE} was deleted, or replaced by another, while it was open: "
+                "nothing more is stored there; open the store again"
+            )
 
     def close(self) -> None:
+        self.guard.close()
         self.values.close()
         self.lmdb.close()
 
@@ -71,9 +99,12 @@ def open_environment(path: Path, budget_bytes: int) -> Environment:
         if not (path / DATA_FILE).exists():
             _create(path)
         env = _open(path, budget_bytes)
+        guard = Guard(path / DATA_FILE)
         try:
-            return _prepare(path, env)
+            with guard.whole():
+                return _prepare(path, env, guard)
         except BaseException:
+            guard.close()
             env.close()
             raise
 
@@ -101,15 +132,15 @@ def _create(path: Path) -> None:
         os.close(folder)
 
 
-def _prepare(path: Path, env: lmdb.Environment) -> Environment:
+def _prepare(path: Path, env: lmdb.Environment, guard: Guard) -> Environment:
     env.reader_check()  # frees the slots of readers that died
-    _verify_after_boot(env, path)
     mend_length(env, path)
+    _verify_after_boot(env, path)
     _check_format(path, env)
     data, books, info = (env.open_db(t, create=False) for t in (b"data", b"entries", b"info"))
     page_bytes = env.stat()["psize"]
     values = DataFile(path / DATA_FILE, page_bytes)
-    return Environment(path, env, data, books, info, os.getpid(), page_bytes, values)
+    return Environment(path, env, data, books, info, os.getpid(), page_bytes, values, guard)
 
 
 def _check_format(path: Path, env: lmdb.Environment) -> None:
@@ -131,41 +162,51 @@ def _verify_after_boot(env: lmdb.Environment, path: Path) -> None:
 
     LMDB keeps its tables whole over a crash if the disk does not lie about flushes. Disks do, and
     LMDB would follow a damaged page into a segmentation fault. A killed process cannot do
-    that damage: what it wrote is in the page cache. Takes about 25 us per record.
+    that damage: what it wrote is in the page cache.
     """
     boot = _BOOT_ID.read_text() if _BOOT_ID.exists() else ""
     seen = path / "verified"
     if boot and seen.exists() and seen.read_text() == boot:
         return
     with env.begin(write=True):  # excludes writers; touches no page but the meta pages
-        try:
-            problems = verify(str(path))
-        except VerifyError as error:
-            problems = [str(error)]
-    if problems:
-        raise StoreError(f"the tables in {path} are damaged ({problems[0]}); {_START_ANEW}")
+        _verify(path)
     handle = os.open(seen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(handle, "w") as file:
         file.write(boot)
 
 
-def mend_length(env: lmdb.Environment, path: Path) -> None:
-    """Make the data file as long as its meta page says.
+def _verify(path: Path) -> None:
+    """Raise CorruptRecord if LMDB's tables are damaged. Takes about 25 us per record."""
+    try:
+        problems = verify(str(path))
+    except VerifyError as error:
+        problems = [str(error)]
+    if problems:
+        raise CorruptRecord(f"the tables in {path} are damaged ({problems[0]}); {_START_ANEW}")
 
-    Touching the map behind the end of a file that was cut short would kill the process (SIGBUS).
-    Behind zeros, records fail their checksums and are misses. LMDB itself leaves a file a little
-    short if the last pages were freed before they were ever written: hence no error.
+
+def mend_length(env: lmdb.Environment, path: Path) -> None:
+    """Make the data file as long as its meta page says, if nothing was behind its end.
+
+    LMDB leaves a file a little short if the last pages were freed before they were ever written.
+    A file that was cut is left as it is: what lies behind its end must not be taken for zeros,
+    on which LMDB's assertions end the process.
+
+    Raises:
+        CorruptRecord: it was cut.
     """
     file = path / DATA_FILE
-    if file.stat().st_size >= (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
+    if file.stat().st_size >= _full_bytes(env):
         return
     with env.begin(write=True):  # excludes writers, who lengthen the file themselves
-        short = file.stat().st_size
-        end = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-        if short < end:
-            _log.info("%s is %d bytes short of its last page; filling up", file, end - short)
-            with file.open("r+b") as handle:
-                handle.truncate(end)
+        end = _full_bytes(env)
+        if file.stat().st_size < end:
+            _verify(path)
+            os.truncate(file, end)
+
+
+def _full_bytes(env: lmdb.Environment) -> int:
+    return int((env.info()["last_pgno"] + 1) * env.stat()["psize"])
 
 
 @contextmanager

@@ -76,6 +76,13 @@ class DataFile:
         """Of the file, in bytes."""
         return os.fstat(self._file.fileno()).st_size
 
+    def is_at(self, path: Path) -> bool:
+        """Whether it still has the name."""
+        try:
+            return os.path.samestat(path.stat(), os.fstat(self.handle))
+        except OSError:
+            return False
+
     def close(self) -> None:
         self._file.close()
 

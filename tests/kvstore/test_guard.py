@@ -1,0 +1,148 @@
+"""A data file that is cut, deleted or replaced while it is open costs misses, never the process."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+
+from kvstore import guard
+from kvstore.disk import DiskTier
+from kvstore.errors import CorruptRecord, StoreError
+from native.library import library
+from tests.kvstore.make import chain, identity, items, right
+
+MODEL = identity(num_layers=4, num_kv_heads=4, head_dim=64)
+KEYS = chain(range(4 * 48), model=MODEL)
+TOUCH = """
+import faulthandler, mmap, sys
+from pathlib import Path
+{before}
+from kvstore.guard import Guard
+path = Path(sys.argv[1])
+path.write_bytes(bytes(3 * mmap.PAGESIZE))
+with path.open("r+b") as file:
+    seen = mmap.mmap(file.fileno(), 0)
+    guard = Guard(path)
+    {after}
+    file.truncate(0)
+    print(seen[mmap.PAGESIZE + 100], guard.faults, flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def compiled():
+    if library(guard.SOURCE) is None:
+        pytest.skip("no C compiler here: nothing is guarded")
+
+
+@pytest.fixture
+def tier(tmp_path):
+    tier = DiskTier(tmp_path / "store", 1 << 30)
+    tier.put(items(KEYS, MODEL))
+    yield tier
+    with suppress(StoreError):
+        tier.close()
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def served(tier):
+    found = [(key, tier.get(key)) for key in KEYS]
+    assert all(block is None or right(block, key, MODEL) for key, block in found)
+    return [block is not None for _, block in found]
+
+
+def test_a_read_behind_the_end_finds_a_blank_page_and_is_counted(tmp_path):
+    done = run("-c", TOUCH.format(before="", after=""), tmp_path / "file")
+    assert (done.returncode, done.stdout) == (0, "0 1\n"), done.stderr
+
+
+@pytest.mark.parametrize("before", ["", "faulthandler.enable()"])
+def test_a_bus_error_elsewhere_is_passed_on(tmp_path, before):
+    done = run("-c", TOUCH.format(before=before, after="guard.close()"), tmp_path / "file")
+    assert done.returncode == -signal.SIGBUS
+    assert ("Bus error" in done.stderr) == bool(before)
+
+
+def test_who_met_a_blank_page_is_told_and_who_comes_later_finds_the_file(tier, tmp_path):
+    data = tmp_path / "store" / "data.mdb"
+    whole, there = data.read_bytes(), tier._env.guard
+    os.truncate(data, 0)
+    with pytest.raises(CorruptRecord, match="cut short"), there.whole():
+        tier._env.lmdb.info()
+    data.write_bytes(whole)
+    with there.whole():
+        assert tier._env.lmdb.info()["last_pgno"] > 2
+
+
+@pytest.mark.parametrize("keep", [0, 0.002, 0.01, 0.5, 0.9])
+def test_what_a_cut_file_still_has_is_served_and_nothing_more_is_written(tier, tmp_path, keep):
+    data = tmp_path / "store" / "data.mdb"
+    size = int(data.stat().st_size * keep)
+    os.truncate(data, size)
+    found = served(tier)
+    assert sum(found) <= keep * len(KEYS)
+    with pytest.raises(StoreError):
+        tier.put(items(chain(range(5000, 5004), model=MODEL), MODEL))
+    assert served(tier) == found
+    assert data.stat().st_size == size
+    tier.close()
+    with pytest.raises(StoreError):
+        DiskTier(tmp_path / "store", 1 << 30)
+
+
+def test_a_trouble_of_all_blocks_is_said_once(tier, tmp_path, caplog):
+    os.truncate(tmp_path / "store" / "data.mdb", 0)
+    assert [tier.held(KEYS) for _ in range(3)] == [[False] * len(KEYS)] * 3
+    assert len([x for x in caplog.records if "all blocks" in x.message]) == 1
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_deleted_while_open_serves_what_is_open_and_refuses_more(tier, tmp_path, replaced):
+    shutil.rmtree(tmp_path / "store")
+    other = DiskTier(tmp_path / "other", 1 << 30) if replaced else None
+    if other is not None:
+        other.close()
+        (tmp_path / "other").rename(tmp_path / "store")
+    assert served(tier) == [True] * len(KEYS)
+    with pytest.raises(StoreError, match="deleted, or replaced"):
+        tier.put(items(chain(range(5000, 5004), model=MODEL), MODEL))
+    with pytest.raises(StoreError, match="deleted, or replaced"):
+        tier.delete(KEYS[:1])
+    tier.close()
+
+
+def test_a_file_cut_after_its_folder_was_deleted_is_misses(tier, tmp_path):
+    data = (tmp_path / "store" / "data.mdb").open("r+b")
+    with data:
+        shutil.rmtree(tmp_path / "store")
+        data.truncate(data.seek(0, os.SEEK_END) // 2)
+    assert False in served(tier)
+
+
+def cuts(folder, rounds, seed):
+    done = run("-m", "tests.kvstore.cut", folder, rounds, seed)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_files_cut_at_any_moment_of_reading_and_writing_cost_no_process(tmp_path):
+    assert cuts(tmp_path, 8, seed=1) == {"0": 8}
+
+
+@pytest.mark.slow
+def test_many_files_cut_at_any_moment_cost_no_process(tmp_path):
+    assert cuts(tmp_path, 300, seed=2) == {"0": 300}
