@@ -5,7 +5,6 @@ from math import inf
 LEAST = 16  # tokens, so that prompts always come on
 STALE = 32  # steps with prompts, after which one without them shows again what that takes
 WEIGHT = 0.2  # of the newest step in what is known
-EVEN = 32  # tokens of a step, or a multiple: libraries compile matrix products for each number
 
 
 class Pace:
@@ -25,16 +24,15 @@ class Pace:
         self._token_s: float | None = None  # each prompt token more
         self._since = 0  # steps with prompts since one without
 
-    def allows(self, decodes: int) -> int | None:
-        """Prompt tokens beside so many decodes; None if there is no bound."""
+    def allows(self) -> int | None:
+        """Prompt tokens beside decodes; None if there is no bound."""
         if self._slowdown == inf:
             return None
         if self._alone_s is None or self._since >= STALE:
             return 0
         if self._token_s is None:
             return LEAST
-        tokens = int((self._slowdown - 1) * self._alone_s / self._token_s)
-        return max(LEAST, (decodes + tokens) // EVEN * EVEN - decodes)
+        return max(LEAST, int((self._slowdown - 1) * self._alone_s / self._token_s))
 
     def learn(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
         """What a step took."""

@@ -21,7 +21,6 @@ from engine.plan import Draft, Plan, Started
 from engine.room import Limits, Room
 
 Start = Callable[[Job], Started]
-Beside = Callable[[int], int | None]
 
 
 class Scheduler:
@@ -61,22 +60,21 @@ class Scheduler:
         self.waiting[job] = None
         self.policy.heard(Note.ADDED, job)
 
-    def next(self, start: Start, beside: Beside = lambda decodes: None) -> Plan:
+    def next(self, start: Start, beside: int | None = None) -> Plan:
         """The next step.
 
         Args:
             start: called when a waiting job gets its place, with room for its whole prompt. It
                 must not raise; it may `finish` the job.
-            beside: prompt tokens that there may be beside so many decodes; None fills the step.
+            beside: prompt tokens that there may be beside decodes; None fills the step.
         """
         starved = [job for job in self._starved if job.unread]
         self.policy.tick([*self.waiting, *self._in(State.OUT), *starved])
         draft = Draft(self.limits.step_tokens)
         self._give_way(draft)
         self._decodes(draft)
-        bound = beside(len(draft.decode)) if draft.decode else None
-        if bound is not None:
-            draft.left = min(draft.left, bound)
+        if draft.decode and beside is not None:
+            draft.left = min(draft.left, beside)
         self._line(draft, start)
         self._starved = [job for job in self.started if job.unread and job not in draft.prompt]
         return draft.plan()

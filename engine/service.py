@@ -184,7 +184,7 @@ class Service:
             self._stirred = False
         self._sweep()
         with self._door:
-            plan = self._scheduler.next(self._start, self._pace.allows)
+            plan = self._scheduler.next(self._start, self._pace.allows())
         self._move(plan)
         worked = self._step(plan)
         with self._door:

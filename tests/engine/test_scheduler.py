@@ -47,13 +47,13 @@ def test_prompts_may_be_kept_small_beside_decodes_and_only_there():
     scheduler = fcfs().scheduler
     first, second = (Job(number, "", 6, 9, DENSE) for number in range(2))
     scheduler.add(first)
-    plan = scheduler.next(lambda job: Started(0), lambda decodes: 2)
+    plan = scheduler.next(lambda job: Started(0), beside=2)
     assert plan.prompt == ((first, 6),)
     scheduler.done(plan)
     scheduler.settled(first)
     scheduler.add(second)
     for beside, tokens in ((0, ()), (2, ((second, 2),)), (None, ((second, 6),))):
-        plan = scheduler.next(lambda job: Started(0), lambda decodes: beside)  # noqa: B023
+        plan = scheduler.next(lambda job: Started(0), beside)
         assert (plan.decode, plan.prompt) == ((first,), tokens)
 
 
