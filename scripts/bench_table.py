@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_bench import tables as serve
+from store_bench import tables as store_bench
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "benchmarks" / "README.md"
@@ -298,6 +299,7 @@ def packed(record: dict[str, Any]) -> str:
 PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode": decode,
     "store": store,
+    "store_lmcache": store_bench.beside_lmcache,
     "sparse_decode": sparse_decode,
     "end_to_end": end_to_end,
     "indexes": indexes,
@@ -315,6 +317,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "serve_shared": serve.shared,
 }
 TITLES = {
+    "store_lmcache": "Store beside LMCache",
     "aot": "Kernels, compiled ahead of time",
     "packed": "Packed prompts",
     "serve_mixed": "Server under load",

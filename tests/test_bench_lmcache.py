@@ -45,6 +45,8 @@ def test_ratios_are_ours_over_theirs(tmp_path, part):
     assert bench.about == {"lmcache": "none"}
     assert json.loads(json.dumps(bench.record()))["ratios"].keys() == bench.rows.keys()
     assert "disk_put_unsynced" in bench.table()
+    record = bench.record() | {"theirs": {"lmcache": "0"}}
+    assert f"{bench.ratio('disk_put'):.2f}" in part("store_bench.tables").beside_lmcache(record)
 
 
 def test_values_that_come_back_wrong_end_the_bench(tmp_path, part):

@@ -23,6 +23,7 @@ who begins too. Results are ours over LMCache's: medians of the rounds' ratios.
 
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -196,6 +197,7 @@ def beside_lmcache(python: Path, folder: Path | None, blocks: int, rounds: int) 
             bench = Bench(side, worker)
             bench.warm_up()
             for turn in range(rounds):
+                print(f"beside LMCache: round {turn + 1} of {rounds}", file=sys.stderr)
                 bench.round(turn)
         side.close()
         return bench
