@@ -15,6 +15,7 @@ import msgspec
 from engine.commands.session import engine_config, open_engine
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from native.heap import few_arenas
 
 
 def run(args: Namespace) -> int:
@@ -22,6 +23,7 @@ def run(args: Namespace) -> int:
     if importlib.util.find_spec("uvicorn") is None:
         raise ConfigError("a server needs more packages: pip install 'headrace[serve]'")
     bound_caches()
+    few_arenas()
     from engine.serve.running import serving
 
     with (

@@ -1,5 +1,6 @@
 """Freed memory goes back to the system."""
 
+import platform
 import re
 import subprocess
 import sys
@@ -37,3 +38,41 @@ def test_holes_in_the_heap_are_given_back():
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert int(re.fullmatch(r"(-?\d+)\n", ran.stdout)[1]) > 40_000_000
+
+
+HEAPS = """
+import ctypes, threading
+from native.heap import few_arenas
+
+few_arenas()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.open_memstream.restype = ctypes.c_void_p
+together = threading.Barrier(8)
+
+def take():
+    together.wait()
+    libc.malloc(ctypes.c_size_t(10_000))
+    together.wait()
+
+threads = [threading.Thread(target=take) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+text, size = ctypes.c_char_p(), ctypes.c_size_t()
+stream = libc.open_memstream(ctypes.byref(text), ctypes.byref(size))
+libc.malloc_info(0, ctypes.c_void_p(stream))
+libc.fclose(ctypes.c_void_p(stream))
+print(text.value.count(b"<heap nr="))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="heaps of threads are glibc's")
+def test_all_threads_share_few_heaps():
+    ran = subprocess.run(
+        [sys.executable, "-c", HEAPS], capture_output=True, text=True, timeout=60,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert 1 <= int(ran.stdout) <= 2
