@@ -53,14 +53,16 @@ class Active:
         return self._reuse.sum(whole) / self._reuse.sizes
 
     def write(
-        self, i: int, cache: Cache, kv: LayerKV, fresh: QKV, rotated: Float[Tensor, "Hk n D"]
+        self, layer: Layer, cache: Cache, kv: LayerKV, fresh: QKV, rotated: Float[Tensor, "Hk n D"]
     ) -> None:
-        """Put fresh KV in the place of what is stored in layer `i`."""
+        """Put the fresh KV of a layer, if it makes any, in the place of what is stored."""
+        if not layer.owns:
+            return
         kv.k.index_copy_(1, self.positions, rotated)
         kv.v.index_copy_(1, self.positions, fresh.v)
         if cache.recorder is not None:
             for at, rows in self._contiguous():
-                cache.recorder.write(i, at, fresh.k[:, rows], fresh.v[:, rows])
+                cache.recorder.write(layer.owner, at, fresh.k[:, rows], fresh.v[:, rows])
 
     def _contiguous(self) -> Iterator[tuple[int, slice]]:
         """Where each run of neighbours starts, and which rows it is."""

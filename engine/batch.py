@@ -56,7 +56,7 @@ class DeviceBatch:
         select: Select | None = None,
         lanes: Lanes | None = None,
     ) -> None:
-        if (reason := why_not(method, pool)) is not None:
+        if (reason := why_not(model, method, pool)) is not None:
             raise EngineError(f"this method is decoded request by request: {reason}")
         capacity = max(capacity, method.sinks + method.window + 1)
         self.model, self.method, self.capacity = model, method, capacity
@@ -265,9 +265,10 @@ def _fresh(layer: Layer, x: Tensor, tables: Tables) -> Fresh:
     return Fresh(rotated_q, q, rotated_k, k, v)
 
 
-def why_not(method: Method, pool: Pool) -> str | None:
-    """What of a method has no static shapes; None if all of it has."""
+def why_not(model: Model, method: Method, pool: Pool) -> str | None:
+    """What of a method has no static shapes, or is not done in them; None if all of it is."""
     reasons = {
+        "layers of this model share their KV": not all(layer.owns for layer in model.layers),
         "its budget is a share of the prompt": method.budget < 1,
         "top_p decides at each step how many tokens there are": method.top_p is not None,
         "certify doubles a budget where a sample asks for it": method.certify is not None,

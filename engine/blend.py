@@ -52,21 +52,23 @@ def blend_layers(
     active = Active(model, reuse, reuse.active(blocks))
     x, last = model.embed(tokens[active.positions]), len(model.layers) - 1
     for i, layer in enumerate(model.layers):
-        loader.wait(i)
+        if layer.owns:
+            loader.wait(layer.owner)
         budget.charge(active.repaired)
-        fresh, kv = layer.qkv(x), cache.view(i, len(tokens))
-        cache.observe(i, fresh.q)
+        fresh, kv = layer.qkv(x), cache.view(layer.owner, len(tokens))
+        if layer.owns:
+            cache.observe(layer.owner, fresh.q)
         q, k = active.rotate(layer, fresh.q), active.rotate(layer, fresh.k)
         rows = None
         if i == last:  # of which only the logits are needed
             rows = torch.tensor([len(x) - 1], device=x.device)
-        elif i == policy.check and not budget.whole:
+        elif layer.owns and layer.owner == policy.check and not budget.whole:
             deviation = active.deviation(fresh.v, kv)
             rows = active.rows(blocks & policy.keep(reuse, budget, relevance, deviation))
-        active.write(i, cache, kv, fresh, k)
+        active.write(layer, cache, kv, fresh, k)
         if rows is not None:
             active, x, q = active.take(rows), x[rows], q[:, rows]
-        yield len(fresh.v[0]) // len(model.layers)
+        yield len(fresh.q[0]) // len(model.layers)
         x = layer.finish(x, active.attend(layer, q, kv))
     cache.advance(len(tokens))
     return model.logits(x)[0]

@@ -187,7 +187,7 @@ class Blending:
     ) -> Slices[Float[Tensor, " vocab"]]:
         """Load, blend, and take note of what it took."""
         tokens = torch.tensor(found.segments.tokens, device=self._model.shape.device)
-        budget = Budget(report.share, found.reuse, self._model.shape.num_layers)
+        budget = Budget(report.share, found.reuse, len(self._model.layers))
         watch = Watch()
         run.release()  # what a lost block left
         cache = run.cache = self._memory.cache(run, self._recorder(run, found.start))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from engine.attention import attend_chunk, attend_token
 from engine.errors import ModelError
-from engine.hf import HFLayer, HFModel, layer_types
+from engine.hf import AnyLayer, HFModel, layer_types
 from engine.kernels.project import project_native, serves
 from engine.rope import Rope
+from kvstore.block import LayerKV
 
 TOKENS = 64  # at least; more where a sliding window would not show, up to:
 MOST_TOKENS = 256
@@ -38,17 +40,32 @@ def check(model: HFModel) -> None:
     reference = model.module
     with ExitStack() as stack:
         stack.enter_context(_eager(reference))
-        stack.enter_context(_widened(reference.model.embed_tokens, only_output=True))
+        tables, around = model.around
+        for table in tables:
+            stack.enter_context(_widened(table, only_output=True))
+        for module in around:
+            stack.enter_context(_fp32(module))
+        trip = Trip(model.embed(ids))
         for i, layer in enumerate(model.layers):
-            stack.enter_context(_compared(i, layer))
+            stack.enter_context(_compared(i, layer, trip))
         for head in (reference.model.norm, reference.lm_head):
             stack.enter_context(_widened(head))
-        hidden: list[Tensor] = []
-        hook = reference.model.norm.register_forward_pre_hook(lambda _, a: hidden.append(a[0][0]))
-        stack.callback(hook.remove)
         want = reference(input_ids=ids[None], use_cache=False).logits[0]
-    with _fp32(reference.model.norm), _fp32(reference.lm_head):
-        _compare("logits", model.logits(hidden[0].float()), want)
+        with _fp32(reference.model.norm), _fp32(reference.lm_head):
+            _compare("logits", model.logits(trip.x), want)
+
+
+@dataclass(slots=True)
+class Trip:
+    """What is known on the way through the layers of the model's own forward.
+
+    Args:
+        x: the last layer's output; before the first one, our embeddings.
+        kv: what layers that make KV leave for those that share it, by its number.
+    """
+
+    x: Float[Tensor, "N E"]
+    kv: dict[int, LayerKV] = field(default_factory=dict)
 
 
 def _tokens(model: HFModel) -> int:
@@ -87,14 +104,16 @@ def _check_product(weight: Tensor) -> None:
 
 
 @contextmanager
-def _compared(index: int, layer: HFLayer) -> Iterator[None]:
+def _compared(index: int, layer: AnyLayer, trip: Trip) -> Iterator[None]:
     """Compare one layer with its module, on whatever the module is called with."""
     with _widened(layer.module):
 
         def compare(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            x = (args[0] if args else kwargs["hidden_states"])[0].float()
-            want = (output[0] if isinstance(output, tuple) else output)[0]
-            _compare(f"layer {index}", _run(layer, x) - x, want - x)
+            x = layer.given(args, kwargs, trip.x)
+            _compare(f"the input of layer {index}", trip.x, x)
+            want = layer.made(output, x)
+            _compare(f"layer {index}", _run(layer, x, trip) - x, want - x)
+            trip.x = want
 
         hook = layer.module.register_forward_hook(compare, with_kwargs=True, prepend=True)
         try:
@@ -103,11 +122,14 @@ def _compared(index: int, layer: HFLayer) -> Iterator[None]:
             hook.remove()
 
 
-def _run(layer: HFLayer, x: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
+def _run(layer: AnyLayer, x: Float[Tensor, "N E"], trip: Trip) -> Float[Tensor, "N E"]:
     """One layer over a prompt; the last token goes the way of decode."""
     q, k, v = layer.qkv(x)
     table = layer.rope.table(torch.arange(len(x), device=x.device))
-    q, k = layer.rope.rotate(q, table), layer.rope.rotate(k, table)
+    q = layer.rope.rotate(q, table)
+    if layer.owns:
+        trip.kv[layer.owner] = LayerKV(layer.rope.rotate(k, table), v)
+    k, v = trip.kv[layer.owner]
     heads = attend_chunk(q, k, v, layer.attention)
     k, v = k.contiguous(), v.contiguous()  # as they lie in a cache
     heads[:, -1] = attend_token(q[:, -1], k, v, layer.attention)

@@ -80,7 +80,7 @@ def seats(model: Model, memory: Memory, slots: int, capacity: int) -> Seated | N
         return None
     from engine.batch import DeviceBatch, why_not  # needs Triton, which not every machine has
 
-    if why_not(memory.method, memory.pool) is not None:
+    if why_not(model, memory.method, memory.pool) is not None:
         return None
     try:
         return Seated(

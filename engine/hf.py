@@ -4,43 +4,22 @@ What differs between families is where the norms stand and how q, k and v are ma
 says it in one line each, and `engine.check` proves it against the model's own forward.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import repeat
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from engine.altup import AltUpLayer, Streams
 from engine.errors import ModelError
-from engine.linear import borrowed, borrowed_norm
-from engine.model import QKV, AttentionSpec, Shape
+from engine.hf_layer import Family, HFLayer, Place, norm_of
+from engine.linear import borrowed
+from engine.model import AttentionSpec, Shape
 from engine.rope import Rope
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """Names of a decoder layer's norms (None: there is none), and the shape of its attention.
-
-    Args:
-        qk_norm: RMS norm of q and k per "head", or over the whole projected "row".
-        interleaved: rotary pairs are neighbours (GLM), not halves.
-        fused_qkv: one `qkv_proj` makes all three.
-        plain_norm: norms are Llama's, rounded where it rounds; others run as the module has them.
-        softcap: the layer caps attention scores with `attn_logit_softcapping`.
-    """
-
-    attn_in: str | None = "input_layernorm"
-    attn_out: str | None = None
-    mlp_in: str | None = "post_attention_layernorm"
-    mlp_out: str | None = None
-    qk_norm: Literal["head", "row"] | None = None
-    interleaved: bool = False
-    fused_qkv: bool = False
-    plain_norm: bool = True
-    softcap: bool = False
-
 
 _GEMMA = Family(
     plain_norm=False,
@@ -58,6 +37,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(fused_qkv=True),
     "gemma2": replace(_GEMMA, softcap=True),
     "gemma3_text": replace(_GEMMA, qk_norm="head"),
+    "gemma3n_text": replace(_GEMMA, qk_norm="head", v_norm=True, altup=True),
     "glm4": Family(
         attn_out="post_self_attn_layernorm", mlp_out="post_mlp_layernorm", interleaved=True
     ),
@@ -70,62 +50,7 @@ FAMILIES: dict[str, Family] = {
         plain_norm=False,
     ),
 }
-
-Norm = Callable[[Tensor], Tensor]
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
-def norm_of(module: nn.Module, family: Family) -> Norm:
-    """A norm of the model; in compiled code where its family's can be."""
-    return borrowed_norm(module) if family.plain_norm else module
-
-
-class HFLayer:
-    """One decoder layer's modules, in the order its family runs them."""
-
-    def __init__(
-        self, module: Any, family: Family, attention: AttentionSpec, rope: Rope, head_dim: int
-    ) -> None:
-        self.module, self.attention, self.rope = module, attention, rope
-        self._attn: Any = borrowed(module.self_attn)
-        self._mlp: Any = borrowed(module.mlp)
-        self._family, self._head_dim = family, head_dim
-        if family.qk_norm is not None:
-            self._q_norm = norm_of(module.self_attn.q_norm, family)
-            self._k_norm = norm_of(module.self_attn.k_norm, family)
-        self._attn_in, self._attn_out, self._mlp_in, self._mlp_out = (
-            self._norm(name)
-            for name in (family.attn_in, family.attn_out, family.mlp_in, family.mlp_out)
-        )
-
-    def qkv(self, x: Float[Tensor, "N E"]) -> QKV:
-        """Projections of N tokens, normalised where the model does, unrotated."""
-        q, k, v = self._project(self._attn_in(x))
-        if self._family.qk_norm == "row":
-            q, k = self._q_norm(q), self._k_norm(k)
-        q, k, v = (part.unflatten(-1, (-1, self._head_dim)) for part in (q, k, v))
-        if self._family.qk_norm == "head":
-            q, k = self._q_norm(q), self._k_norm(k)
-        return QKV(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))
-
-    def finish(
-        self, x: Float[Tensor, "N E"], heads: Float[Tensor, "Hq N D"]
-    ) -> Float[Tensor, "N E"]:
-        """The layer's output: `x` plus what the attended heads and the MLP add."""
-        x = x + self._attn_out(self._attn.o_proj(heads.transpose(0, 1).flatten(1)))
-        return x + self._mlp_out(self._mlp(self._mlp_in(x)[None])[0])
-
-    def _project(self, x: Tensor) -> Sequence[Tensor]:
-        if not self._family.fused_qkv:
-            return self._attn.q_proj(x), self._attn.k_proj(x), self._attn.v_proj(x)
-        qkv, kv = self._attn.qkv_proj(x), self._attn.num_key_value_heads * self._head_dim
-        return qkv.split([qkv.shape[-1] - 2 * kv, kv, kv], -1)
-
-    def _norm(self, name: str | None) -> Norm:
-        return _same if name is None else norm_of(getattr(self.module, name), self._family)
+AnyLayer = HFLayer | AltUpLayer
 
 
 class HFModel:
@@ -139,13 +64,30 @@ class HFModel:
         self._norm = norm_of(self._body.norm, family)
         self._head: Any = borrowed(module.lm_head)
         self._softcap = getattr(self.config, "final_logit_softcapping", None)
+        self.streams = Streams(self._body) if family.altup else None
         turns = ropes(self._body, self.config, family)
-        self.shape = _shape(self.config, module, turns)
+        owns = ownership(self._body.layers, self.config)
+        self.shape = _shape(self.config, module, turns, sum(own for _, own in owns))
         specs = attention_specs(self._body.layers, self.config, family)
-        self.layers = [
-            HFLayer(layer, family, spec, rope, self.shape.head_dim)
-            for layer, spec, rope in zip(self._body.layers, specs, turns, strict=True)
+        places = [
+            Place(spec, rope, self.shape.head_dim, *own)
+            for spec, rope, own in zip(specs, turns, owns, strict=True)
         ]
+        _refuse_unequal(places)
+        plain = [HFLayer(*x) for x in zip(self._body.layers, repeat(family), places)]
+        self.layers: Sequence[AnyLayer] = (
+            [AltUpLayer(layer, i) for i, layer in enumerate(plain)] if family.altup else plain
+        )
+
+    @property
+    def around(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Tables of embeddings, and what else computes before the layers or between norm and them.
+
+        For the load-time check.
+        """
+        if self.streams is not None:
+            return self.streams.tables, self.streams.modules
+        return [self._body.embed_tokens], []
 
     @property
     def eos(self) -> frozenset[int]:
@@ -155,17 +97,22 @@ class HFModel:
 
     @property
     def static_shapes(self) -> bool:
-        """False with experts: how many tokens each gets is known when they are routed."""
+        """False with experts: how many tokens each gets is known when they are routed.
+
+        And where a step makes tensors of numbers, as Gemma 3n's sparse MLPs do.
+        """
         names = ("num_experts", "num_local_experts")
-        return not any(getattr(self.config, name, None) for name in names)
+        return self.streams is None and not any(getattr(self.config, name, None) for name in names)
 
     def embed(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N E"]:
         """Token embeddings, scaled where the model scales them."""
+        if self.streams is not None:
+            return self.streams.begin(tokens)
         return self._body.embed_tokens(tokens[None])[0]
 
     def logits(self, x: Float[Tensor, "N E"]) -> Float[Tensor, "N vocab"]:
         """Next-token logits of the last layer's output."""
-        out = self._head(self._norm(x))
+        out = self._head(self._norm(x if self.streams is None else self.streams.end(x)))
         return out if self._softcap is None else self._softcap * torch.tanh(out / self._softcap)
 
 
@@ -183,6 +130,33 @@ def family_of(config: Any) -> Family:
 def layer_types(config: Any) -> list[str | None]:
     """What `transformers` calls each layer; None where a model has one kind only."""
     return list(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
+
+
+def ownership(layers: Iterable[Any], config: Any) -> list[tuple[int, bool]]:
+    """Of every layer, the number of the KV that it attends to, and whether it makes it.
+
+    A layer without KV of its own takes that of the last layer of its kind that has some (Gemma 3n).
+    """
+    found: list[tuple[int, bool]] = []
+    newest: dict[str | None, int] = {}
+    for layer, kind in zip(layers, layer_types(config), strict=True):
+        owns = not getattr(layer.self_attn, "is_kv_shared_layer", False)
+        if owns:
+            newest[kind] = sum(own for _, own in found)
+        found.append((newest[kind], owns))
+    return found
+
+
+def _refuse_unequal(places: Sequence[Place]) -> None:
+    """ModelError for layers that share KV and attend to it in different ways."""
+    first: dict[int, Place] = {}
+    for number, place in enumerate(places):
+        like = first.setdefault(place.owner, place)
+        if (place.attention, place.rope) != (like.attention, like.rope):
+            raise ModelError(
+                f"layer {number} attends to another layer's KV with a scale, a window or rotary "
+                "frequencies of its own: this is not supported"
+            )
 
 
 def attention_specs(layers: Iterable[Any], config: Any, family: Family) -> list[AttentionSpec]:
@@ -229,11 +203,11 @@ def _switch(parameters: dict[str, Any], config: Any) -> int | None:
     return None
 
 
-def _shape(config: Any, module: Any, turns: Sequence[Rope]) -> Shape:
+def _shape(config: Any, module: Any, turns: Sequence[Rope], num_layers: int) -> Shape:
     weight = module.model.layers[0].self_attn.o_proj.weight
     head_dim = getattr(config, "head_dim", None)
     return Shape(
-        num_layers=config.num_hidden_layers,
+        num_layers=num_layers,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=head_dim or config.hidden_size // config.num_attention_heads,

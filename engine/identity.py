@@ -40,8 +40,15 @@ def identity(
         num_layers=model.shape.num_layers,
         num_kv_heads=model.shape.num_kv_heads,
         head_dim=model.shape.head_dim,
-        attention=_canonical({"config": config, "semantics": SEMANTICS}),
+        attention=_canonical({"config": config, "semantics": SEMANTICS} | _sharing(model)),
     )
+
+
+def _sharing(model: HFModel) -> dict[str, Any]:
+    """Which layer attends to whose KV, where not every one has its own."""
+    if all(layer.owns for layer in model.layers):
+        return {}
+    return {"owners": [layer.owner for layer in model.layers]}
 
 
 def _weights(module: PreTrainedModel, folder: Path | None) -> bytes:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from engine.cache import Cache
-from engine.model import Model
+from engine.model import Model, owners
 from engine.rope import RopeTable, Tables
 from kvstore.block import BlockKey, KVBlock
 from kvstore.layout import layer_groups
@@ -62,6 +62,7 @@ class Loader:
         paced: bool = False,
     ) -> None:
         self._model, self._cache, self._store = model, cache, store
+        self._owners = owners(model)
         self._computed = computed or {}
         self.tables = Tables(torch.arange(length, device=model.shape.device))
         self.load_s = self.waited_s = 0.0
@@ -158,7 +159,7 @@ class Loader:
         span = slice(start, start + data.shape[3] * data.shape[4])
         recorder = self._cache.recorder
         for i, (k, v) in zip(group, data, strict=True):
-            k, v, rope = k.flatten(1, 2), v.flatten(1, 2), self._model.layers[i].rope
+            k, v, rope = k.flatten(1, 2), v.flatten(1, 2), self._owners[i].rope
             cos, sin = self.tables[rope]
             self._cache.write(i, start, rope.rotate(k, RopeTable(cos[span], sin[span])), v)
             if recorder is not None:

@@ -37,8 +37,10 @@ class Memory:
         self.batched = model.shape.device.type == "cuda"  # see `engine.decoding`
         first = torch.zeros(1, dtype=torch.int64, device=model.shape.device)
         self._hidden_bytes = model.embed(first).nbytes  # of a token
+        sparse = set(sparse_layers(model, self.method))
+        self._kept = len({x.owner for x in model.layers if not x.owns and x.owner in sparse})
         self.pool: Pool | None = None
-        if sparse_layers(model, self.method):
+        if sparse:
             spill = None
             if config.spill_path is not None:
                 spill = Spill(Path(config.spill_path), config.spill_bytes)
@@ -97,7 +99,8 @@ class Memory:
 
         Of the layers that move to the pool, a plain prompt has one on the device at a time, and
         as much again while its index is built; where its start is stored, the group of layers that
-        are read together, too. One of segments has them all (`engine.blend`).
+        are read together, too; and KV that several layers share, until the last has read it. One of
+        segments has them all (`engine.blend`).
         """
         if run.segments is not None:
             return run.capacity * layer * moved
@@ -105,7 +108,7 @@ class Memory:
         together = len(
             layer_groups(self._model.shape.num_layers, layer * self._config.block_tokens)[0]
         )
-        return hidden + run.capacity * layer * min(1 + together, moved)
+        return hidden + run.capacity * layer * min(1 + together + self._kept, moved)
 
     def need(self, run: Running, *, slack: int = 0) -> Need:
         """Bytes of a token of a request that runs together with others over time.

@@ -12,7 +12,7 @@ from engine.rope import Rope
 
 
 class QKV(NamedTuple):
-    """Projections of N tokens in one layer, all unrotated."""
+    """Projections of N tokens in one layer, all unrotated; Hk is 0 where it makes no KV."""
 
     q: Float[Tensor, "Hq N D"]
     k: Float[Tensor, "Hk N D"]
@@ -36,7 +36,11 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes every cache and block of a model depends on."""
+    """The sizes every cache and block of a model depends on.
+
+    Args:
+        num_layers: with KV of their own: a model may have more, see `Layer`.
+    """
 
     num_layers: int
     num_heads: int
@@ -49,16 +53,23 @@ class Shape:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of K and V of one token in all layers."""
+        """Bytes of K and V of one token in all layers that have some."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
 @runtime_checkable
 class Layer(Protocol):
-    """One decoder layer; every operation is per token, so N tokens may be of N requests."""
+    """One decoder layer; every operation is per token, so N tokens may be of N requests.
+
+    owner: the number of the KV that it attends to, by which caches and blocks know it: KV is
+        counted in the order of the layers that make it.
+    owns: whether it makes that KV; else an earlier layer does, with the same rope and attention.
+    """
 
     attention: AttentionSpec
     rope: Rope
+    owner: int
+    owns: bool
 
     def qkv(self, x: Float[Tensor, "N E"]) -> QKV: ...
     def finish(
@@ -81,3 +92,8 @@ class Model(Protocol):
     def static_shapes(self) -> bool: ...
     def embed(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N E"]: ...
     def logits(self, x: Float[Tensor, "N E"]) -> Float[Tensor, "N vocab"]: ...
+
+
+def owners(model: Model) -> list[Layer]:
+    """The layers that make KV, by its number."""
+    return [layer for layer in model.layers if layer.owns]

@@ -1,5 +1,6 @@
 """Loop one: read a prompt, fill a cache; chunk by chunk, or layer by layer."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -56,22 +57,26 @@ def layer_slices(
 ) -> Slices[Float[Tensor, " vocab"]]:
     """As `prefill_layers`, a chunk in one layer a slice.
 
-    Each layer's KV moves to the pool as soon as it is complete. So the device holds, of layers
-    whose tokens are selected, the KV of one at a time, and beside it the hidden states of all
-    tokens with the tables of their rotations. Every chunk meets what it meets in `prefill`, so the
-    results are equal. Blocks are complete in the last layer only: the recorder holds them all.
+    Each layer's KV moves to the pool as soon as it is complete, and read by all that share it. So
+    the device holds, of layers whose tokens are selected, the KV of one at a time, and beside it
+    the hidden states of all tokens with the tables of their rotations. Every chunk meets what it
+    meets in `prefill`, so the results are equal. Blocks are complete in the last layer only: the
+    recorder holds them all.
     """
     x, start = model.embed(tokens), cache.length
     runs = range(start, start + len(x), chunk)
     positions = torch.arange(start, start + len(x), device=x.device)
     tables = [Tables(part) for part in positions.split(chunk)]
-    for i, layer in enumerate(model.layers):
-        if loader is not None:
-            loader.wait(i)
+    readers = Counter(layer.owner for layer in model.layers)  # of each layer's KV, still to come
+    for layer in model.layers:
+        if loader is not None and layer.owns:
+            loader.wait(layer.owner)
         for at, part, table in zip(runs, x.split(chunk), tables, strict=True):
-            part.copy_(_layer(layer, i, cache, part, at, table))
+            part.copy_(_layer(layer, cache, part, at, table))
             yield len(part) // len(model.layers)
-        cache.complete(i, start + len(x))
+        readers[layer.owner] -= 1
+        if not readers[layer.owner]:
+            cache.complete(layer.owner, start + len(x))
     cache.advance(len(x))
     return model.logits(x[-1:])[0]
 
@@ -99,14 +104,16 @@ def hidden_states(
 
 
 def _layer(
-    layer: Layer, i: int, cache: Cache, x: Float[Tensor, "N E"], start: int, tables: Tables
+    layer: Layer, cache: Cache, x: Float[Tensor, "N E"], start: int, tables: Tables
 ) -> Float[Tensor, "N E"]:
-    """What layer number `i` makes of the tokens from `start` on; their KV goes to the cache."""
-    q, k, v = layer.qkv(x)
-    cache.observe(i, q)
-    if cache.recorder is not None:
-        cache.recorder.write(i, start, k, v)
-    table = tables[layer.rope]
-    seen = cache.write(i, start, layer.rope.rotate(k, table), v)
+    """What a layer makes of the tokens from `start` on; its KV goes to the cache."""
+    (q, k, v), table, number = layer.qkv(x), tables[layer.rope], layer.owner
+    if layer.owns:
+        cache.observe(number, q)
+        if cache.recorder is not None:
+            cache.recorder.write(number, start, k, v)
+        seen = cache.write(number, start, layer.rope.rotate(k, table), v)
+    else:
+        seen = cache.view(number, start + len(x))
     heads = attend_chunk(layer.rope.rotate(q, table), seen.k, seen.v, layer.attention)
     return layer.finish(x, heads)

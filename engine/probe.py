@@ -26,7 +26,7 @@ class Probe:
 
     def __init__(self, model: Model, cache: Cache, reuse: Reuse, loader: Loader) -> None:
         self._model, self._cache, self._reuse, self._loader = model, cache, reuse, loader
-        self.layers = max(1, round(DEPTH * model.shape.num_layers))
+        self.layers = max(1, round(DEPTH * len(model.layers)))
         self.tokens = 0  # whose projections it computed, in each of the layers
 
     def relevance(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, " n"]:
@@ -35,11 +35,12 @@ class Probe:
         active = Active(self._model, self._reuse, nothing)
         self.tokens = len(active.positions)
         x, found = self._model.embed(tokens[active.positions]), []
-        for i, layer in enumerate(self._model.layers[: self.layers]):
-            self._loader.wait(i)
-            fresh, kv = layer.qkv(x), self._cache.view(i, len(tokens))
+        for layer in self._model.layers[: self.layers]:
+            if layer.owns:
+                self._loader.wait(layer.owner)
+            fresh, kv = layer.qkv(x), self._cache.view(layer.owner, len(tokens))
             q, k = active.rotate(layer, fresh.q), active.rotate(layer, fresh.k)
-            active.write(i, self._cache, kv, fresh, k)
+            active.write(layer, self._cache, kv, fresh, k)
             mass = attention_mass(q[:, -ASKING:], kv.k, layer.attention)
             found.append(self._reuse.sum(_spread(mass)).amax(0))
             x = layer.finish(x, active.attend(layer, q, kv))

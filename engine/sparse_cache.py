@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.cache import Query, SequenceCache, SparseStats
 from engine.errors import EngineError
 from engine.method import Method
-from engine.model import AttentionSpec, Model
+from engine.model import AttentionSpec, Model, owners
 from engine.recorder import Recorder
 from engine.sparse import SparseLayer
 from kvstore.block import LayerKV
@@ -25,13 +25,16 @@ OBSERVED = 128  # queries of the end of the prompt that indexes may learn from
 
 
 def sparse_layers(model: Model, method: Method) -> list[int]:
-    """The layers whose tokens are selected: not the first dense ones, none with a window."""
+    """The layers whose tokens are selected, by the number of their KV.
+
+    Not the first dense ones, none with a window. Where layers share KV, all of them select.
+    """
     if not method.sparse:
         return []
     return [
-        i
+        layer.owner
         for i, layer in enumerate(model.layers)
-        if i >= method.dense_layers and layer.attention.window is None
+        if layer.owns and i >= method.dense_layers and layer.attention.window is None
     ]
 
 
@@ -83,6 +86,7 @@ class SparseCache:
             i: _layer(model, method, pool, self._lease, number, i)
             for number, i in enumerate(sparse_layers(model, method))
         }
+        self._selecting = sum(layer.owner in self._layers for layer in model.layers)
         self._queries: dict[int, Tensor] = {}
         self._final = self._closed = False
         self._seat: Seat | None = None
@@ -105,7 +109,7 @@ class SparseCache:
         total = SparseStats()
         for layer in self._layers.values():
             total += layer.stats
-        total.steps //= max(1, len(self._layers))
+        total.steps //= max(1, self._selecting)
         return total
 
     @property
@@ -114,7 +118,7 @@ class SparseCache:
         return sum(layer.device_bytes for layer in self._layers.values())
 
     def layer(self, number: int) -> SparseLayer:
-        """The sparse state of a layer of the model. KeyError if it is dense."""
+        """The sparse state of a layer, by the number of its KV. KeyError if it is dense."""
         return self._layers[number]
 
     # the prompt
@@ -198,6 +202,7 @@ class SparseCache:
             raise EngineError("finalize() comes between the prompt and the first step")
         if layer not in self._layers:
             return self._dense.attend(layer, query, spec)
+        self._wait(layer)  # one that shares this KV appends nothing
         return self._layers[layer].attend(query)
 
     @property
@@ -212,7 +217,7 @@ class SparseCache:
         guess = state.last if self.method.prefetch == "step" else guess
         if self._predict is not None:
             guess = self._predict(layer, guess)
-        if guess is None:
+        if guess is None or layer in self._pending:  # of another layer that attends to this KV
             return
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "headrace-prefetch", torch.set_num_threads, (1,))
@@ -276,5 +281,5 @@ def _prefetch(layer: SparseLayer, guess: Query) -> None:
 def _layer(
     model: Model, method: Method, pool: Pool, lease: Lease, number: int, i: int
 ) -> SparseLayer:
-    piece, shape = model.layers[i], model.shape
+    piece, shape = owners(model)[i], model.shape
     return SparseLayer(shape, piece.attention, piece.rope, method, lease, pool, number)

@@ -12,8 +12,9 @@ from torch import Tensor
 from engine.attention import attend_chunk
 from engine.cache import Cache, Query
 from engine.loading import Loader
-from engine.model import QKV, AttentionSpec, Layer, Model
+from engine.model import QKV, Layer, Model
 from engine.rope import RopeTable, Tables
+from kvstore.block import LayerKV
 
 
 @dataclass(slots=True, eq=False)
@@ -81,10 +82,10 @@ def hidden(model: Model, pieces: Sequence[Piece]) -> Float[Tensor, "N E"]:
         for piece, rows in zip(pieces, spans, strict=True):
             attend = _nothing if piece.error else _read if piece.prompt else _decode
             try:
-                heads.append(attend(piece, i, rows, fresh, layer.attention))
+                heads.append(attend(piece, layer, rows, fresh))
             except Exception as error:  # whatever it is, it is this request's alone
                 piece.error = _without_tensors(error)
-                heads.append(_nothing(piece, i, rows, fresh, layer.attention))
+                heads.append(_nothing(piece, layer, rows, fresh))
         if all(piece.error for piece in pieces):
             return x
         x = layer.finish(x, _side_by_side(heads, stacked=len(running) == len(pieces)))
@@ -122,30 +123,33 @@ def _fresh(layer: Layer, x: Tensor, tables: Tables) -> Fresh:
     return Fresh(plain, *turned.split([len(plain.q), len(plain.k)]))
 
 
-def _read(
-    piece: Piece, i: int, rows: slice, fresh: Fresh, spec: AttentionSpec
-) -> Float[Tensor, "Hq n D"]:
+def _read(piece: Piece, layer: Layer, rows: slice, fresh: Fresh) -> Float[Tensor, "Hq n D"]:
     """Attention of a chunk of a prompt."""
-    if piece.loader is not None:
-        piece.loader.wait(i)
-    plain, cache = fresh.plain, piece.cache
-    cache.observe(i, plain.q[:, rows])
-    seen = cache.append(i, plain.k[:, rows], fresh.k[:, rows], plain.v[:, rows])
-    return attend_chunk(fresh.q[:, rows], seen.k, seen.v, spec)
+    cache, number = piece.cache, layer.owner
+    if layer.owns:
+        if piece.loader is not None:
+            piece.loader.wait(number)
+        cache.observe(number, fresh.plain.q[:, rows])
+        seen = _append(piece, layer, rows, fresh)
+    else:
+        seen = cache.view(number, cache.length + len(piece.tokens))
+    return attend_chunk(fresh.q[:, rows], seen.k, seen.v, layer.attention)
 
 
-def _decode(
-    piece: Piece, i: int, rows: slice, fresh: Fresh, spec: AttentionSpec
-) -> Float[Tensor, "Hq D"]:
+def _decode(piece: Piece, layer: Layer, rows: slice, fresh: Fresh) -> Float[Tensor, "Hq D"]:
     """Attention of a running request's newest token."""
-    plain, cache, row = fresh.plain, piece.cache, rows.start
-    cache.append(i, plain.k[:, rows], fresh.k[:, rows], plain.v[:, rows])
-    return cache.attend(i, Query(fresh.q[:, row], plain.q[:, row]), spec)
+    if layer.owns:
+        _append(piece, layer, rows, fresh)
+    query = Query(fresh.q[:, rows.start], fresh.plain.q[:, rows.start])
+    return piece.cache.attend(layer.owner, query, layer.attention)
 
 
-def _nothing(
-    piece: Piece, i: int, rows: slice, fresh: Fresh, spec: AttentionSpec
-) -> Float[Tensor, "Hq *n D"]:
+def _append(piece: Piece, layer: Layer, rows: slice, fresh: Fresh) -> LayerKV:
+    k, v = fresh.plain.k[:, rows], fresh.plain.v[:, rows]
+    return piece.cache.append(layer.owner, k, fresh.k[:, rows], v)
+
+
+def _nothing(piece: Piece, layer: Layer, rows: slice, fresh: Fresh) -> Float[Tensor, "Hq *n D"]:
     """What goes on in place of a piece that has an error."""
     return torch.zeros_like(fresh.q[:, rows if piece.prompt else rows.start])
 
@@ -168,7 +172,7 @@ def _look_ahead(
     for (piece, _), guess in zip(running, guesses, strict=True):
         if piece.error is None:
             try:
-                piece.cache.look_ahead(layer, guess)
+                piece.cache.look_ahead(model.layers[layer].owner, guess)
             except Exception as error:  # as in `_attend`
                 piece.error = _without_tensors(error)
 

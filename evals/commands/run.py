@@ -165,9 +165,16 @@ def _engine(settings: RunSettings) -> "Engine":
     with progress().status(f"loading {settings.model}"):
         quiet()
         engine = Engine.from_pretrained(settings.model, config, dtype=dtype, device=settings.device)
+    missing = None
     if engine.tokenizer is None:
+        missing = "has no tokenizer: questions are texts"
+    elif not all(layer.owns for layer in engine.model.layers):
+        missing = (
+            "has layers that share KV: what a method costs is counted by layers with their own"
+        )
+    if missing is not None:
         engine.close()
-        raise ConfigError(f"{settings.model} has no tokenizer: questions are texts")
+        raise ConfigError(f"{settings.model} {missing}")
     return engine
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from evals import registry
 from evals.cli import COMMANDS, main
 from evals.record import read_records
+from tests.engine.families import build
 from tests.evals import toy
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +37,15 @@ def evaluate(capsys):
         return status, *capsys.readouterr()
 
     return run
+
+
+def test_a_model_whose_layers_share_kv_is_refused(evaluate, tmp_path):
+    build("gemma3n").save_pretrained(tmp_path / "model")
+    for path in (ROOT / "models" / "needle-tiny").glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "model")
+    status, _, err = evaluate(*ASKED, "--model", tmp_path / "model", "--out", tmp_path / "out")
+    assert status == 1
+    assert "has layers that share KV: what a method costs" in err
 
 
 def test_help_names_every_command(evaluate):
