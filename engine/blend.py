@@ -7,7 +7,7 @@ from torch import Tensor
 from engine.active import Active
 from engine.cache import Cache
 from engine.loading import Loader
-from engine.model import Model
+from engine.model import Model, kv_depth
 from engine.policies import Budget, Policy
 from engine.probe import Probe
 from engine.reuse import Reuse
@@ -50,7 +50,7 @@ def blend_layers(
         yield probe.tokens * probe.layers // len(model.layers)
     blocks = reuse.everything if budget.whole else policy.first(reuse, budget, relevance)
     active = Active(model, reuse, reuse.active(blocks))
-    x, last = model.embed(tokens[active.positions]), len(model.layers) - 1
+    x, last = model.embed(tokens[active.positions]), kv_depth(model) - 1
     for i, layer in enumerate(model.layers):
         if layer.owns:
             loader.wait(layer.owner)
@@ -60,7 +60,7 @@ def blend_layers(
             cache.observe(layer.owner, fresh.q)
         q, k = active.rotate(layer, fresh.q), active.rotate(layer, fresh.k)
         rows = None
-        if i == last:  # of which only the logits are needed
+        if i == last:  # behind its KV only the logits are needed
             rows = torch.tensor([len(x) - 1], device=x.device)
         elif layer.owns and layer.owner == policy.check and not budget.whole:
             deviation = active.deviation(fresh.v, kv)

@@ -17,7 +17,7 @@ from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.loading import BlocksLost, Loader, Placed
 from engine.memory import Memory
-from engine.model import Model
+from engine.model import Model, kv_depth
 from engine.perfmodel import Decision, PerfModel, Work
 from engine.plain import Plain
 from engine.policies import Budget
@@ -187,7 +187,7 @@ class Blending:
     ) -> Slices[Float[Tensor, " vocab"]]:
         """Load, blend, and take note of what it took."""
         tokens = torch.tensor(found.segments.tokens, device=self._model.shape.device)
-        budget = Budget(report.share, found.reuse, len(self._model.layers))
+        budget = Budget(report.share, found.reuse, kv_depth(self._model))
         watch = Watch()
         run.release()  # what a lost block left
         cache = run.cache = self._memory.cache(run, self._recorder(run, found.start))

@@ -129,5 +129,5 @@ class _Alone:
         if not tokens:
             return
         ids = torch.tensor(tokens, device=self._model.shape.device)
-        for _ in hidden_states(self._model, self._cache, ids, chunk=self._step):
+        for _ in hidden_states(self._model, self._cache, ids, chunk=self._step, ends=True):
             pass  # what matters is written to the cache

@@ -97,3 +97,11 @@ class Model(Protocol):
 def owners(model: Model) -> list[Layer]:
     """The layers that make KV, by its number."""
     return [layer for layer in model.layers if layer.owns]
+
+
+def kv_depth(model: Model) -> int:
+    """How many layers it takes until all KV of a token is made.
+
+    Behind them only tokens whose logits are wanted have to go on (SwiftKV, 2024).
+    """
+    return max(i for i, layer in enumerate(model.layers) if layer.owns) + 1

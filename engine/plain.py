@@ -126,10 +126,11 @@ class Plain:
         device, chunk = self._model.shape.device, self._config.chunk(self._model.shape.device)
         tokens = torch.tensor(run.request.prompt[cache.length :], device=device)
         if not isinstance(cache, SparseCache):
-            for x in hidden_states(self._model, cache, tokens, chunk=chunk, loader=loader):
-                last = x[-1:]
+            read = hidden_states(self._model, cache, tokens, chunk=chunk, loader=loader, ends=True)
+            for part, x in zip(tokens.split(chunk), read, strict=True):
+                last = x
                 self.save(run)
-                yield len(x)
+                yield len(part)
             return self._model.logits(last)[0]
         recorder = cache.recorder
         assert recorder is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.attention import attend_chunk
 from engine.cache import Cache
 from engine.loading import Loader
-from engine.model import Layer, Model
+from engine.model import Layer, Model, kv_depth
 from engine.rope import Tables
 from engine.slices import Slices, drained
 from engine.sparse_cache import SparseCache
@@ -29,8 +29,8 @@ def prefill(
 ) -> Float[Tensor, " vocab"]:
     """Append `tokens`, at least one, to `cache`; returns the logits after the last of them."""
     last = torch.empty(0)
-    for x in hidden_states(model, cache, tokens, chunk=chunk, loader=loader):
-        last = x[-1:]
+    for x in hidden_states(model, cache, tokens, chunk=chunk, loader=loader, ends=True):
+        last = x
         after_chunk()
     return model.logits(last)[0]
 
@@ -68,7 +68,10 @@ def layer_slices(
     positions = torch.arange(start, start + len(x), device=x.device)
     tables = [Tables(part) for part in positions.split(chunk)]
     readers = Counter(layer.owner for layer in model.layers)  # of each layer's KV, still to come
-    for layer in model.layers:
+    depth = kv_depth(model)
+    for i, layer in enumerate(model.layers):
+        if i == depth:  # nothing is wanted any more but the logits
+            x, runs, tables = x[-1:], range(runs.stop - 1, runs.stop), [Tables(positions[-1:])]
         if loader is not None and layer.owns:
             loader.wait(layer.owner)
         for at, part, table in zip(runs, x.split(chunk), tables, strict=True):
@@ -76,8 +79,8 @@ def layer_slices(
             yield len(part) // len(model.layers)
         readers[layer.owner] -= 1
         if not readers[layer.owner]:
-            cache.complete(layer.owner, start + len(x))
-    cache.advance(len(x))
+            cache.complete(layer.owner, start + len(tokens))
+    cache.advance(len(tokens))
     return model.logits(x[-1:])[0]
 
 
@@ -89,15 +92,18 @@ def hidden_states(
     *,
     chunk: int,
     loader: Loader | None = None,
+    ends: bool = False,
 ) -> Iterator[Float[Tensor, "N E"]]:
     """The last layer's output for `tokens`, a chunk at a time, appending them to `cache`.
 
-    `loader` puts the KV of the tokens before `cache.length` there, a layer at a time, just
-    before the first chunk needs it.
+    Args:
+        loader: puts the KV of the tokens before `cache.length` there, a layer at a time, just
+            before the first chunk needs it.
+        ends: only for the last token of each chunk.
     """
     for part in tokens.split(chunk):
         piece = Piece(cache, part, prompt=True, loader=loader)
-        x = hidden(model, [piece])
+        x = hidden(model, [piece], ends=ends)
         raise_error([piece])
         cache.advance(len(part))
         yield x

@@ -9,7 +9,7 @@ from engine.active import Active
 from engine.attention import capped
 from engine.cache import Cache
 from engine.loading import Loader
-from engine.model import AttentionSpec, Model
+from engine.model import AttentionSpec, Model, kv_depth
 from engine.reuse import Reuse
 
 ASKING = 64  # tokens of the prompt's end whose attention counts
@@ -26,7 +26,7 @@ class Probe:
 
     def __init__(self, model: Model, cache: Cache, reuse: Reuse, loader: Loader) -> None:
         self._model, self._cache, self._reuse, self._loader = model, cache, reuse, loader
-        self.layers = max(1, round(DEPTH * len(model.layers)))
+        self.layers = max(1, round(DEPTH * kv_depth(model)))
         self.tokens = 0  # whose projections it computed, in each of the layers
 
     def relevance(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, " n"]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.attention import attend_chunk
 from engine.cache import Cache, Query
 from engine.loading import Loader
-from engine.model import QKV, Layer, Model
+from engine.model import QKV, Layer, Model, kv_depth
 from engine.rope import RopeTable, Tables
 from kvstore.block import LayerKV
 
@@ -56,10 +56,10 @@ def step(model: Model, pieces: Sequence[Piece]) -> list[Float[Tensor, " vocab"] 
     A piece whose cache or loader raises has the `error`, no logits, and a cache as long as before;
     nothing changes for the others. What the model raises, this raises: then no cache has grown.
     """
-    x = hidden(model, pieces)
+    x = hidden(model, pieces, ends=True)
     sound = [piece.error is None for piece in pieces]
     wanted = [fine and piece.logits for fine, piece in zip(sound, pieces, strict=True)]
-    rows = [span.stop - 1 for span, is_it in zip(_spans(pieces), wanted, strict=True) if is_it]
+    rows = [row for row, is_it in enumerate(wanted) if is_it]
     found = iter(model.logits(x if len(rows) == len(x) else x[rows]) if rows else ())
     for fine, piece in zip(sound, pieces, strict=True):
         if fine:
@@ -68,15 +68,24 @@ def step(model: Model, pieces: Sequence[Piece]) -> list[Float[Tensor, " vocab"] 
 
 
 @torch.inference_mode()
-def hidden(model: Model, pieces: Sequence[Piece]) -> Float[Tensor, "N E"]:
+def hidden(model: Model, pieces: Sequence[Piece], *, ends: bool = False) -> Float[Tensor, "N E"]:
     """The last layer's output for the tokens of all pieces; the caller advances their caches.
 
     Rows of pieces with an error mean nothing.
+
+    Args:
+        ends: only of each piece's last token; the others go no further than their KV does.
     """
     x, spans = model.embed(torch.cat([piece.tokens for piece in pieces])), _spans(pieces)
-    running = [(x, rows.start) for x, rows in zip(pieces, spans, strict=True) if not x.prompt]
     tables = Tables(torch.tensor(_positions(pieces), device=x.device))
+    depth = kv_depth(model) if ends else None
+    running = _running(pieces, spans)
     for i, layer in enumerate(model.layers):
+        if i == depth and len(x) > len(pieces):
+            x, positions = _last_rows(x, spans), [_positions([piece])[-1] for piece in pieces]
+            spans = [slice(row, row + 1) for row in range(len(pieces))]
+            tables = Tables(torch.tensor(positions, device=x.device))
+            running = _running(pieces, spans)
         _look_ahead(model, i + 1, x, tables, running)
         fresh, heads = _fresh(layer, x, tables), []
         for piece, rows in zip(pieces, spans, strict=True):
@@ -87,9 +96,19 @@ def hidden(model: Model, pieces: Sequence[Piece]) -> Float[Tensor, "N E"]:
                 piece.error = _without_tensors(error)
                 heads.append(_nothing(piece, layer, rows, fresh))
         if all(piece.error for piece in pieces):
-            return x
+            break
         x = layer.finish(x, _side_by_side(heads, stacked=len(running) == len(pieces)))
-    return x
+    return _last_rows(x, spans) if ends else x
+
+
+def _running(pieces: Sequence[Piece], spans: Sequence[slice]) -> list[tuple[Piece, int]]:
+    """Those that decode, and the row of each."""
+    return [(x, rows.start) for x, rows in zip(pieces, spans, strict=True) if not x.prompt]
+
+
+def _last_rows(x: Float[Tensor, "N E"], spans: Sequence[slice]) -> Float[Tensor, "P E"]:
+    """The row of each piece's last token."""
+    return x if len(spans) == len(x) else x[[span.stop - 1 for span in spans]]
 
 
 def raise_error(pieces: Sequence[Piece]) -> None:

@@ -169,9 +169,7 @@ def _engine(settings: RunSettings) -> "Engine":
     if engine.tokenizer is None:
         missing = "has no tokenizer: questions are texts"
     elif not all(layer.owns for layer in engine.model.layers):
-        missing = (
-            "has layers that share KV: what a method costs is counted by layers with their own"
-        )
+        missing = "has layers that share KV: what a method costs is counted by layers of their own"
     if missing is not None:
         engine.close()
         raise ConfigError(f"{settings.model} {missing}")

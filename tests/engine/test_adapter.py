@@ -33,6 +33,7 @@ KINDS = {
     "fused": ("phi3-partial", dict(r=4, target_modules=["qkv_proj", "gate_up_proj"])),
     "all": ("gemma2", dict(r=4, target_modules="all-linear")),
     "some-layers": ("olmo2", dict(r=4, target_modules=["q_proj"], layers_to_transform=[0, 2])),
+    "shared-kv": ("gemma3n", dict(r=4, target_modules=["q_proj", "k_proj", "linear_left"])),
     "tied-head": ("gemma3", dict(r=4, target_modules=["v_proj", "lm_head"])),
 }
 

@@ -154,6 +154,28 @@ def test_kv_moves_to_the_pool_when_its_last_reader_has_read_it(module, monkeypat
     cache.close()
 
 
+@pytest.mark.parametrize("method", ["dense", "headrace"])
+def test_behind_the_last_kv_only_the_last_token_of_a_chunk_goes_on(method, module, monkeypatch):
+    """Half of the layers make no KV, so nobody asks for what most tokens are there."""
+    rows = []
+    with Engine(module, config=EngineConfig(prefill_chunk=32, method=preset(method))) as engine:
+        for layer in engine.model.layers:
+            qkv = layer.qkv
+            monkeypatch.setattr(layer, "qkv", lambda x, f=qkv: (rows.append(len(x)), f(x))[1])
+        engine.generate([PROMPTS[0].tolist()], max_new_tokens=1)
+    if method == "dense":
+        assert rows == [32] * 3 + [1] * 3 + [32] * 3 + [1] * 3 + [26] * 3 + [1] * 3
+    else:  # layer by layer
+        assert rows == [32, 32, 26] * 3 + [1] * 3
+
+
+def test_logits_of_all_tokens_go_all_the_way(module):
+    with Engine(module, config=EngineConfig(prefill_chunk=32)) as engine:
+        found = engine.logits(PROMPTS[0])
+    wanted = oracle.logits(module, PROMPTS[0])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=oracle.TOLERANCE)
+
+
 def test_chunks_are_reused_in_another_order(module):
     """As of any model: at share 1 the answer is the model's, below it KV of chunks is reused."""
     a, b, question = prompt(64).tolist(), prompt(48).tolist(), prompt(9).tolist()
