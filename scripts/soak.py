@@ -84,7 +84,10 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     wrong += [] if stats.evictions else ["nothing was evicted: run it longer, or lower --disk-gib"]
     about = {"benchmark": "soak", "minutes": options.minutes, "budget_bytes": budget}
     found = {"blocks_read": churn.blocks_read, "blocks_put": churn.blocks_put, "wrong": wrong}
-    found |= {"evictions": stats.evictions, "file_share": max(w.file_bytes for w in windows) / budget}
+    found |= {
+        "evictions": stats.evictions,
+        "file_share": max(w.file_bytes for w in windows) / budget,
+    }
     rows = [w._asdict() for w in windows]
     return facts(torch.device("cpu")) | about | found | {"windows": rows}
 
