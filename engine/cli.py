@@ -208,6 +208,10 @@ def _add_model_options(parser: Parser) -> None:
     )  # fmt: skip
     _add_store_options(parser)
     parser.add_argument("--no-store", action="store_true", help="keep no KV on disk")
+    parser.add_argument(
+        "--remote", metavar="URL",
+        help="Redis server to share KV through: redis://HOST, rediss://HOST, unix:///PATH",
+    )  # fmt: skip
 
 
 def _add_sampling_options(parser: Parser) -> None:

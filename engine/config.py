@@ -2,6 +2,7 @@
 
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import torch
@@ -104,7 +105,8 @@ def _known(struct: type[msgspec.Struct], prefix: str = "") -> str:
     """Names of all settings, dotted."""
     names = []
     for field in msgspec.structs.fields(struct):
-        nested = isinstance(field.type, type) and issubclass(field.type, msgspec.Struct)
+        kinds = (field.type, *get_args(field.type))  # it may be a table or None
+        nested = [k for k in kinds if isinstance(k, type) and issubclass(k, msgspec.Struct)]
         dotted = prefix + field.name
-        names.append(_known(field.type, f"{dotted}.") if nested else dotted)
+        names.append(_known(nested[0], f"{dotted}.") if nested else dotted)
     return ", ".join(names)

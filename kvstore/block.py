@@ -41,6 +41,8 @@ class BlockKey:
     kind: Kind = field(compare=False)
     depth: int = field(compare=False)  # index in its chain
     tenant: bytes = field(default=bytes(8), compare=False)  # see `tenant_tag`, 8
+    # the tenant's part of what seals its blocks elsewhere; stored nowhere, so b"" if read back
+    seal_key: bytes = field(default=b"", compare=False, repr=False)
 
     @classmethod
     def chain(
@@ -69,6 +71,7 @@ class BlockKey:
         ids = _token_ids(tokens)
         secret = _secret(tenant)
         tag = tenant_tag(tenant)
+        seal_key = hmac.digest(secret, b"headrace seal 1", "sha256")
         head = _head(identity.digest, size, kind, warmup)
         end = len(ids) if kind is not Kind.EXACT else len(ids) // size * size
         keys: list[BlockKey] = []
@@ -77,7 +80,8 @@ class BlockKey:
             own = ids[start : start + size].tobytes()
             digest = hmac.digest(secret, head + _link(parent, len(own) // 4) + own, "sha256")
             digest16, count = sha256(own).digest()[:16], len(own) // 4
-            keys.append(cls(digest, parent, identity.digest, digest16, count, kind, depth, tag))
+            own_fields = digest16, count, kind, depth, tag, seal_key
+            keys.append(cls(digest, parent, identity.digest, *own_fields))
             parent = digest
         return keys
 

@@ -6,6 +6,7 @@ import msgspec
 
 from kvstore.codecs.known import CodecName
 from kvstore.eviction import PolicyName
+from kvstore.remote.config import RemoteConfig
 
 GIB = 1 << 30
 
@@ -17,10 +18,11 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         host_bytes: memory for blocks; 0 for no host tier.
         disk_path: folder of the disk tier; None for no disk tier. Not on a network file system.
         disk_bytes: live bytes on disk. The file may be some batches larger (see DiskTier).
-        codec: how blocks are written to the disk: `raw`, or `lossless` for about two thirds of
-            the bytes at the price of compressing and decompressing them.
+        codec: how blocks are written to the disk and to `remote`: `raw`, or `lossless` for about
+            two thirds of the bytes at the price of compressing and decompressing them.
         policy: which blocks of a full tier go first, the last of their chain always: `lru`, least
             recently used; `fifo`, `lfu`, `arc`, `s3fifo`, `sieve`, `gdsf`. See `kvstore.policies`.
+        remote: a server that machines share blocks through, behind all other tiers; None for none.
     Raises:
         ValueError: if a budget is negative or no tier is left.
     """
@@ -30,6 +32,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     disk_bytes: int = 16 * GIB
     codec: CodecName = "raw"
     policy: PolicyName = "lru"
+    remote: RemoteConfig | None = None
 
     def __post_init__(self) -> None:
         if self.host_bytes < 0:

@@ -5,6 +5,8 @@ StoreError                  the store could not do what was asked
 ├── CorruptRecord           bytes that are not what was asked for; callers of the store see a miss
 ├── MissingParent           a block would rest on disk without the blocks before it
 ├── PoolFull                a pool's byte budget does not suffice for the requests that run
+├── Unreachable             the shared tier does not answer as it should; callers see a miss
+│   └── TimedOut            it does not answer in time
 └── TierFull                a tier's byte budget does not suffice
     └── DeviceFull          the device below the tier is full, whatever the budget says
 """
@@ -28,6 +30,14 @@ class MissingParent(StoreError):
 
 class PoolFull(StoreError):
     """A pool has no room for more tokens; requests that end make some."""
+
+
+class Unreachable(StoreError):
+    """The server of the shared tier cannot be asked. Inside the store it becomes a miss."""
+
+
+class TimedOut(Unreachable):
+    """It took longer than remote.timeout_s or remote.connect_timeout_s."""
 
 
 class TierFull(StoreError):

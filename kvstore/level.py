@@ -2,7 +2,7 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 
 from kvstore.audit import AuditReport, audit_tier
@@ -77,6 +77,12 @@ class Level:
                 self._seed()  # other processes may have put blocks we can evict
                 self._put_singly(blocks)
             return sum(self.tier.held([key for key, _ in blocks]))
+
+    def room(self, pinned: Iterable[bytes]) -> int:
+        """Bytes that insertions may take now: all but those of pinned blocks."""
+        with self._lock:
+            here = [digest for digest in pinned if digest in self._policy]
+            return self.tier.capacity_bytes - sum(map(self._policy.nbytes, here))
 
     def skip(self, count: int) -> None:
         """Count blocks that were not offered to the tier."""

@@ -72,6 +72,12 @@ class Pins:
             self._expire()
             return len(self._counts)
 
+    def digests(self) -> list[bytes]:
+        """Pinned blocks, there or not."""
+        with self._lock:
+            self._expire()
+            return list(self._counts)
+
     def __contains__(self, digest: object) -> bool:
         with self._lock:
             self._expire()

@@ -22,6 +22,17 @@ class TierStats:
 
 
 @dataclass(slots=True)
+class RemoteStats:
+    """How well the server of the shared tier answers, since it was opened."""
+
+    is_open: bool = False  # set aside: nothing is asked until it answers a probe
+    openings: int = 0  # times it was set aside
+    failures: int = 0  # exchanges and probes
+    time_outs: int = 0  # of these
+    queued_bytes: int = 0  # waiting to be sent
+
+
+@dataclass(slots=True)
 class StoreStats:
     """All tiers, what waits to be written, and what is pinned."""
 
@@ -30,3 +41,4 @@ class StoreStats:
     pinned: int = 0
     oldest_pin_s: float = 0.0  # how long the oldest pin has held
     expired_pins: int = 0  # that were not released in time
+    remote: RemoteStats | None = None  # None without a shared tier

@@ -16,8 +16,10 @@ from kvstore.codecs.known import BY_NAME
 from kvstore.config import StoreConfig
 from kvstore.disk import DiskTier
 from kvstore.eviction import PolicyName
+from kvstore.kept import Kept
 from kvstore.level import Level
 from kvstore.pins import PIN_S, Pin, Pins
+from kvstore.remote.tier import RemoteTier
 from kvstore.spares import Spares
 from kvstore.stats import StoreStats
 from kvstore.tier import HostTier, Item, Tier
@@ -31,7 +33,8 @@ class TieredStore:
     """Blocks of KV in tiers, fastest first. Thread-safe; one per folder and process.
 
     A put goes to tiers in memory at once and to durable ones by a background thread. Nothing moves
-    on a read. Any doubt about stored bytes is a miss. Pins hold in this process only.
+    on a read, but from `remote`: what that has alone is then kept in memory and on disk. Any doubt
+    about stored bytes is a miss. Pins hold in this process only, and not in `remote`.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class TieredStore:
         *,
         queue_bytes: int = QUEUE_BYTES,
         policy: PolicyName = "lru",
+        remote: RemoteTier | None = None,
     ) -> None:
         self._lock = threading.RLock()  # policies, pins and numbers; never held during I/O
         self._pins = Pins(self._lock)
@@ -49,17 +53,29 @@ class TieredStore:
         self._writer = Writer(self._write, queue_bytes) if self._slow else None
         self._spares = Spares()
         self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="headrace-reader")
+        self._remote = remote
+        self._sources: list[Level | RemoteTier] = [*self._levels]
+        if remote is not None:
+            remote.keeper = Kept(self._fast, self._writer, self._pins, self._spares)
+            self._sources.append(remote)
         self._closed = False
 
     @classmethod
     def open(cls, config: StoreConfig) -> "TieredStore":
         """The tiers that the configuration asks for. Raises StoreError."""
-        tiers: list[Tier] = []
-        if config.host_bytes:
-            tiers.append(HostTier(config.host_bytes))
-        if config.disk_path is not None:
-            tiers.append(DiskTier(Path(config.disk_path), config.disk_bytes, BY_NAME[config.codec]))
-        return cls(tiers, policy=config.policy)
+        codec = BY_NAME[config.codec]
+        remote = None if config.remote is None else RemoteTier(config.remote, codec)
+        try:
+            tiers: list[Tier] = []
+            if config.host_bytes:
+                tiers.append(HostTier(config.host_bytes))
+            if config.disk_path is not None:
+                tiers.append(DiskTier(Path(config.disk_path), config.disk_bytes, codec))
+            return cls(tiers, policy=config.policy, remote=remote)
+        except BaseException:
+            if remote is not None:
+                remote.close()
+            raise
 
     def lookup(self, keys: Sequence[BlockKey]) -> int:
         """How many leading keys are in some tier. Counts as a use of them; moves no data."""
@@ -80,7 +96,7 @@ class TieredStore:
         With `out` it is copied there: memory that is used again spares the page faults of a
         fresh tensor, which take as long as the copy.
         """
-        for level in self._levels:
+        for level in self._sources:
             data = level.tier.read(key, layers, out)
             if data is not None:
                 self._count_reads(level, 1, data.nbytes)
@@ -93,7 +109,7 @@ class TieredStore:
 
     def get(self, key: BlockKey) -> KVBlock | None:
         """A whole block, from the fastest tier that has it. Do not write to it."""
-        for level in self._levels:
+        for level in self._sources:
             block = level.tier.get(key)
             if block is not None:
                 self._count_reads(level, 1, block.nbytes)
@@ -111,7 +127,10 @@ class TieredStore:
         share = max(1, -(-len(keys) // READ_THREADS))
         parts = [slice(first, first + share) for first in range(0, len(keys), share)]
         runs = [self._readers.submit(self._read_run, keys[p], layers, out[p]) for p in parts]
-        return [is_there for run in runs for is_there in run.result()]
+        found = [is_there for run in runs for is_there in run.result()]
+        if self._remote is not None and not all(found):
+            self._read_remotely(self._remote, keys, layers, out, found)
+        return found
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory for a block that will be put here: much faster to fill than the system's."""
@@ -134,11 +153,16 @@ class TieredStore:
             for level in self._fast:
                 level.insert(reachable)
                 level.skip(len(owned) - len(reachable))
+            if self._remote is not None:
+                self._remote.offer(owned)
             if self._writer is not None:
                 self._writer.put(owned)
 
     def flush(self) -> None:
-        """Return when all that was put is durable or skipped. Raises the StoreError of a write."""
+        """Return when all that was put is durable or skipped. Raises the StoreError of a write.
+
+        A remote tier is not waited for: it promises nothing.
+        """
         if self._writer is not None:
             self._writer.flush()
 
@@ -157,8 +181,10 @@ class TieredStore:
             for count, key in enumerate(keys):
                 if level.held([key])[0]:
                     continue
-                block = self.get(key)
-                if block is None or not level.insert([(key, block)]):
+                block = self.get(key)  # which may have brought it
+                if block is not None:
+                    level.insert([(key, block)])
+                if not level.held([key])[0]:
                     return count
         return len(keys)
 
@@ -172,10 +198,16 @@ class TieredStore:
     def stats(self) -> StoreStats:
         queued = self._writer.queued_bytes if self._writer else 0
         tiers = {level.tier.name: level.snapshot() for level in self._levels}
-        return StoreStats(tiers, queued, len(self._pins), self._pins.oldest_s, self._pins.expired)
+        remote = self._remote
+        if remote is not None:
+            tiers[remote.name] = remote.snapshot()
+        return StoreStats(
+            tiers, queued, len(self._pins), self._pins.oldest_s, self._pins.expired,
+            None if remote is None else remote.health(),
+        )  # fmt: skip
 
     def __contains__(self, key: BlockKey | bytes) -> bool:
-        """Whether some tier has a block; counts as no use of it."""
+        """Whether some tier of this machine has a block; counts as no use of it."""
         return any(key in level.tier for level in self._levels)
 
     def resting(self, keys: Sequence[BlockKey]) -> list[str | None]:
@@ -184,6 +216,9 @@ class TieredStore:
         for level in reversed(self._levels):
             held = level.held(keys)
             names = [level.tier.name if is_ else n for is_, n in zip(held, names, strict=True)]
+        if self._remote is not None:
+            there = self._remote.held(keys, [name is not None for name in names])
+            names = [self._remote.name if is_ else n for is_, n in zip(there, names, strict=True)]
         return names
 
     def delete(self, keys: Sequence[BlockKey | bytes]) -> int:
@@ -196,10 +231,11 @@ class TieredStore:
             StoreError: something put before could not be written, or the device failed.
         """
         self.flush()  # what is on its way to the disk must not arrive afterwards
-        return sum(level.delete(keys) for level in self._levels)
+        count = sum(level.delete(keys) for level in self._levels)
+        return count if self._remote is None else count + self._remote.delete(keys)
 
     def clear(self) -> None:
-        """Delete all blocks, also those of other tenants and models."""
+        """Delete all blocks of this machine, also those of other tenants and models."""
         self.flush()
         for level in self._levels:
             level.clear()
@@ -216,6 +252,8 @@ class TieredStore:
             self._readers.shutdown()
             for level in self._levels:
                 level.tier.close()
+            if self._remote is not None:
+                self._remote.close()
             self._spares.close()
 
     def __enter__(self) -> "TieredStore":
@@ -226,14 +264,20 @@ class TieredStore:
 
     def _lookup(self, keys: Sequence[BlockKey]) -> int:
         held = [level.held(keys) for level in self._levels]
+        if self._remote is not None:
+            here = [any(column) for column in zip(*held, strict=True)]
+            held.append(self._remote.held(keys, here))
         leading = 0
         while leading < len(keys) and any(found[leading] for found in held):
             leading += 1
         with self._lock:
-            for level, found in zip(self._levels, held, strict=True):
+            for level, found in zip(self._levels, held, strict=False):
                 level.touch([key for key, is_ in zip(keys[:leading], found, strict=False) if is_])
                 level.stats.hits += sum(found[:leading])
                 level.stats.misses += found[: leading + 1].count(False)
+            if self._remote is not None:
+                self._remote.stats.hits += sum(held[-1][:leading])
+                self._remote.stats.misses += leading < len(keys)
         return leading
 
     def _read_run(self, keys: Sequence[BlockKey], layers: range, out: Tensor) -> list[bool]:
@@ -246,7 +290,22 @@ class TieredStore:
                 self._count_reads(level, count, count * out[0].nbytes)
         return found
 
-    def _count_reads(self, level: Level, count: int, nbytes: int) -> None:
+    def _read_remotely(
+        self,
+        remote: RemoteTier,
+        keys: Sequence[BlockKey],
+        layers: range,
+        out: Float[Tensor, "B n 2 Hk P D"],
+        found: list[bool],
+    ) -> None:
+        """Read what is not `found` yet, all at once, and note which of it is now."""
+        left = [i for i, is_there in enumerate(found) if not is_there]
+        there = remote.read_many([keys[i] for i in left], layers, [out[i] for i in left])
+        for i, is_there in zip(left, there, strict=True):
+            found[i] = is_there
+        self._count_reads(remote, sum(there), sum(there) * out[0].nbytes)
+
+    def _count_reads(self, level: Level | RemoteTier, count: int, nbytes: int) -> None:
         with self._lock:
             level.stats.reads += count
             level.stats.bytes_read += nbytes

@@ -43,6 +43,17 @@ class Writer:
                 self._put_count += 1
                 self._changed.notify_all()
 
+    def offer(self, blocks: Sequence[Item]) -> None:
+        """As `put`, of as many as find room now: nobody waits, and what is left out is no loss."""
+        with self._changed:
+            for item in blocks:
+                if self.queued_bytes >= self._limit or self._closing:
+                    return
+                self._queue.append(item)
+                self.queued_bytes += item[1].nbytes
+                self._put_count += 1
+                self._changed.notify_all()
+
     def flush(self) -> None:
         """Return when all that was put before is written. Raises what went wrong since the last."""
         with self._changed:

@@ -17,6 +17,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, PromptError
 from engine.method import Method, preset
 from kvstore.config import StoreConfig
+from kvstore.remote.config import RemoteConfig
 from native.folders import cache_folder
 
 if TYPE_CHECKING:  # importing these takes seconds, and not every command needs them
@@ -41,6 +42,8 @@ def engine_config(args: Namespace) -> EngineConfig:
     if changes["disk_path"] is None and not config.store.host_bytes:
         changes["host_bytes"] = StoreConfig().host_bytes  # some tier must be left
     try:
+        if (url := getattr(args, "remote", None)) is not None:
+            changes["remote"] = _remote(url, config.store.remote)
         store = msgspec.structs.replace(config.store, **changes)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -59,6 +62,13 @@ def _method(args: Namespace, config: EngineConfig) -> Method:
         return msgspec.structs.replace(config.method, **changes)
     except msgspec.ValidationError as error:
         raise ConfigError(f"method: {error}") from error
+
+
+def _remote(url: str, configured: RemoteConfig | None) -> RemoteConfig:
+    """The server of `--remote`, with the configuration's other settings of it."""
+    if configured is None:
+        return RemoteConfig(url=url)
+    return msgspec.structs.replace(configured, url=url)
 
 
 def _disk_path(args: Namespace, config: EngineConfig) -> str | None:

@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 
 from engine.serve.counters import Read, Readings
 from engine.serve.report import Pool, Swap
-from kvstore.stats import StoreStats, TierStats
+from kvstore.stats import RemoteStats, StoreStats, TierStats
 
 TIER_GAUGES: Final = {
     "used_bytes": ("tier_used_bytes", "Bytes of blocks."),
@@ -48,6 +48,15 @@ SWAPS: Final = {
     "bytes": ("bytes_out", "bytes_back"),
     "disk_bytes": ("disk_bytes_written", "disk_bytes_read"),
 }
+REMOTE_GAUGES: Final = {
+    "is_open": ("remote_open", "1 while the server is set aside, as it does not answer."),
+    "queued_bytes": ("remote_queued_bytes", "Bytes that wait to be sent."),
+}
+REMOTE_COUNTERS: Final = {
+    "openings": ("remote_openings", "Times the server was set aside."),
+    "failures": ("remote_failures", "Exchanges that failed."),
+    "time_outs": ("remote_timeouts", "Exchanges that took too long."),
+}
 POOL_GAUGES: Final = {
     "used_bytes": ("pool_used_bytes", "Bytes that running requests have."),
     "capacity_bytes": ("pool_capacity_bytes", "Bytes there are."),
@@ -84,6 +93,8 @@ class ReadingsCollector(Collector):
             "store_queued_bytes", "On their way to the slowest tier.", readings.store.queued_bytes
         )
         yield from _pins(readings.store)
+        if readings.store.remote is not None:
+            yield from _remote(readings.store.remote)
         if readings.pool is not None:
             yield from _pool(readings.pool)
 
@@ -132,6 +143,13 @@ def _tiers(tiers: dict[str, TierStats]) -> Iterator[Metric]:
         for tier, stats in tiers.items():
             counter.add_metric([tier], getattr(stats, field))
         yield counter
+
+
+def _remote(remote: RemoteStats) -> Iterator[Metric]:
+    for field, (name, text) in REMOTE_GAUGES.items():
+        yield _gauge(name, text, getattr(remote, field))
+    for field, (name, text) in REMOTE_COUNTERS.items():
+        yield _counter(name, text, getattr(remote, field))
 
 
 def _pool(pool: Pool) -> Iterator[Metric]:

@@ -6,6 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families as classic
 
 from engine.serve.observed import Observed
 from engine.spans import NAMES
+from kvstore.stats import RemoteStats, StoreStats, TierStats
 from tests.engine.serve.figures import blend, readings, stats, traced
 
 Values = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -86,6 +87,18 @@ def test_counters_of_the_engine_are_read_when_asked_for() -> None:
     assert of(found, "pool_promotions_total") == 100
     assert of(found, "pool_spill_read_bytes_total") == 103
     assert of(found, "pool_open_leases") == 12
+
+
+def test_how_a_shared_tier_answers_is_told_where_there_is_one() -> None:
+    assert not any(name.startswith("remote_") for name, _ in values(Observed("m", readings)))
+    store = StoreStats({"remote": TierStats(hits=5)}, remote=RemoteStats(True, 1, 2, 3, 4))
+    found = values(Observed("m", lambda: readings(store=store)))
+    assert of(found, "tier_hits_total", tier="remote") == 5
+    assert of(found, "remote_open") == 1
+    assert of(found, "remote_openings_total") == 1
+    assert of(found, "remote_failures_total") == 2
+    assert of(found, "remote_timeouts_total") == 3
+    assert of(found, "remote_queued_bytes") == 4
 
 
 def test_a_server_without_a_pool_tells_of_none() -> None:

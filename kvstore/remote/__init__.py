@@ -1,0 +1,1 @@
+"""Blocks that machines share, over the Redis protocol."""
