@@ -168,7 +168,24 @@ def _add_store(commands: Commands) -> None:
     audit.add_argument("--repair", action="store_true", help="delete what is damaged")
     clear = actions.add_parser("clear", help="delete all blocks, of every tenant and model")
     clear.add_argument("--yes", action="store_true", help="do not ask")
-    for action in (stat, audit, clear):
+    export = actions.add_parser("export", help="write blocks to a file")
+    export.add_argument("file", metavar="FILE")
+    export.add_argument("--tenant", metavar="TAG", help="of this tenant alone, as stat shows it")
+    export.add_argument(
+        "--identity", metavar="HEX", help="of the models whose digest begins so (ModelIdentity)"
+    )
+    import_ = actions.add_parser(
+        "import", help="take in the blocks of such a file; only of one that you trust"
+    )
+    import_.add_argument("file", metavar="FILE")
+    bench = actions.add_parser("bench", help="how fast this disk is, in some seconds")
+    bench.add_argument("--mib", type=int, default=256, help="to write and read (%(default)s)")
+    top = actions.add_parser("top", help="watch a server's tiers, or this store's folder")
+    top.add_argument("--url", help="of a running server")
+    top.add_argument("--key", help="an API key that sees all ($HEADRACE_API_KEY if not given)")
+    top.add_argument("--interval", type=float, default=2.0, help="seconds (%(default)s)")
+    top.add_argument("--once", action="store_true", help="show it once")
+    for action in (stat, audit, clear, export, import_, bench, top):
         action.set_defaults(command="store")
         _add_store_options(action)
 

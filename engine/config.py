@@ -72,6 +72,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.store.disk_path is not None:
             needed = entry_cost(block, BY_NAME[self.store.codec])
             needs.append(("store.disk_bytes", self.store.disk_bytes, needed))
+        largest = needs[-1][2]
+        quotas = [self.store.tenant_quota_bytes, *self.store.tenant_quotas.values()]
+        needs += [("store's tenant quota", quota, largest) for quota in quotas if quota is not None]
         for name, budget, needed in needs:
             if 0 < budget < needed:
                 raise ConfigError(

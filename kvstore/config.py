@@ -1,14 +1,18 @@
 """What a user may set about the store."""
 
+import re
 from typing import get_args
 
 import msgspec
 
+from kvstore.admission import AdmissionName
 from kvstore.codecs.known import CodecName
 from kvstore.eviction import PolicyName
+from kvstore.quotas import Quotas
 from kvstore.remote.config import RemoteConfig
 
 GIB = 1 << 30
+_NAMED = {"codec": CodecName, "policy": PolicyName, "admission": AdmissionName}
 
 
 class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,6 +27,11 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         policy: which blocks of a full tier go first, the last of their chain always: `lru`, least
             recently used; `fifo`, `lfu`, `arc`, `s3fifo`, `sieve`, `gdsf`. See `kvstore.policies`.
         remote: a server that machines share blocks through, behind all other tiers; None for none.
+        admission: what comes to the disk: `always` all; `second-sight` all while there is room, and
+            then what is seen again. See `kvstore.admission`. To memory all comes.
+        tenant_quota_bytes: of each tenant, on disk, and the same part of the budget in memory (of
+            that budget where there is no disk tier); None for no limit. See `kvstore.quotas`.
+        tenant_quotas: of some tenants, by their tags, as `headrace store stat` shows them.
     Raises:
         ValueError: if a budget is negative or no tier is left.
     """
@@ -33,6 +42,9 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     codec: CodecName = "raw"
     policy: PolicyName = "lru"
     remote: RemoteConfig | None = None
+    admission: AdmissionName = "always"
+    tenant_quota_bytes: int | None = None
+    tenant_quotas: dict[str, int] = {}
 
     def __post_init__(self) -> None:
         if self.host_bytes < 0:
@@ -41,9 +53,24 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueError(f"disk_bytes must be positive, got {self.disk_bytes}")
         if self.disk_path is not None and not self.disk_path:
             raise ValueError("disk_path must name a folder, got ''; leave it out for no disk tier")
-        for setting, names in (("codec", CodecName), ("policy", PolicyName)):
+        for setting, names in _NAMED.items():
             known, given = get_args(names), getattr(self, setting)
             if given not in known:  # only what is read from a file is checked else
                 raise ValueError(f"{setting} is one of {', '.join(known)}, got {given!r}")
+        for quota in (self.tenant_quota_bytes, *self.tenant_quotas.values()):
+            if quota is not None and quota <= 0:
+                raise ValueError(f"a tenant's quota must be positive, got {quota}")
+        for tag in self.tenant_quotas:
+            if not re.fullmatch("[0-9a-f]{16}", tag):
+                raise ValueError(
+                    "tenant_quotas names tenants by 16 hexadecimal digits, as headrace store stat "
+                    f"shows them, got {tag!r}"
+                )
         if self.host_bytes == 0 and self.disk_path is None:
             raise ValueError("the store has no tier: set disk_path, or host_bytes above 0")
+
+    def quotas(self) -> Quotas:
+        """Of the largest tier; see `kvstore.quotas`."""
+        own = {bytes.fromhex(tag): nbytes for tag, nbytes in self.tenant_quotas.items()}
+        whole = self.host_bytes if self.disk_path is None else self.disk_bytes
+        return Quotas(self.tenant_quota_bytes, own, whole=whole)

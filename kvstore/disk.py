@@ -22,6 +22,7 @@ from kvstore.errors import CorruptRecord, StoreError
 from kvstore.extent import UNKNOWN
 from kvstore.fetch import SOURCE, Part, Read, copy, planned
 from kvstore.ledger import Ledger, entry_cost, packed
+from kvstore.quotas import Limits
 from kvstore.tally import Groups
 from kvstore.tier import Item, Resident, check_layers, checked_out
 from native.library import library
@@ -80,15 +81,17 @@ class DiskTier:
             entries = [self.ledger.sound(txn, digest) for digest in digests]
         return [0 if entry is None else entry.nbytes for entry in entries]
 
-    def put(self, blocks: Sequence[Item], victims: Iterable[bytes] = ()) -> list[bytes]:
+    def put(
+        self, blocks: Sequence[Item], victims: Iterable[bytes] = (), limits: Limits | None = None
+    ) -> list[bytes]:
         """As Tier.put. Raises MissingParent for a block that no lookup could reach."""
         there = self.held([key for key, _ in blocks])  # damaged ones are not, and replaced
         new = {key.digest: (key, b) for (key, b), is_ in zip(blocks, there, strict=True) if not is_}
         made = [packed(key, block, self._codec) for key, block in new.values()]
         with self.changing() as txn:
             fresh = [block for block in made if self.ledger.get(txn, block.key.digest) is None]
-            need = sum(block.cost for block in fresh)
-            gone = self.ledger.make_room(txn, need, victims, self)
+            lack = self.ledger.lack(txn, fresh, self.capacity_bytes, limits or {})
+            gone = self.ledger.make_room(txn, lack, victims, self)
             for block in fresh:
                 self.ledger.add(txn, block)
         self._moved.difference_update(block.key.digest for block in fresh)

@@ -1,5 +1,8 @@
 """How a block is cut into stored values: runs of layers of about 2 MiB."""
 
+from collections.abc import Sequence
+from itertools import groupby
+
 TARGET_BYTES = 2 << 20
 
 
@@ -29,3 +32,10 @@ def covering(num_layers: int, size: int, layers: range) -> list[tuple[int, range
     """The runs of `size` layers that hold some of `layers`, each with its number."""
     numbers = range(layers.start // size, -(-layers.stop // size))
     return [(i, range(i * size, min(i * size + size, num_layers))) for i in numbers]
+
+
+def gaps(found: Sequence[bool]) -> list[slice]:
+    """Where what is missing lies, run by run."""
+    grouped = groupby(range(len(found)), found.__getitem__)
+    missing = [list(run) for is_there, run in grouped if not is_there]
+    return [slice(run[0], run[-1] + 1) for run in missing]

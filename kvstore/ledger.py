@@ -5,8 +5,8 @@ Everything here happens inside a transaction of the caller, so books and records
 
 import struct
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -23,7 +23,8 @@ from kvstore.environment import Environment
 from kvstore.errors import CorruptRecord, MissingParent
 from kvstore.extent import first_page, span
 from kvstore.layout import layer_groups
-from kvstore.tally import Groups, Tally, counted
+from kvstore.quotas import Lack
+from kvstore.tally import Groups, Tally, counted, of_tenants
 from kvstore.tier import Tier, full
 
 PAGE_BYTES = 4096
@@ -148,25 +149,38 @@ class Ledger:
             pages.append(first_page(written, self.env.page_bytes))
         return tuple(pages)
 
+    def lack(
+        self,
+        txn: lmdb.Transaction,
+        blocks: Iterable[Packed],
+        capacity_bytes: int,
+        limits: Mapping[bytes, int],
+    ) -> Lack:
+        """What has to go before absent blocks may come."""
+        needs: Counter[bytes] = Counter()
+        for block in blocks:
+            needs[block.key.tenant] += block.cost
+        used = of_tenants(self.groups(txn)) if limits else {}
+        return Lack(self.used(txn) + needs.total() - capacity_bytes, used, needs, limits)
+
     def make_room(
-        self, txn: lmdb.Transaction, need: int, victims: Iterable[bytes], tier: Tier
+        self, txn: lmdb.Transaction, lack: Lack, victims: Iterable[bytes], tier: Tier
     ) -> list[bytes]:
-        """Delete victims until `need` bytes are free; those that went. Raises TierFull.
+        """Delete victims until nothing lacks; those that went. Raises TierFull.
 
         A victim on which another process has put a block in the meantime is passed over.
         """
         gone = []
-        left = tier.capacity_bytes - self.used(txn) - need
         for digest in victims:
-            if left >= 0:
+            if not lack:
                 break
             entry = self.sound(txn, digest)
-            if entry is not None and not entry.children:
+            if entry is not None and not entry.children and lack.of(entry.key.tenant):
                 self._remove(txn, entry)
                 gone.append(digest)
-                left += entry.nbytes
-        if left < 0:
-            raise full(tier, need)
+                lack.gone(entry.key.tenant, entry.nbytes)
+        if lack:
+            raise full(tier, lack)
         return gone
 
     def remove_trees(self, txn: lmdb.Transaction, digests: Sequence[bytes]) -> None:

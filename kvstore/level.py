@@ -1,17 +1,20 @@
 """A tier under its policy: what goes in, what has to go for it, and what may not."""
 
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 
+from kvstore.admission import AdmissionName, SecondSight
 from kvstore.audit import AuditReport, audit_tier
 from kvstore.block import BlockKey
 from kvstore.errors import DeviceFull, MissingParent, TierFull
-from kvstore.eviction import POLICIES, PolicyName
-from kvstore.policies.lru import LRU
+from kvstore.eviction import PolicyName
+from kvstore.quotas import Lack, Quotas
+from kvstore.ranks import Ranks
 from kvstore.stats import TierStats
-from kvstore.tier import Item, Tier
+from kvstore.tally import of_tenants
+from kvstore.tier import Item, Resident, Tier, needed
 
 
 class Level:
@@ -28,16 +31,25 @@ class Level:
         lock: threading.RLock,
         pinned: Container[bytes],
         policy: PolicyName = "lru",
+        quotas: Quotas | None = None,
+        admission: AdmissionName = "always",
     ) -> None:
         self.tier = tier
         self.stats = TierStats(capacity_bytes=tier.capacity_bytes)
         self._lock = lock  # guards everything below
         self._pinned = pinned
-        self._make_policy = POLICIES[policy]
-        self._policy = self._make_policy()
+        self._quotas = Quotas() if quotas is None else quotas
+        choosy = admission == "second-sight" and tier.durable
+        self._admission = SecondSight(tier.capacity_bytes) if choosy else None
+        self._ranks = Ranks(policy, self._quotas, tier.capacity_bytes)
         self._doomed: set[bytes] = set()
         self._inserting = threading.Lock()
         self._seed()
+
+    @property
+    def choosy(self) -> bool:
+        """Whether not all that is offered comes in."""
+        return self._admission is not None
 
     def check_fits(self, blocks: Sequence[Item]) -> None:
         """Raise TierFull for a block that is larger than the whole tier."""
@@ -58,17 +70,32 @@ class Level:
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Note a use of these blocks, given from the head of their chain on."""
         with self._lock:
-            self._policy.touch([key.digest for key in keys])
+            self._ranks.touch([key.digest for key in keys])
             self.tier.touched([key.digest for key in reversed(keys)])
+
+    def looked_up(self, keys: Sequence[BlockKey], found: Sequence[bool]) -> None:
+        """Note a lookup of one chain: which of its blocks, from the head on, were here.
+
+        Args:
+            found: up to the first block that no tier has, that one included.
+        """
+        owner, hits = (keys[0].tenant, keys[0].kind), sum(found)
+        with self._lock:
+            self.touch([key for key, is_ in zip(keys, found, strict=False) if is_])
+            self.stats.hits += hits
+            self.stats.hits_of[owner] += hits
+            self.stats.misses += len(found) - hits
+            self.stats.misses_of[owner] += len(found) - hits
 
     def insert(self, blocks: Sequence[Item]) -> int:
         """Store absent blocks, evicting as needed; how many of `blocks` are here afterwards.
 
         Blocks for which there is no room beside pinned ones, and those built on them, are
-        skipped and counted. Raises StoreError if the device fails.
+        skipped and counted; so are those that it refuses (see `kvstore.admission`). Raises
+        StoreError if the device fails.
         """
         with self._inserting:
-            blocks = self._absent(blocks)
+            blocks = self._admitted(self._absent(blocks))
             try:
                 self._put(blocks)
             except DeviceFull:
@@ -81,8 +108,8 @@ class Level:
     def room(self, pinned: Iterable[bytes]) -> int:
         """Bytes that insertions may take now: all but those of pinned blocks."""
         with self._lock:
-            here = [digest for digest in pinned if digest in self._policy]
-            return self.tier.capacity_bytes - sum(map(self._policy.nbytes, here))
+            here = [digest for digest in pinned if digest in self._ranks]
+            return self.tier.capacity_bytes - sum(map(self._ranks.nbytes, here))
 
     def skip(self, count: int) -> None:
         """Count blocks that were not offered to the tier."""
@@ -102,7 +129,12 @@ class Level:
         with self._inserting:
             self.tier.clear()
             with self._lock:
-                self._policy = self._make_policy()
+                self._ranks.forget()
+            self._seed()
+
+    def divide(self) -> None:
+        """Follow quotas that were set."""
+        with self._inserting:
             self._seed()
 
     def audit(self, repair: bool) -> AuditReport:
@@ -116,8 +148,10 @@ class Level:
     def snapshot(self) -> TierStats:
         with self._lock:
             return replace(
-                self.stats, used_bytes=self.tier.used_bytes, blocks=len(self._policy),
+                self.stats, used_bytes=self.tier.used_bytes, blocks=len(self._ranks),
                 corrupt=self.tier.corrupt, quarantined=self.tier.quarantined,
+                groups=self.tier.groups(), hits_of=Counter(self.stats.hits_of),
+                misses_of=Counter(self.stats.misses_of),
             )  # fmt: skip
 
     def _with_rest(self, keys: Sequence[BlockKey | bytes]) -> list[bytes]:
@@ -134,6 +168,21 @@ class Level:
         blocks = list({key: (key, block) for key, block in blocks}.values())
         present = self.tier.held([key for key, _ in blocks])
         return [item for item, there in zip(blocks, present, strict=True) if not there]
+
+    def _admitted(self, blocks: Sequence[Item]) -> Sequence[Item]:
+        """Those that the tier takes in."""
+        if self._admission is None or not blocks:
+            return blocks
+        tenants, capacity = {key.tenant for key, _ in blocks}, self.tier.capacity_bytes
+        limits = self._quotas.limits(tenants, capacity)
+        used = of_tenants(self.tier.groups()) if limits else {}
+        left = {tenant: limit - used.get(tenant, 0) for tenant, limit in limits.items()}
+        offers = [_resident(key, self.tier.cost(key, block)) for key, block in blocks]
+        with self._lock:
+            free = capacity - self.tier.used_bytes
+            chosen = self._admission.choose(offers, free, left, self.tier.__contains__)
+            self.stats.refused += chosen.count(False)
+        return [item for item, comes in zip(blocks, chosen, strict=True) if comes]
 
     def _put_singly(self, blocks: Sequence[Item]) -> None:
         """As many as have room; none without those before it, which a lookup needs first."""
@@ -156,27 +205,29 @@ class Level:
         if not blocks:
             return
         victims = self._doom(blocks)
+        limits = self._quotas.limits({key.tenant for key, _ in blocks}, self.tier.capacity_bytes)
         gone: list[bytes] = []
         try:
-            gone = self.tier.put(blocks, victims)
+            gone = self.tier.put(blocks, victims, limits)
         finally:
             with self._lock:
                 self._doomed.difference_update(victims)
                 for digest in gone:
-                    self._policy.remove(digest)
+                    if self._admission is not None:
+                        self._admission.gone(digest, self._ranks.nbytes(digest))
+                    self._ranks.remove(digest)
         self._note(blocks, len(gone))
 
     def _doom(self, blocks: Sequence[Item]) -> list[bytes]:
         """Enough victims to make room for the blocks, if there are enough."""
         keep = {key.parent for key, _ in blocks} | {key.digest for key, _ in blocks}
         with self._lock:
-            need = sum(self.tier.cost(key, block) for key, block in blocks)
-            excess = self.tier.used_bytes + need - self.tier.capacity_bytes
-            doomed: list[bytes] = []
-            victims = self._policy.victims(_Either(self._pinned, keep))
-            while excess > 0 and (digest := next(victims, None)) is not None:
-                excess -= self._policy.nbytes(digest)
-                doomed.append(digest)
+            needs, capacity = needed(blocks, self.tier), self.tier.capacity_bytes
+            used = of_tenants(self.tier.groups()) if self._quotas else {}
+            excess = self.tier.used_bytes + needs.total() - capacity
+            lack = Lack(excess, used, needs, self._quotas.limits(needs, capacity))
+            pinned = _Either(self._pinned, keep)
+            doomed = self._ranks.victims(pinned, lack, Counter(used) + needs)
             self._doomed.update(doomed)
             return doomed
 
@@ -184,24 +235,19 @@ class Level:
         sizes = self.tier.sizes([key.digest for key, _ in blocks])
         with self._lock:
             for (key, block), size in zip(blocks, sizes, strict=True):
-                self._policy.add(key.digest, key.parent, size, key.depth)
+                self._ranks.add(_resident(key, size))
                 self.stats.bytes_written += block.nbytes
             self.stats.evictions += evicted
 
     def _seed(self) -> None:
-        """Learn what the tier holds by now; of what stayed, the policy knows what it knew.
-
-        The order of `residents` is by use in all processes: better than what LRU knows of others.
-        """
+        """Learn what the tier holds by now."""
         residents = list(self.tier.residents())
         with self._lock:
-            for digest in set(self._policy).difference(x.digest for x in residents):
-                self._policy.remove(digest)
-            fresh = [resident for resident in residents if resident.digest not in self._policy]
-            if fresh and isinstance(self._policy, LRU):
-                self._policy, fresh = LRU(), residents
-            for resident in fresh:
-                self._policy.add(*resident[:-1])
+            self._ranks.learn(residents)
+
+
+def _resident(key: BlockKey, nbytes: int) -> Resident:
+    return Resident(key.digest, key.parent, nbytes, key.depth, key.tenant)
 
 
 class _Either:

@@ -1,6 +1,13 @@
 """Numbers that tell how the store is doing."""
 
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from kvstore.block import Kind
+from kvstore.tally import Groups
+
+Owner: TypeAlias = tuple[bytes, Kind]  # a tenant's tag, and what the blocks are good for
 
 
 @dataclass(slots=True)
@@ -17,8 +24,12 @@ class TierStats:
     bytes_written: int = 0
     evictions: int = 0
     skipped: int = 0  # not stored: no room beside what is pinned, or no parent
+    refused: int = 0  # not stored: seen for the first time, and others would have had to go
     corrupt: int = 0
     quarantined: int = 0
+    groups: Groups = field(default_factory=dict)  # what is whose
+    hits_of: Counter[Owner] = field(default_factory=Counter)
+    misses_of: Counter[Owner] = field(default_factory=Counter)
 
 
 @dataclass(slots=True)

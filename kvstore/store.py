@@ -3,13 +3,14 @@
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kvstore.admission import AdmissionName
+from kvstore.ancestors import with_ancestors
 from kvstore.audit import AuditReport
 from kvstore.block import BlockKey, KVBlock, LayerKV
 from kvstore.codecs.known import BY_NAME
@@ -17,11 +18,14 @@ from kvstore.config import StoreConfig
 from kvstore.disk import DiskTier
 from kvstore.eviction import PolicyName
 from kvstore.kept import Kept
+from kvstore.layout import gaps
 from kvstore.level import Level
 from kvstore.pins import PIN_S, Pin, Pins
+from kvstore.quotas import Quotas
 from kvstore.remote.tier import RemoteTier
 from kvstore.spares import Spares
 from kvstore.stats import StoreStats
+from kvstore.summary import Ages, ages
 from kvstore.tier import HostTier, Item, Tier
 from kvstore.writer import QUEUE_BYTES, Writer, batches
 
@@ -44,10 +48,15 @@ class TieredStore:
         queue_bytes: int = QUEUE_BYTES,
         policy: PolicyName = "lru",
         remote: RemoteTier | None = None,
+        quotas: Quotas | None = None,
+        admission: AdmissionName = "always",
     ) -> None:
         self._lock = threading.RLock()  # policies, pins and numbers; never held during I/O
         self._pins = Pins(self._lock)
-        self._levels = [Level(tier, self._lock, self._pins, policy) for tier in tiers]
+        self._quotas = Quotas() if quotas is None else quotas
+        self._levels = [
+            Level(tier, self._lock, self._pins, policy, self._quotas, admission) for tier in tiers
+        ]
         self._fast = [level for level in self._levels if not level.tier.durable]
         self._slow = [level for level in self._levels if level.tier.durable]
         self._writer = Writer(self._write, queue_bytes) if self._slow else None
@@ -71,7 +80,10 @@ class TieredStore:
                 tiers.append(HostTier(config.host_bytes))
             if config.disk_path is not None:
                 tiers.append(DiskTier(Path(config.disk_path), config.disk_bytes, codec))
-            return cls(tiers, policy=config.policy, remote=remote)
+            return cls(
+                tiers, policy=config.policy, remote=remote, quotas=config.quotas(),
+                admission=config.admission,
+            )  # fmt: skip
         except BaseException:
             if remote is not None:
                 remote.close()
@@ -174,10 +186,22 @@ class TieredStore:
         """
         return self._pins.pin([key.digest for key in keys], ttl_s)
 
+    def limit(self, tenant: bytes, nbytes: int) -> None:
+        """Give a tenant (its tag, see `tenant_tag`) a quota; see `kvstore.quotas`."""
+        with self._lock:
+            self._quotas.set(tenant, nbytes)
+        for level in self._levels:
+            level.divide()
+
     def promote(self, keys: Sequence[BlockKey]) -> int:
-        """Copy leading keys into the fastest tier as far as it has room; how many it then has."""
+        """Copy leading keys into the fastest tier as far as it has room; how many it then has.
+
+        They were of use: what a tier that takes in what is seen twice lacks of them, is offered it.
+        """
         level = self._levels[0]
         with self.pin(keys):
+            if self._writer is not None and any(level.choosy for level in self._slow):
+                self._writer.put(self._offers(keys))
             for count, key in enumerate(keys):
                 if level.held([key])[0]:
                     continue
@@ -205,6 +229,11 @@ class TieredStore:
             tiers, queued, len(self._pins), self._pins.oldest_s, self._pins.expired,
             None if remote is None else remote.health(),
         )  # fmt: skip
+
+    def ages(self) -> Ages | None:
+        """How long ago blocks on disk were used; None without any."""
+        disks = [level.tier for level in self._levels if isinstance(level.tier, DiskTier)]
+        return ages(disks[0]) if disks else None
 
     def __contains__(self, key: BlockKey | bytes) -> bool:
         """Whether some tier of this machine has a block; counts as no use of it."""
@@ -272,9 +301,7 @@ class TieredStore:
             leading += 1
         with self._lock:
             for level, found in zip(self._levels, held, strict=False):
-                level.touch([key for key, is_ in zip(keys[:leading], found, strict=False) if is_])
-                level.stats.hits += sum(found[:leading])
-                level.stats.misses += found[: leading + 1].count(False)
+                level.looked_up(keys, found[: leading + 1])
             if self._remote is not None:
                 self._remote.stats.hits += sum(held[-1][:leading])
                 self._remote.stats.misses += leading < len(keys)
@@ -284,7 +311,7 @@ class TieredStore:
         """As `read_many`, in this thread: from each tier what those before it do not have."""
         found = [False] * len(keys)
         for level in self._levels:
-            for gap in _gaps(found):
+            for gap in gaps(found):
                 found[gap] = level.tier.read_many(keys[gap], layers, out[gap])
                 count = sum(found[gap])
                 self._count_reads(level, count, count * out[0].nbytes)
@@ -321,31 +348,14 @@ class TieredStore:
 
     def _write(self, batch: Sequence[Item]) -> None:
         for level in self._slow:
-            level.insert(self._with_ancestors(level.tier, batch))
+            level.insert(with_ancestors(batch, level.tier, self._find))
 
-    def _with_ancestors(self, tier: Tier, batch: Sequence[Item]) -> list[Item]:
-        """The batch, behind blocks that it rests on and that only a faster tier has left."""
-        own = {key.digest for key, _ in batch}
-        missing: list[Item] = []
-        for key, _ in batch:
-            chain: list[Item] = []
-            parent = key.parent
-            while parent is not None and parent not in own and (item := self._find(parent)):
-                if item[0] in tier:
-                    break
-                chain.insert(0, item)
-                own.add(parent)
-                parent = item[0].parent
-            missing += chain
-        return [*missing, *batch]
+    def _offers(self, keys: Sequence[BlockKey]) -> list[Item]:
+        """Those that are in memory, and not in every slower tier."""
+        held = zip(*[level.tier.held(keys) for level in self._slow], strict=True)
+        lacking = [key for key, found in zip(keys, held, strict=True) if not all(found)]
+        return [item for key in lacking if (item := self._find(key.digest)) is not None]
 
     def _find(self, digest: bytes) -> Item | None:
         hosts = [level.tier for level in self._fast if isinstance(level.tier, HostTier)]
         return next((item for host in hosts if (item := host.find(digest))), None)
-
-
-def _gaps(found: Sequence[bool]) -> list[slice]:
-    """Where what is missing lies, run by run."""
-    runs = groupby(range(len(found)), found.__getitem__)
-    gaps = [list(run) for is_there, run in runs if not is_there]
-    return [slice(gap[0], gap[-1] + 1) for gap in gaps]

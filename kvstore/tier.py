@@ -1,6 +1,7 @@
 """One place where blocks rest."""
 
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from kvstore.block import BlockKey, KVBlock
 from kvstore.codecs.known import RAW
 from kvstore.errors import TierFull
-from kvstore.tally import Group, Groups, change
+from kvstore.quotas import Lack, Limits
+from kvstore.tally import Group, Groups, change, of_tenants
 
 Item = tuple[BlockKey, KVBlock]
 
@@ -31,8 +33,9 @@ class Tier(Protocol):
     """A mapping from keys to blocks with a byte budget, and no policy. Thread-safe.
 
     put: all of the blocks or none. Present keys are left alone. Deletes `victims`, in that order,
-        only as far as the rest needs the room, and returns those that went. What is durable is so
-        when it returns. Raises TierFull, naming the setting, if they do not fit.
+        only as far as the rest needs the room, or their tenant that of its limit, in bytes by
+        tenant; returns those that went. What is durable is so when it returns. Raises TierFull,
+        naming the setting, if they do not fit.
     get, read: None if absent, or if there is any doubt about the bytes. Read-only: the tensor may
         be the tier's own. With `out`, they are copied there, and None leaves `out` undefined.
     read_many: as read for each key, into the rows of `out`; False leaves its row undefined.
@@ -57,7 +60,9 @@ class Tier(Protocol):
     def used_bytes(self) -> int: ...
     def cost(self, key: BlockKey, block: KVBlock) -> int: ...
     def sizes(self, digests: Sequence[bytes]) -> list[int]: ...
-    def put(self, blocks: Sequence[Item], victims: Iterable[bytes] = ()) -> list[bytes]: ...
+    def put(
+        self, blocks: Sequence[Item], victims: Iterable[bytes] = (), limits: Limits | None = None
+    ) -> list[bytes]: ...
     def get(self, key: BlockKey) -> KVBlock | None: ...
     def read(
         self, key: BlockKey, layers: range, out: Float[Tensor, "n 2 Hk P D"] | None = None
@@ -99,15 +104,19 @@ class HostTier:
             found = [self._blocks.get(digest) for digest in digests]
         return [0 if item is None else item[1].nbytes for item in found]
 
-    def put(self, blocks: Sequence[Item], victims: Iterable[bytes] = ()) -> list[bytes]:
+    def put(
+        self, blocks: Sequence[Item], victims: Iterable[bytes] = (), limits: Limits | None = None
+    ) -> list[bytes]:
         with self._lock:
             fresh = {k.digest: (k, b) for k, b in blocks if k.digest not in self._blocks}
-            need = sum(block.nbytes for _, block in fresh.values())
-            going = self._make_room(need, victims)
+            needs = needed(fresh.values(), self)
+            excess = self.used_bytes + needs.total() - self.capacity_bytes
+            lack = Lack(excess, of_tenants(self._groups), needs, limits or {})
+            going = self._make_room(lack, victims)
             for digest in going:
                 self._drop(digest)
             self._blocks |= fresh
-            self.used_bytes += need
+            self.used_bytes += needs.total()
             for key, block in fresh.values():
                 change(self._groups, _group(key), block.nbytes, 1)
             return going
@@ -167,18 +176,18 @@ class HostTier:
     def __contains__(self, key: BlockKey | bytes | None) -> bool:
         return (key.digest if isinstance(key, BlockKey) else key) in self._blocks
 
-    def _make_room(self, need: int, victims: Iterable[bytes]) -> list[bytes]:
+    def _make_room(self, lack: Lack, victims: Iterable[bytes]) -> list[bytes]:
         """Those of the victims that must go; nothing is dropped yet."""
         going: list[bytes] = []
-        excess = self.used_bytes + need - self.capacity_bytes
         for digest in victims:
-            if excess <= 0:
+            if not lack:
                 break
-            if item := self._blocks.get(digest):
+            item = self._blocks.get(digest)
+            if item is not None and lack.of(item[0].tenant):
                 going.append(digest)
-                excess -= item[1].nbytes
-        if excess > 0:
-            raise full(self, need)
+                lack.gone(item[0].tenant, item[1].nbytes)
+        if lack:
+            raise full(self, lack)
         return going
 
     def _drop(self, digest: bytes) -> None:
@@ -208,9 +217,22 @@ def checked_out(out: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def full(tier: Tier, need: int) -> TierFull:
-    """The error of a tier without room for `need` bytes."""
+def needed(blocks: Iterable[Item], tier: Tier) -> Counter[bytes]:
+    """What blocks take of a tier's budget, by tenant."""
+    needs: Counter[bytes] = Counter()
+    for key, block in blocks:
+        needs[key.tenant] += tier.cost(key, block)
+    return needs
+
+
+def full(tier: Tier, lack: Lack) -> TierFull:
+    """The error of a tier, or of a tenant, without room."""
+    if lack.excess > 0:
+        return TierFull(
+            f"{tier.name} tier full: {lack.excess} bytes more needed, {tier.used_bytes} used of "
+            f"{tier.capacity_bytes}, and nothing more may be evicted; raise {tier.setting}"
+        )
     return TierFull(
-        f"{tier.name} tier full: {need} bytes needed, {tier.used_bytes} used of "
-        f"{tier.capacity_bytes}, and nothing more may be evicted; raise {tier.setting}"
+        f"a tenant's quota in the {tier.name} tier is full: {max(lack.over.values())} bytes more "
+        "needed, and nothing more of it may be evicted; raise tenant_quota_bytes"
     )

@@ -6,18 +6,25 @@ from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
+from rich.console import Console
 from rich.filesize import decimal
 
+from engine.commands import store_bench, store_files, store_top
 from engine.commands.session import engine_config, progress
+from engine.commands.store_top import owners
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from kvstore.config import StoreConfig
 from kvstore.errors import StoreError
 from kvstore.store import TieredStore
+from kvstore.summary import rows
 
 
 def run(args: Namespace) -> int:
-    path, store = open_disk(engine_config(args))
+    config = engine_config(args)
+    if args.action in OTHERS:
+        return OTHERS[args.action](args, Path(str(config.store.disk_path)), config.store)
+    path, store = open_disk(config)
     with store:
         return {"stat": _stat, "audit": _audit, "clear": _clear}[args.action](args, path, store)
 
@@ -25,27 +32,50 @@ def run(args: Namespace) -> int:
 def open_disk(config: EngineConfig) -> tuple[Path, TieredStore]:
     """The disk tier alone. StoreError where there is none: looking must not create one."""
     path = Path(str(config.store.disk_path))
-    if not path.exists():
-        raise StoreError(f"there is no store at {path}: nothing was stored yet, or give --store")
-    if path.is_dir() and not (path / "data.mdb").exists():
-        raise StoreError(f"{path} holds no store: give the folder of one with --store")
+    _check_there(path)
     only_disk = StoreConfig(host_bytes=0, disk_path=str(path), disk_bytes=config.store.disk_bytes)
     return path, TieredStore.open(only_disk)
 
 
+def _check_there(path: Path) -> None:
+    if not path.exists():
+        raise StoreError(f"there is no store at {path}: nothing was stored yet, or give --store")
+    if path.is_dir() and not (path / "data.mdb").exists():
+        raise StoreError(f"{path} holds no store: give the folder of one with --store")
+
+
+def _export(args: Namespace, path: Path, config: StoreConfig) -> int:
+    _check_there(path)
+    return store_files.write(args, path, config)
+
+
 def _stat(args: Namespace, path: Path, store: TieredStore) -> int:
-    tier = store.stats().tiers["disk"]
+    tier, aged = store.stats().tiers["disk"], store.ages()
     file_bytes = (path / "data.mdb").stat().st_blocks * 512
     if args.json:
         numbers = {"path": str(path), "blocks": tier.blocks, "used_bytes": tier.used_bytes}
         numbers |= {"capacity_bytes": tier.capacity_bytes, "file_bytes": file_bytes}
+        numbers |= {"ages": None if aged is None else aged._asdict(), "groups": rows(tier.groups)}
         print(json.dumps(numbers))
-    else:
+        return 0
+    print(
+        f"{path}: {tier.blocks:,} blocks, {decimal(tier.used_bytes)} of "
+        f"{decimal(tier.capacity_bytes)} used, {decimal(file_bytes)} on disk"
+    )
+    if aged is not None:
         print(
-            f"{path}: {tier.blocks:,} blocks, {decimal(tier.used_bytes)} of "
-            f"{decimal(tier.capacity_bytes)} used, {decimal(file_bytes)} on disk"
+            f"last used {_ago(aged.youngest_s)} ago, half of them within {_ago(aged.median_s)}, "
+            f"all within {_ago(aged.oldest_s)}"
         )
+        Console(highlight=False).print(owners([list(row.values()) for row in rows(tier.groups)]))
     return 0
+
+
+def _ago(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _audit(args: Namespace, path: Path, store: TieredStore) -> int:
@@ -73,6 +103,14 @@ def _clear(args: Namespace, path: Path, store: TieredStore) -> int:
     else:
         print(f"{path}: {tier.blocks:,} blocks deleted")
     return 0
+
+
+OTHERS = {  # what opens the disk tier as it needs it
+    "export": _export,
+    "import": store_files.read,
+    "bench": store_bench.run,
+    "top": store_top.run,
+}
 
 
 def _confirm(question: str) -> None:

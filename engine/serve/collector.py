@@ -7,6 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from engine.serve import owners
 from engine.serve.counters import Read, Readings
 from engine.serve.report import Pool, Swap
 from kvstore.stats import RemoteStats, StoreStats, TierStats
@@ -25,6 +26,7 @@ TIER_COUNTERS: Final = {
     "bytes_written": ("tier_written_bytes", "Bytes written."),
     "evictions": ("tier_evictions", "Blocks evicted."),
     "skipped": ("tier_skipped_blocks", "Blocks not stored: no room, or no parent."),
+    "refused": ("tier_refused_blocks", "Blocks not stored: seen once, and the tier was full."),
     "corrupt": ("tier_corrupt_records", "Damaged records found."),
 }
 GAUGES: Final = {
@@ -89,6 +91,7 @@ class ReadingsCollector(Collector):
         yield from _scheduler(readings)
         yield from _swap(readings.swap)
         yield from _tiers(readings.store.tiers)
+        yield from _groups(readings)
         yield _gauge(
             "store_queued_bytes", "On their way to the slowest tier.", readings.store.queued_bytes
         )
@@ -150,6 +153,24 @@ def _remote(remote: RemoteStats) -> Iterator[Metric]:
         yield _gauge(name, text, getattr(remote, field))
     for field, (name, text) in REMOTE_COUNTERS.items():
         yield _counter(name, text, getattr(remote, field))
+
+
+def _groups(readings: Readings) -> Iterator[Metric]:
+    """Blocks by who has them, how they are written and what they are good for."""
+    labels, names = ["tier", "tenant", "codec", "class"], readings.tenants
+    nbytes = GaugeMetricFamily("headrace_tier_group_bytes", "Bytes of blocks.", labels=labels)
+    blocks = GaugeMetricFamily("headrace_tier_group_blocks", "Blocks.", labels=labels)
+    labels = ["tier", "tenant", "class"]
+    hits = CounterMetricFamily("headrace_tier_group_hits", "Blocks found.", labels=labels)
+    misses = CounterMetricFamily("headrace_tier_group_misses", "Looked for in vain.", labels=labels)
+    for tier, stats in readings.store.tiers.items():
+        for label, usage in owners.usage(stats.groups, names).items():
+            nbytes.add_metric([tier, *label], usage.nbytes)
+            blocks.add_metric([tier, *label], usage.blocks)
+        for family, numbers in ((hits, stats.hits_of), (misses, stats.misses_of)):
+            for label, number in owners.counts(numbers, names).items():
+                family.add_metric([tier, *label], number)
+    yield from (nbytes, blocks, hits, misses)
 
 
 def _pool(pool: Pool) -> Iterator[Metric]:

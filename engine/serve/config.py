@@ -26,6 +26,7 @@ class KeyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         tokens_per_minute: read and generated. A request waits until as many are left as it reads;
             what it generates is counted when it ends, and may be owed.
         document_tokens: of all documents together.
+        store_bytes: quota of stored KV; None for `store.tenant_quota_bytes`.
         max_priority: a request that asks for more gets this; see the schedule's policy "fair".
         sees_all: may read the server's numbers and the traces of all tenants, as a dashboard does;
             others see their own traces.
@@ -39,6 +40,7 @@ class KeyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     document_tokens: int | None = None
+    store_bytes: int | None = None
     max_priority: int = 0
     sees_all: bool = False
 
@@ -49,7 +51,12 @@ class KeyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if self.key_sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", self.key_sha256):
             raise ConfigError("serve.keys: key_sha256 is 64 hexadecimal digits")
         _positive(
-            self, "max_concurrent", "requests_per_minute", "tokens_per_minute", "document_tokens"
+            self,
+            "max_concurrent",
+            "requests_per_minute",
+            "tokens_per_minute",
+            "document_tokens",
+            "store_bytes",
         )
 
     def digest(self, environment: Mapping[str, str] = os.environ) -> bytes:

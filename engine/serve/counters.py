@@ -3,10 +3,11 @@
 import os
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeAlias
 
+from engine.serve.owners import Names
 from engine.serve.report import Pool, Process, Running, Swap
 from kvstore.pool import Pool as KVPool
 from kvstore.stats import StoreStats
@@ -39,6 +40,7 @@ class Readings:
     swap: Swap = NO_SWAP
     pool: Pool | None = None
     store: StoreStats
+    tenants: Names = field(default_factory=dict)
 
 
 Read: TypeAlias = Callable[[], Readings]

@@ -64,7 +64,7 @@ class Desk:
         self.token_bytes = longest(engine.tokenizer)
         self.tenants = Tenants(engine, self.config, clock)
         self.slots = Slots("this server takes", self.config.max_concurrent)
-        self.observed = Observed(name, read_of(engine, service))
+        self.observed = Observed(name, read_of(engine, service, self.tenants.names()))
         self.threads = ThreadPoolExecutor(THREADS, "headrace-http")
         self.recorders = ThreadPoolExecutor(RECORDERS, "headrace-records")
         self.draining = False

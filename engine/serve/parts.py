@@ -4,11 +4,12 @@ import msgspec
 
 from engine.engine import Engine
 from engine.serve.counters import Read, Readings, pool_reading
+from engine.serve.owners import Names
 from engine.serve.report import Running, Swap
 from engine.service import Service
 
 
-def read_of(engine: Engine, service: Service) -> Read:
+def read_of(engine: Engine, service: Service, tenants: Names) -> Read:
     """Reads them all, whenever it is called."""
 
     def read() -> Readings:
@@ -29,6 +30,7 @@ def read_of(engine: Engine, service: Service) -> Read:
             swap=msgspec.convert(now.swap, Swap, from_attributes=True),
             pool=None if pool is None else pool_reading(pool),
             store=engine.stats(),
+            tenants=tenants,
         )
 
     return read

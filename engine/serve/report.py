@@ -52,6 +52,16 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
     queue_s: Quantiles
 
 
+class Group(msgspec.Struct, frozen=True, kw_only=True):
+    """Blocks of one owner, codec and exactness class."""
+
+    tenant: str
+    codec: str
+    kind: str  # what they are good for: exact, chunk, repaired
+    bytes: int
+    blocks: int
+
+
 class Tier(msgspec.Struct, frozen=True, kw_only=True):
     """One tier of the store."""
 
@@ -66,8 +76,10 @@ class Tier(msgspec.Struct, frozen=True, kw_only=True):
     written_bytes: int
     evictions: int
     skipped: int
+    refused: int
     corrupt: int
     quarantined: int
+    groups: list[Group]
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):

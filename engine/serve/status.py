@@ -1,9 +1,10 @@
 """How a server is doing: the document of `/stats`."""
 
+from engine.serve import owners
 from engine.serve.counters import Readings, process_reading
 from engine.serve.history import Recorded, Sample, quantiles, ratio
 from engine.serve.observed import Observed, Sums
-from engine.serve.report import Blend, Counts, Latency, StatusReport, Tier, Tokens
+from engine.serve.report import Blend, Counts, Group, Latency, StatusReport, Tier, Tokens
 from engine.serve.traces import coverage, share_of, trace_report, visible
 from kvstore.stats import TierStats
 
@@ -28,7 +29,7 @@ def status_report(observed: Observed) -> StatusReport:
         tenants=dict(sums.finished),
         tokens=_tokens(sums, sample, rate),
         latency=_latency(recent, observed.latencies.window_s),
-        tiers=[_tier(name, stats) for name, stats in readings.store.tiers.items()],
+        tiers=[_tier(name, stats, readings) for name, stats in readings.store.tiers.items()],
         queued_bytes=readings.store.queued_bytes,
         pinned_blocks=readings.store.pinned,
         oldest_pin_s=readings.store.oldest_pin_s,
@@ -79,7 +80,8 @@ def _latency(recent: list[Recorded], window_s: float) -> Latency:
     )
 
 
-def _tier(name: str, stats: TierStats) -> Tier:
+def _tier(name: str, stats: TierStats, readings: Readings) -> Tier:
+    groups = owners.usage(stats.groups, readings.tenants)
     return Tier(
         name=name,
         used_bytes=stats.used_bytes,
@@ -92,8 +94,13 @@ def _tier(name: str, stats: TierStats) -> Tier:
         written_bytes=stats.bytes_written,
         evictions=stats.evictions,
         skipped=stats.skipped,
+        refused=stats.refused,
         corrupt=stats.corrupt,
         quarantined=stats.quarantined,
+        groups=[
+            Group(tenant=tenant, codec=codec, kind=kind, bytes=usage.nbytes, blocks=usage.blocks)
+            for (tenant, codec, kind), usage in groups.items()
+        ],
     )
 
 

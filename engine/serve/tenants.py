@@ -17,6 +17,7 @@ from engine.serve.config import KeyConfig, ServeConfig, is_loopback
 from engine.serve.limits import Bucket, Slots
 from engine.serve.refusals import forbidden, unauthorized
 from engine.shelf import Shelf
+from kvstore.block import tenant_tag
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,10 @@ class Tenants:
         known = [tenant for _, tenant in self._by_key]
         return known if self._anybody is None else [self._anybody]
 
+    def names(self) -> dict[bytes, str]:
+        """By the tags of their blocks."""
+        return {tag_of(tenant.engine): tenant.name for tenant in self.all()}
+
     def of(self, request: Request) -> Tenant:
         """Whose request it is.
 
@@ -109,6 +114,8 @@ class Tenants:
         secret = hmac.digest(own, b"headrace tenant " + name.encode(), "sha256")
         view = self._engine.of_tenant(secret.hex())
         self._by_key.append((digest, self._tenant(name, view, key)))
+        if key.store_bytes is not None:
+            view.store.limit(tag_of(view), key.store_bytes)
 
     def _tenant(self, name: str, view: Engine, key: KeyConfig) -> Tenant:
         return Tenant(
@@ -122,6 +129,11 @@ class Tenants:
             key.document_tokens,
             key.sees_all,
         )
+
+
+def tag_of(engine: Engine) -> bytes:
+    """What the blocks of an engine's tenant carry."""
+    return tenant_tag(engine.config.tenant.encode())
 
 
 def _shelf(engine: Engine, config: ServeConfig) -> Shelf | None:

@@ -4,6 +4,7 @@ import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.table import Table
 from engine.errors import ConfigError
 from evals.traces.read import RequestTrace, read_traces
 from evals.traces.table import OPTIMUM, Rate, Rates, by_policy, measure, outcome
+from kvstore.admission import AdmissionName
 from kvstore.eviction import POLICIES
 
 CAPACITIES = (1000, 3000, 10000, 30000, 100000)
@@ -40,6 +42,11 @@ def add(parser: ArgumentParser) -> None:
         help=f"{', '.join(POLICIES)}, and {OPTIMUM}, the best that there can be, which is always "
         "shown (all)",
     )  # fmt: skip
+    parser.add_argument(
+        "--admission", choices=get_args(AdmissionName), default="always",
+        help="what comes in: all, or once something would have to go, what is seen again "
+        "(%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--limit", metavar="N", type=int, help="only the first N requests")
     parser.add_argument("--json", action="store_true", help="a JSON line for each trace")
 
@@ -55,7 +62,7 @@ def run(args: Namespace) -> int:
     progress, console = Console(stderr=True), Console(highlight=False)
     for trace in read_traces(args.trace or args.data or _data(), args.limit):
         with progress.status(f"replaying {trace.name}"):
-            rates = _measure(trace, args.policy, args.capacity)
+            rates = _measure(trace, args.policy, args.capacity, args.admission)
         if args.json:
             print(msgspec.json.encode(rates).decode(), flush=True)
             if args.trace and len(args.policy) == len(args.capacity) == 1:
@@ -74,8 +81,13 @@ def _data() -> Path:
     return Path(folder, "traces")
 
 
-def _measure(trace: RequestTrace, policies: Sequence[str], capacities: Sequence[int]) -> Rates:
-    return measure(trace, list(dict.fromkeys(policies)), sorted(set(capacities)))
+def _measure(
+    trace: RequestTrace,
+    policies: Sequence[str],
+    capacities: Sequence[int],
+    admission: AdmissionName,
+) -> Rates:
+    return measure(trace, list(dict.fromkeys(policies)), sorted(set(capacities)), admission)
 
 
 def _print(console: Console, rates: Rates) -> None:
@@ -92,7 +104,20 @@ def _print(console: Console, rates: Rates) -> None:
     if rates.shared:
         _add_rows(table, rates, ", without shared", lambda rate: rate.hit_rate_unshared)
     console.print(table)
+    console.print(_written(rates))
     console.print()
+
+
+def _written(rates: Rates) -> Table:
+    """How much each policy stored: what a disk wears by."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(f"stored ({rates.admission}), blocks")
+    rows = {name: row for name, row in by_policy(rates).items() if name != OPTIMUM}
+    for rate in next(iter(rows.values()), ()):
+        table.add_column(f"{rate.capacity:,}", justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{rate.stored:,}" for rate in row))
+    return table
 
 
 def _add_rows(table: Table, rates: Rates, note: str, value: Callable[[Rate], float | None]) -> None:

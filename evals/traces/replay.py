@@ -2,19 +2,23 @@
 
 A request's hits are its leading blocks that are all there: a block is of use only with all before
 it. What a request missed is stored after it, as `kvstore.level` does: victims make room, the
-request's own blocks are none of them, and what has no room beside those is not stored.
+request's own blocks are none of them, and what has no room beside those is not stored, nor what an
+admission refuses.
 """
 
 import heapq
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstore.admission import SecondSight
 from kvstore.eviction import EvictionPolicy
+from kvstore.tier import Resident
 
 
 def named(chains: Sequence[NDArray[np.int32]]) -> list[list[bytes]]:
@@ -27,52 +31,72 @@ def named(chains: Sequence[NDArray[np.int32]]) -> list[list[bytes]]:
 Placed: TypeAlias = tuple[bytes, bytes | None, int]  # a block, its parent, and its depth
 
 
+@dataclass(slots=True)
+class Cache:
+    """Room for `capacity` blocks under a policy.
+
+    Args:
+        policy: an empty one, of blocks of `nbytes`.
+        admission: also decides what comes in; of `capacity * nbytes` bytes.
+        stored: blocks, since the beginning.
+    """
+
+    policy: EvictionPolicy
+    capacity: int
+    nbytes: int = 1
+    admission: SecondSight | None = None
+    stored: int = 0
+
+
 def replay(chains: Sequence[list[bytes]], policy: EvictionPolicy, capacity: int) -> list[int]:
-    """Hits of each request, with room for `capacity` blocks; the policy is an empty one."""
-    return [_serve(chain, policy, capacity) for chain in chains]
+    """Hits of each request, with room for `capacity` blocks, where all come in."""
+    return served(chains, Cache(policy, capacity))
 
 
-def _serve(chain: list[bytes], policy: EvictionPolicy, capacity: int) -> int:
+def served(chains: Sequence[list[bytes]], cache: Cache) -> list[int]:
+    """Hits of each request in a cache, which is then as they left it."""
+    return [_serve(chain, cache) for chain in chains]
+
+
+def _serve(chain: list[bytes], cache: Cache) -> int:
+    policy = cache.policy
     # what is there of a chain is always its beginning
     hits = bisect_left(chain, True, key=lambda block: block not in policy)
     policy.touch(chain[:hits])
     missing = chain[hits:]
     above = [chain[hits - 1] if hits else None, *missing[:-1]]
-    insert(policy, capacity, list(zip(missing, above, range(hits, len(chain)), strict=False)))
+    insert(cache, list(zip(missing, above, range(hits, len(chain)), strict=False)))
     return hits
 
 
-def insert(
-    policy: EvictionPolicy,
-    capacity: int,
-    blocks: Sequence[Placed],
-    pinned: Iterable[bytes] = (),
-    nbytes: int = 1,
-) -> None:
+def insert(cache: Cache, blocks: Sequence[Placed], pinned: Iterable[bytes] = ()) -> None:
     """Store absent blocks, parents first, as `kvstore.level` does: together, or as many as fit.
 
     Args:
-        capacity: of a tier that has no other blocks than the policy's, in blocks.
         pinned: not to be evicted; nor are those on which the new ones rest.
-        nbytes: of each block.
     """
-    if _fits(policy, capacity, blocks, pinned, nbytes):
+    blocks = _admitted(cache, blocks)
+    if _fits(cache, blocks, pinned):
         return
     skipped: set[bytes | None] = set()
     for placed in blocks:
-        if placed[1] in skipped or not _fits(policy, capacity, [placed], pinned, nbytes):
+        if placed[1] in skipped or not _fits(cache, [placed], pinned):
             skipped.add(placed[0])
 
 
-def _fits(
-    policy: EvictionPolicy,
-    capacity: int,
-    blocks: Sequence[Placed],
-    pinned: Iterable[bytes],
-    nbytes: int,
-) -> bool:
+def _admitted(cache: Cache, blocks: Sequence[Placed]) -> Sequence[Placed]:
+    if cache.admission is None:
+        return blocks
+    offers = [Resident(block, parent, cache.nbytes, depth, b"") for block, parent, depth in blocks]
+    free = (cache.capacity - len(cache.policy)) * cache.nbytes
+    chosen = cache.admission.choose(offers, free, {}, cache.policy.__contains__)
+    return [block for block, comes in zip(blocks, chosen, strict=True) if comes]
+
+
+def _fits(cache: Cache, blocks: Sequence[Placed], pinned: Iterable[bytes]) -> bool:
     """Store all of the blocks, or none."""
-    if (excess := len(policy) + len(blocks) - capacity) > 0:
+    policy = cache.policy
+    if (excess := len(policy) + len(blocks) - cache.capacity) > 0:
         keep = {parent for _, parent, _ in blocks if parent is not None}
         keep.update(pinned)
         victims = list(islice(policy.victims(keep), excess))
@@ -80,8 +104,11 @@ def _fits(
             return False
         for block in victims:
             policy.remove(block)
+            if cache.admission is not None:
+                cache.admission.gone(block, cache.nbytes)
     for block, parent, depth in blocks:
-        policy.add(block, parent, nbytes, depth)
+        policy.add(block, parent, cache.nbytes, depth)
+    cache.stored += len(blocks)
     return True
 
 

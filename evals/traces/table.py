@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from engine.errors import ConfigError
 from evals.traces.read import RequestTrace
-from evals.traces.replay import named, optimum, replay, reuses
+from evals.traces.replay import Cache, named, optimum, reuses, served
+from kvstore.admission import AdmissionName, SecondSight
 from kvstore.eviction import POLICIES, PolicyName
 
 OPTIMUM = "belady"
 Chains: TypeAlias = Sequence[NDArray[np.int32]]
-Case: TypeAlias = tuple[PolicyName, int]
-Replayed: TypeAlias = tuple[str, int, list[int]]
+Case: TypeAlias = tuple[PolicyName, int, AdmissionName]
+Replayed: TypeAlias = tuple[str, int, list[int], int]
 
 
 class Rate(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +31,7 @@ class Rate(msgspec.Struct, frozen=True, kw_only=True):
         hit_rate: share of all blocks of all requests.
         hit_rate_unshared: the same without the leading blocks that all requests have in common;
             None where there are no others.
+        stored: blocks written, the same one perhaps several times; None for the optimum.
     """
 
     policy: str
@@ -37,6 +39,7 @@ class Rate(msgspec.Struct, frozen=True, kw_only=True):
     hits: int
     hit_rate: float
     hit_rate_unshared: float | None
+    stored: int | None = None
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,9 +48,11 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     Args:
         distinct: different blocks.
         shared: leading blocks that all requests have in common.
+        admission: what came in under the policies; the optimum stores what it likes.
     """
 
     trace: str
+    admission: AdmissionName
     requests: int
     blocks: int
     distinct: int
@@ -67,7 +72,12 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     accesses: int
 
 
-def measure(trace: RequestTrace, policies: Sequence[str], capacities: Sequence[int]) -> Rates:
+def measure(
+    trace: RequestTrace,
+    policies: Sequence[str],
+    capacities: Sequence[int],
+    admission: AdmissionName = "always",
+) -> Rates:
     """Every policy at every capacity, Belady's optimum last; without a limit it stands for all.
 
     Args:
@@ -79,13 +89,14 @@ def measure(trace: RequestTrace, policies: Sequence[str], capacities: Sequence[i
     known = _checked(policies, capacities)
     return Rates(
         trace=trace.name,
+        admission=admission,
         requests=len(trace.chains),
         blocks=trace.blocks,
         distinct=trace.distinct,
         shared=trace.shared,
         rates=[
-            _rate(trace, policy, capacity, hits)
-            for policy, capacity, hits in _replays(trace, known, capacities)
+            _rate(trace, policy, capacity, hits, stored)
+            for policy, capacity, hits, stored in _replays(trace, known, capacities, admission)
         ],
     )
 
@@ -103,14 +114,17 @@ def _checked(policies: Sequence[str], capacities: Sequence[int]) -> list[PolicyN
 
 
 def _replays(
-    trace: RequestTrace, policies: Sequence[PolicyName], capacities: Sequence[int]
-) -> Iterator[tuple[str, int | None, list[int]]]:
-    """Policy, capacity, and hits of each request; the policies' in as many processes as cores."""
-    yield from _simulated(trace.chains, list(product(policies, capacities)))
+    trace: RequestTrace,
+    policies: Sequence[PolicyName],
+    capacities: Sequence[int],
+    admission: AdmissionName,
+) -> Iterator[tuple[str, int | None, list[int], int | None]]:
+    """Policy, capacity, hits of each request, and blocks stored; in as many processes as cores."""
+    yield from _simulated(trace.chains, list(product(policies, capacities, [admission])))
     reused = reuses(trace.chains, trace.distinct)
     for capacity in capacities:
-        yield OPTIMUM, capacity, optimum(reused, capacity)
-    yield OPTIMUM, None, optimum(reused, trace.distinct)
+        yield OPTIMUM, capacity, optimum(reused, capacity), None
+    yield OPTIMUM, None, optimum(reused, trace.distinct), None
 
 
 def _simulated(chains: Chains, cases: Sequence[Case]) -> Iterator[Replayed]:
@@ -128,10 +142,19 @@ def _simulated(chains: Chains, cases: Sequence[Case]) -> Iterator[Replayed]:
 
 def _replayed(chains: Chains, cases: Sequence[Case]) -> list[Replayed]:
     requests = named(chains) if cases else []
-    return [(name, size, replay(requests, POLICIES[name](), size)) for name, size in cases]
+    return [_one(requests, case) for case in cases]
 
 
-def _rate(trace: RequestTrace, policy: str, capacity: int | None, hits: list[int]) -> Rate:
+def _one(requests: Sequence[list[bytes]], case: Case) -> Replayed:
+    name, size, admission = case
+    choosy = SecondSight(size) if admission == "second-sight" else None
+    cache = Cache(POLICIES[name](), size, admission=choosy)
+    return name, size, served(requests, cache), cache.stored
+
+
+def _rate(
+    trace: RequestTrace, policy: str, capacity: int | None, hits: list[int], stored: int | None
+) -> Rate:
     blocks, shared, found = trace.blocks, trace.shared, sum(hits)
     unshared = blocks - shared * len(hits)
     found_unshared = sum(max(0, x - shared) for x in hits)
@@ -141,6 +164,7 @@ def _rate(trace: RequestTrace, policy: str, capacity: int | None, hits: list[int
         hits=found,
         hit_rate=found / blocks,
         hit_rate_unshared=found_unshared / unshared if unshared else None,
+        stored=stored,
     )
 
 

@@ -14,6 +14,7 @@ from kvstore.config import StoreConfig
         ({"disk_path": ""}, "disk_path"),
         ({"host_bytes": 0}, "disk_path"),
         ({"policy": "mru"}, "policy is one of lru, fifo"),
+        ({"admission": "never"}, "admission is one of always, second-sight"),
     ],
     ids=str,
 )

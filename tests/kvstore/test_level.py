@@ -11,6 +11,7 @@ from kvstore.disk import DiskTier
 from kvstore.eviction import POLICIES
 from kvstore.ledger import entry_cost
 from kvstore.level import Level
+from kvstore.ranks import ALL
 from kvstore.store import TieredStore
 from kvstore.tier import HostTier
 from tests.kvstore.make import chain, content, identity, items
@@ -24,11 +25,11 @@ class Halting(HostTier):
         self.evicting, self.asked, self.done = (threading.Event() for _ in range(3))
         self.asker = threading.current_thread()
 
-    def put(self, blocks, victims=()):
+    def put(self, blocks, victims=(), limits=None):
         if victims:
             self.evicting.set()
             assert self.asked.wait(10)
-        return super().put(blocks, victims)
+        return super().put(blocks, victims, limits)
 
     def held(self, keys):
         found = super().held(keys)
@@ -102,11 +103,15 @@ def test_room_costs_no_more_victims_than_it_takes():
     assert level.held([keys[0] for keys in SINGLES[:4]]) == [False, True, False, True]
 
 
+def blocks_of(level):
+    return level._ranks._policies[ALL]._blocks
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_all_tiers_follow_the_policy_that_is_set(policy, tmp_path):
     config = StoreConfig(host_bytes=1 << 20, disk_path=str(tmp_path / "store"), policy=policy)
     with TieredStore.open(config) as store:
-        made = [type(level._policy) for level in store._levels]
+        made = [level._ranks.make for level in store._levels]
     assert made == [POLICIES[policy]] * 2
 
 
@@ -117,4 +122,4 @@ def test_tiers_say_how_deep_in_their_chains_blocks_are(tmp_path):
             level = level_of(tier, "gdsf", [keys])
             found = {resident.digest: resident.depth for resident in tier.residents()}
             assert found == {key.digest: key.depth for key in keys}
-            assert level._policy._blocks == level_of(tier, "gdsf")._policy._blocks
+            assert blocks_of(level) == blocks_of(level_of(tier, "gdsf"))

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -17,7 +18,10 @@ from engine.serve.observed import Observed
 from engine.serve.pages import routes
 from engine.serve.report import Pool, Running, Swap
 from engine.spans import NAMES, Trace
+from kvstore.block import Kind
+from kvstore.codecs.known import RAW
 from kvstore.stats import StoreStats, TierStats
+from kvstore.tally import Group, Usage
 
 KEYS = {"Bearer sk-a": "team-a", "Bearer sk-b": "team-b", "Bearer sk-all": None}
 
@@ -27,6 +31,14 @@ def readings(**changes: object) -> Readings:
     host = TierStats(
         used_bytes=3_000_000_001, capacity_bytes=8_000_000_000, blocks=1_201, hits=901, misses=99,
         reads=902, bytes_read=7_000_000_003, bytes_written=3_100_000_000, evictions=17, skipped=2,
+        refused=7,
+        groups={
+            Group(b"tag of a", Kind.EXACT, RAW.code): Usage(5, 3),
+            Group(b"stranger", Kind.CHUNK, RAW.code): Usage(7, 1),
+            Group(b"unknown!", Kind.CHUNK, RAW.code): Usage(11, 2),
+        },
+        hits_of=Counter({(b"tag of a", Kind.EXACT): 13, (b"stranger", Kind.CHUNK): 1}),
+        misses_of=Counter({(b"unknown!", Kind.EXACT): 17}),
     )  # fmt: skip
     disk = TierStats(
         used_bytes=40_000_000_000, capacity_bytes=64_000_000_000, blocks=15_002, hits=66, misses=33,
@@ -34,6 +46,7 @@ def readings(**changes: object) -> Readings:
         quarantined=1,
     )  # fmt: skip
     numbers: dict[str, object] = {
+        "tenants": {b"tag of a": "team-a"},
         "waiting": 4, "running": 12, "swapped": 2, "steps": 7_001, "preemptions": 6, "failed": 1,
         "completed": 301, "cancelled": 9, "background": 8,
         "prompt_tokens": 500_001, "new_tokens": 80_002,

@@ -84,6 +84,7 @@ def test_counters_of_the_engine_are_read_when_asked_for() -> None:
     assert of(found, "store_pinned_blocks") == 22
     assert of(found, "store_oldest_pin_seconds") == 1.5
     assert of(found, "store_expired_pins_total") == 0
+    assert of(found, "tier_refused_blocks_total", tier="host") == 7
     assert of(found, "pool_promotions_total") == 100
     assert of(found, "pool_spill_read_bytes_total") == 103
     assert of(found, "pool_open_leases") == 12
@@ -99,6 +100,19 @@ def test_how_a_shared_tier_answers_is_told_where_there_is_one() -> None:
     assert of(found, "remote_failures_total") == 2
     assert of(found, "remote_timeouts_total") == 3
     assert of(found, "remote_queued_bytes") == 4
+
+
+def test_blocks_are_told_by_configured_tenants_and_all_others_as_one() -> None:
+    found, host = values(Observed("m", readings)), {"tier": "host"}
+    ours = host | {"tenant": "team-a", "class": "exact"}
+    others = host | {"tenant": "other", "class": "chunk"}
+    assert of(found, "tier_group_bytes", codec="raw", **ours) == 5
+    assert of(found, "tier_group_blocks", codec="raw", **ours) == 3
+    assert of(found, "tier_group_bytes", codec="raw", **others) == 18
+    assert of(found, "tier_group_hits_total", **ours) == 13
+    assert of(found, "tier_group_hits_total", **others) == 1
+    assert of(found, "tier_group_misses_total", **(others | {"class": "exact"})) == 17
+    assert sum(name == "tier_group_bytes" for name, _ in found) == 2
 
 
 def test_a_server_without_a_pool_tells_of_none() -> None:

@@ -42,6 +42,8 @@ def test_stats_tell_what_happened() -> None:
     host, disk = report.tiers
     assert (host.name, host.used_bytes, host.hit_ratio) == ("host", 3_000_000_001, 0.901)
     assert (disk.corrupt, disk.quarantined) == (3, 1)
+    groups = [(group.tenant, group.codec, group.kind, group.bytes) for group in host.groups]
+    assert groups == [("team-a", "raw", "exact", 5), ("other", "raw", "chunk", 18)]
     assert (report.queued_bytes, report.pinned_blocks) == (21, 22)
     assert report.pool is not None
     assert report.pool.open_leases == 12

@@ -21,7 +21,7 @@ def server(tmp_path_factory):
     store = StoreConfig(host_bytes=1 << 28, disk_path=str(tmp_path_factory.mktemp("store")))
     keys = {
         "alice": KeyConfig(key=ALICE, document_tokens=400),
-        "bob": KeyConfig(key_sha256=sha256(BOB.encode()).hexdigest()),
+        "bob": KeyConfig(key_sha256=sha256(BOB.encode()).hexdigest(), store_bytes=1 << 27),
         "ops": KeyConfig(key="sk-ops", sees_all=True),
     }
     with running(store=store, keys=keys) as made:
@@ -102,6 +102,12 @@ def test_kv_of_the_same_text_is_not_shared(server):
                 extra_body={"documents": [{"text": TEXT}]},
             )  # fmt: skip
     assert done.usage.prompt_tokens_details.cached_tokens > 0
+    with server.http("sk-ops") as ops:
+        (host, _) = ops.get("/stats").json()["tiers"]
+    owners = {(group["tenant"], group["kind"]) for group in host["groups"]}
+    assert owners >= {("alice", "exact"), ("bob", "exact"), ("bob", "chunk")}
+    assert sum(group["bytes"] for group in host["groups"]) == host["used_bytes"]
+    assert list(server.engine.store._quotas._own.values()) == [1 << 27]
 
 
 def test_a_quota_holds_for_all_documents_together(server):

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from evals.traces.read import read_traces
-from evals.traces.replay import named
+from evals.traces.replay import Cache, named
+from kvstore.admission import SecondSight
 from kvstore.block import BlockKey, Kind, KVBlock
 from kvstore.disk import DiskTier
 from kvstore.eviction import POLICIES
@@ -38,28 +39,32 @@ def served(store, chains):
     return hits
 
 
-def both(made, capacities, policy):
+def both(made, capacities, policy, admission="always"):
     """Hits of each request in two tiers in memory and one on disk: the store's, the simulator's."""
     chains = long_names(made.chains)
     sizes = BLOCK.nbytes, BLOCK.nbytes, COST
     rooms = [
-        Room(POLICIES[policy](), capacity, nbytes, nbytes == COST)
+        Room(Cache(POLICIES[policy](), capacity, nbytes), nbytes == COST)
         for capacity, nbytes in zip(capacities, sizes)
     ]
+    if admission == "second-sight":
+        rooms[-1].cache.admission = SecondSight(capacities[-1] * COST)
     small, large, disk = (count * nbytes for count, nbytes in zip(capacities, sizes))
     with tempfile.TemporaryDirectory() as folder:
         tiers = [HostTier(small), HostTier(large), DiskTier(Path(folder, "store"), disk)]
-        with TieredStore(tiers, policy=policy) as store:
+        with TieredStore(tiers, policy=policy, admission=admission) as store:
             hits, simulated = served(store, chains), replay_tiers(chains, rooms)
             assert store.audit().clean
             assert all(level.stats.evictions for level in store._levels)
             for room, level in zip(rooms, store._levels):
-                assert set(level._policy) == set(room.policy)
+                assert set(level._ranks) == set(room.policy)
+            written = store.stats().tiers["disk"].bytes_written // BLOCK.nbytes
+            assert written == rooms[-1].cache.stored
     return hits, simulated
 
 
-def both_of_file(path, count, policy):
+def both_of_file(path, count, policy, admission="always"):
     """As `both`, of the first requests of a recorded trace, in small tiers."""
     made = read_traces(path, count)[0]
     disk = made.distinct // 3
-    return both(made, (disk // 9, disk // 3, disk), policy)
+    return both(made, (disk // 9, disk // 3, disk), policy, admission)

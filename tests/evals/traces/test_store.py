@@ -3,11 +3,13 @@
 import multiprocessing
 import random
 from concurrent.futures import ProcessPoolExecutor
+from typing import get_args
 
 import pytest
 
 from evals.traces.read import trace
 from evals.traces.replay import replay
+from kvstore.admission import AdmissionName
 from kvstore.eviction import POLICIES
 from kvstore.store import TieredStore
 from kvstore.tier import HostTier
@@ -42,6 +44,13 @@ def test_three_tiers_hit_what_the_simulator_says(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_what_is_seen_again_comes_to_the_disk_as_the_simulator_says(policy):
+    hits, simulated = both(talks(60), (5, 12, 30), policy, "second-sight")
+    assert hits == simulated
+    assert sum(hits) > 80
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_one_tier_hits_what_the_simulator_says(policy):
     chains = long_names(talks(200).chains)
     with TieredStore([HostTier(25 * BLOCK.nbytes)], policy=policy) as store:
@@ -52,11 +61,12 @@ def test_one_tier_hits_what_the_simulator_says(policy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
-def test_500_recorded_requests_hit_what_the_simulator_says(policy):
+@pytest.mark.parametrize("admission", get_args(AdmissionName))
+def test_500_recorded_requests_hit_what_the_simulator_says(policy, admission):
     spawned = multiprocessing.get_context("spawn")  # without checks of types, which take 10 times
     with ProcessPoolExecutor(1, mp_context=spawned) as pool:
         for file, least in RECORDED.items():
             path = real_data(f"traces/{file}")
-            hits, simulated = pool.submit(both_of_file, path, 500, policy).result()
+            hits, simulated = pool.submit(both_of_file, path, 500, policy, admission).result()
             assert hits == simulated
             assert sum(hits) > least

@@ -2,15 +2,16 @@
 
 from typing import NamedTuple
 
-from evals.traces.replay import insert
-from kvstore.eviction import EvictionPolicy
+from evals.traces.replay import Cache, insert
 
 
 class Room(NamedTuple):
-    policy: EvictionPolicy
-    capacity: int  # blocks
-    nbytes: int  # of a block
+    cache: Cache
     durable: bool
+
+    @property
+    def policy(self):
+        return self.cache.policy
 
 
 def replay_tiers(chains, rooms):
@@ -24,10 +25,12 @@ def _serve(chain, rooms):
     for room in rooms:
         room.policy.touch([block for block in chain[:hits] if block in room.policy])
     for room in sorted(rooms, key=lambda room: room.durable):
+        if hits == len(chain):
+            break  # nothing is put
         first = hits
         if room.durable:  # and what it lacks of the hits, which rests in memory
             first = min((i for i in range(hits) if chain[i] not in room.policy), default=hits)
         placed = list(zip(chain, [None, *chain], range(len(chain))))[first:]
         absent = [x for x in placed if x[0] not in room.policy]
-        insert(room.policy, room.capacity, absent, chain, room.nbytes)
+        insert(room.cache, absent, chain)
     return hits
