@@ -296,9 +296,27 @@ def packed(record: dict[str, Any]) -> str:
     return "\n".join([about, "", *rows, "", *shares])
 
 
+def remote(record: dict[str, Any]) -> str:
+    """GB/s through a server on the same machine."""
+    speeds, over = record["gb_per_s"], record["over_redis_py"]
+    rows = ["| | GB/s | over redis-py |", "| --- | --- | --- |"]
+    for name, label in (
+        ("put", "put, sealed"), ("get", "get, verified, into host memory"),
+        ("get_without_host", "get, verified, without host memory"),
+        ("redis_py_put", "redis-py SET"), ("redis_py_get", "redis-py GET"),
+    ):  # fmt: skip
+        rows.append(f"| {label} | {speeds[name]:.2f} | {over.get(name, '')} |")
+    about = (
+        f"{record['blocks']} blocks of {record['block_bytes'] >> 20} MiB, over a socket of the "
+        f"machine; medians of {record['rounds']} rounds in turn. `scripts/bench_remote.py`"
+    )
+    return "\n".join([about, "", *rows])
+
+
 PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode": decode,
     "store": store,
+    "remote": remote,
     "store_lmcache": store_bench.beside_lmcache,
     "sparse_decode": sparse_decode,
     "end_to_end": end_to_end,
@@ -317,6 +335,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "serve_shared": serve.shared,
 }
 TITLES = {
+    "remote": "Shared tier over Redis",
     "store_lmcache": "Store beside LMCache",
     "aot": "Kernels, compiled ahead of time",
     "packed": "Packed prompts",

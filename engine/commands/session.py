@@ -45,6 +45,8 @@ def engine_config(args: Namespace) -> EngineConfig:
         if (url := getattr(args, "remote", None)) is not None:
             changes["remote"] = _remote(url, config.store.remote)
         store = msgspec.structs.replace(config.store, **changes)
+        if store.remote is not None:
+            store.remote.secret()  # complains before a model is loaded
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return msgspec.structs.replace(config, store=store, method=_method(args, config))
