@@ -26,6 +26,7 @@ class Ask:
         priority: higher ones first, under a policy that looks at it.
         deadline_s: seconds from submission; what is not complete then, ends.
         logprobs: how many of the most probable tokens to tell with each; None tells nothing.
+        exact: no KV from the store that a lossy codec has changed, as in `Engine.generate`.
         trace: where the time goes is noted here.
     """
 
@@ -39,6 +40,7 @@ class Ask:
     priority: int = 0
     deadline_s: float | None = None
     logprobs: int | None = None
+    exact: bool = False
     trace: Trace | None = None
 
 

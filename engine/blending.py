@@ -69,6 +69,7 @@ class Blending:
     ) -> None:
         self._model, self._store, self._memory = model, store, memory
         self._size, self._plain = config.block_tokens, plain
+        self._precision = config.store.precision
         layer_bytes = model.shape.kv_bytes_per_token // model.shape.num_layers * self._size
         self.speeds = PerfModel(len(layer_groups(model.shape.num_layers, layer_bytes)))
         self.chunks = Chunks(
@@ -102,7 +103,7 @@ class Blending:
         for chunk in chunks:
             self.chunks.check(prefix, chunk)
         once = list(dict.fromkeys(chunks))
-        for done, made in enumerate(self.chunks.complete(prefix, once), 1):
+        for done, made in enumerate(self.chunks.complete(prefix, once, self._precision), 1):
             progress(done, len(once))
             yield sum(key.num_tokens for key in made)
 
@@ -137,8 +138,10 @@ class Blending:
         """One try; BlocksLost if a block cannot be read."""
         segments = run.segments
         assert segments is not None
-        keys = {chunk: self.chunks.keys(segments.prefix, chunk) for chunk in segments.chunks}
-        exact, repaired = self._plain.keys(segments.tokens), self._repaired(run)
+        prefix, precision = segments.prefix, run.precision
+        keys = {chunk: self.chunks.keys(prefix, chunk, precision) for chunk in segments.chunks}
+        exact = self._plain.keys(segments.tokens, precision=precision)
+        repaired = self._repaired(run)
         with self._store.pin(
             [*exact, *repaired, *(key for chain in keys.values() for key in chain)]
         ):
@@ -168,7 +171,8 @@ class Blending:
         assert run.segments is not None
         computed: Computed = {}
         missing = 0
-        for made in self.chunks.complete(run.segments.prefix, list(keys), lost):
+        prefix = run.segments.prefix
+        for made in self.chunks.complete(prefix, list(keys), run.precision, lost):
             computed |= made
             missing += bool(made)
             yield sum(key.num_tokens for key in made)
@@ -257,7 +261,7 @@ class Blending:
         lengths = [len(chunk) for chunk in run.segments.chunks]
         settings = list(msgspec.json.encode(run.blend))
         run.repair = digest(run.segments.prefix, run.segments.separator, lengths, asked, settings)
-        return self._plain.keys(run.segments.tokens, run.repair)
+        return self._plain.keys(run.segments.tokens, run.repair, run.precision)
 
     def _recorder(self, run: Running, start: Sequence[BlockKey]) -> Recorder | None:
         """Takes what the blend makes, where it is kept; never as exact KV."""
@@ -269,7 +273,10 @@ class Blending:
     def _reorder(self, run: Running, report: BlendReport) -> None:
         """Change the order of the chunks where more of the prompt is then stored exactly."""
         assert run.segments is not None
-        report.order = best_order(run.segments, lambda t: self._store.lookup(self._plain.keys(t)))
+        report.order = best_order(
+            run.segments,
+            lambda t: self._store.lookup(self._plain.keys(t, precision=run.precision)),
+        )
         run.segments = run.segments.ordered(report.order)
         run.request = replace(run.request, prompt=run.segments.tokens)
 

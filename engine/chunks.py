@@ -14,7 +14,7 @@ from engine.perfmodel import PerfModel
 from engine.prefill import hidden_states
 from engine.recorder import Recorder
 from engine.segments import Tokens, digest
-from kvstore.block import BlockKey, Kind, KVBlock
+from kvstore.block import BlockKey, Kind, KVBlock, Precision
 from kvstore.identity import ModelIdentity
 from kvstore.store import TieredStore
 
@@ -45,7 +45,9 @@ class Chunks:
         self._size, self._step, self._speeds = size, step, speeds
         self._computing = threading.Lock()  # one chunk: nobody computes what another just does
 
-    def keys(self, prefix: Tokens, chunk: Tokens) -> list[BlockKey]:
+    def keys(
+        self, prefix: Tokens, chunk: Tokens, precision: Precision = Precision.EXACT
+    ) -> list[BlockKey]:
         """Names of a chunk's blocks behind a prefix; the last one may be of fewer tokens."""
         return BlockKey.chain(
             chunk,
@@ -54,6 +56,7 @@ class Chunks:
             size=self._size,
             kind=Kind.CHUNK,
             warmup=digest(prefix),
+            precision=precision,
         )
 
     def check(self, prefix: Tokens, chunk: Tokens) -> None:
@@ -72,16 +75,21 @@ class Chunks:
             )
 
     def complete(
-        self, prefix: Tokens, chunks: Sequence[Tokens], lost: Set[BlockKey] = frozenset()
+        self,
+        prefix: Tokens,
+        chunks: Sequence[Tokens],
+        precision: Precision,
+        lost: Set[BlockKey] = frozenset(),
     ) -> Iterator[Computed]:
         """Store what is missing; for every chunk, its blocks where they had to be computed.
 
         Args:
+            precision: what the blocks may lose in the store.
             lost: blocks that count as missing, whatever the store says.
         """
         alone: _Alone | None = None
         for chunk in chunks:
-            keys, made = self.keys(prefix, chunk), Computed()
+            keys, made = self.keys(prefix, chunk, precision), Computed()
             with self._computing:
                 if self._store.lookup(keys) < len(keys) or not lost.isdisjoint(keys):
                     alone = alone or self._alone(prefix, chunks)

@@ -13,7 +13,7 @@ from engine.model import Shape
 from engine.repair import BlendConfig
 from engine.schedule import ScheduleConfig
 from engine.serve.config import ServeConfig
-from kvstore.codecs.known import BY_NAME
+from kvstore.codecs.known import exact_codec
 from kvstore.config import StoreConfig
 from kvstore.ledger import entry_cost
 
@@ -70,7 +70,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         block = torch.empty(size, dtype=shape.dtype, device="meta")  # its size is all we need
         needs = [("store.host_bytes", self.store.host_bytes, block.nbytes)]
         if self.store.disk_path is not None:
-            needed = entry_cost(block, BY_NAME[self.store.codec])
+            needed = entry_cost(block, exact_codec(self.store.codec))
             needs.append(("store.disk_bytes", self.store.disk_bytes, needed))
         largest = needs[-1][2]
         quotas = [self.store.tenant_quota_bytes, *self.store.tenant_quotas.values()]

@@ -32,6 +32,7 @@ from engine.sampling import Sampling
 from engine.segments import Segments, ids_of
 from engine.slices import Slices, drained
 from engine.splitter import Splitter
+from kvstore.block import Precision
 from kvstore.errors import StoreError
 from kvstore.stats import StoreStats
 from kvstore.store import TieredStore
@@ -126,11 +127,13 @@ class Engine:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         blend: BlendConfig | None = None,
+        exact: bool = False,
     ) -> list[Completion]:
         """Answers to prompts (texts, token lists, `Segments`), in order, decoded as one batch.
 
         One text, one list of token ids, or one `Segments` is a batch of one. `blend` takes the
-        place of the configuration's, for the `Segments` among them.
+        place of the configuration's, for the `Segments` among them. `exact` takes no KV from the
+        store that a codec of `store.codec` has changed, and none that rests on such.
 
         Every prompt is answered as if it were alone: with a seed, each starts from that seed.
 
@@ -138,7 +141,8 @@ class Engine:
             PromptError: a prompt or a setting is out of range; nothing was generated.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
-        runs = [self.accept(p, max_new_tokens, sampling, stop, blend) for p in listed(prompts)]
+        asked = listed(prompts)
+        runs = [self.accept(p, max_new_tokens, sampling, stop, blend, exact=exact) for p in asked]
         for group in list(self.memory.groups(runs)):  # all, before the first runs
             for _ in self._steps(group):
                 pass
@@ -155,10 +159,11 @@ class Engine:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         blend: BlendConfig | None = None,
+        exact: bool = False,
     ) -> Generator[Event]:
         """Token by token; the last event carries the completion. Closing it cancels the request."""
         sampling = Sampling(temperature, top_k, top_p, seed)
-        run = self.accept(prompt, max_new_tokens, sampling, stop, blend)
+        run = self.accept(prompt, max_new_tokens, sampling, stop, blend, exact=exact)
         list(self.memory.groups([run]))  # refuse now what does not fit
         return (event for _, event in self._steps([run]))
 
@@ -260,6 +265,8 @@ class Engine:
         stop: str | Sequence[str] = (),
         blend: BlendConfig | None = None,
         logprobs: int | None = None,
+        *,
+        exact: bool = False,
     ) -> Running:
         """A request that has not begun. PromptError if it can never be served."""
         self._refuse_closed()
@@ -281,6 +288,7 @@ class Engine:
             tokenizer=self.tokenizer,
             segments=segments,
             blend=blend or self.config.blend,
+            precision=Precision.EXACT if exact else self.config.store.precision,
         )
 
     def _steps(self, runs: Sequence[Running]) -> Iterator[tuple[Running, Event]]:

@@ -7,7 +7,7 @@ from engine.catalogue import Catalogue, Origin, Trace
 from engine.engine import Engine
 from engine.request import Completion
 from engine.segments import Segments, digest
-from kvstore.block import BlockKey, Kind
+from kvstore.block import BlockKey, Kind, Precision
 
 TRACES = 1024  # with so many more than last time, those whose blocks were evicted are looked for
 ORIGINS = 128  # likewise, of prefixes
@@ -56,10 +56,13 @@ class Forgetting:
             segments = segments.ordered(report.order)
             ids = [ids[number] for number in report.order]
         size = self._engine.config.block_tokens
-        keys = self._keys([*segments.tokens, *generated], size)
+        tokens = [*segments.tokens, *generated]
+        asked = {Precision.EXACT, self._engine.config.store.precision}  # one of them
+        chains = [self._keys(tokens, size, precision=precision) for precision in asked]
         starts = [(id_, span.start // size) for id_, span in zip(ids, segments.spans, strict=True)]
         self._catalogue.note(
             Trace(id_, keys[at].digest.hex())
+            for keys in chains
             for id_, at in starts
             if id_ is not None and at < len(keys)
         )
@@ -86,10 +89,10 @@ class Forgetting:
         known = [chunk.tokens for chunk in catalogue.chunks.values()]
         known += [chunk.tokens for chunk in catalogue.doomed.values()]
         for tokens in known:
-            keys = self._keys(tokens[:size], size, kind=Kind.CHUNK, warmup=warmup)
-            if keys and keys[0] in self._engine.store:
-                self._seen[origin] = keys[0]
-                return True
+            for key in self._of_chunk(tokens[:size], size, warmup):
+                if key in self._engine.store:
+                    self._seen[origin] = key
+                    return True
         return False
 
     def _forget(self, chunks: Mapping[str, Sequence[int]]) -> None:
@@ -98,7 +101,7 @@ class Forgetting:
         for tokens in chunks.values():
             for origin in self._catalogue.origins:
                 warmup = digest(origin.prefix)
-                names += self._keys(tokens, origin.block_tokens, kind=Kind.CHUNK, warmup=warmup)
+                names += self._of_chunk(tokens, origin.block_tokens, warmup)
         if names:
             self._engine.store.delete(names)
         traces += self._stale()
@@ -114,6 +117,14 @@ class Forgetting:
         stale = [trace for trace in traces if bytes.fromhex(trace.block) not in self._engine.store]
         self._enough = len(traces) - len(stale) + TRACES
         return stale
+
+    def _of_chunk(self, tokens: Sequence[int], size: int, warmup: bytes) -> list[BlockKey]:
+        """Names of a chunk's blocks, whatever codec was or will be set."""
+        chains = [
+            self._keys(tokens, size, kind=Kind.CHUNK, warmup=warmup, precision=precision)
+            for precision in Precision
+        ]
+        return [key for chain in chains for key in chain]
 
     def _keys(self, tokens: Sequence[int], size: int, **kind: Any) -> list[BlockKey]:
         identity, tenant = self._engine.identity, self._engine.config.tenant.encode()

@@ -17,7 +17,7 @@ from engine.recorder import Recorder
 from engine.request import Running
 from engine.slices import Slices, drained
 from engine.sparse_cache import SparseCache
-from kvstore.block import BlockKey, Kind
+from kvstore.block import BlockKey, Kind, Precision
 from kvstore.identity import ModelIdentity
 from kvstore.store import TieredStore
 
@@ -40,8 +40,17 @@ class Plain:
         self._model, self._store, self._memory = model, store, memory
         self._identity, self._config = identity, config
 
-    def keys(self, tokens: Sequence[int], repair: bytes | None = None) -> list[BlockKey]:
-        """Names of the full blocks: of exact KV, or of what a blend of that name makes."""
+    def keys(
+        self,
+        tokens: Sequence[int],
+        repair: bytes | None = None,
+        precision: Precision | None = None,
+    ) -> list[BlockKey]:
+        """Names of the full blocks: of KV as a prefill makes it, or a blend of that name.
+
+        Args:
+            precision: what it may have lost in the store; None is what the store's codec loses.
+        """
         size = self._config.block_tokens
         chain = BlockKey.chain(
             tokens,
@@ -50,6 +59,7 @@ class Plain:
             size=size,
             kind=Kind.EXACT if repair is None else Kind.REPAIRED,
             warmup=repair or b"",
+            precision=self._config.store.precision if precision is None else precision,
         )
         return chain[: len(tokens) // size]
 
@@ -71,7 +81,7 @@ class Plain:
 
     def usable(self, run: Running) -> Sequence[BlockKey]:
         """Blocks that may stand in for the start of a prompt: one token is always computed."""
-        run.keys = self.keys(run.request.prompt)
+        run.keys = self.keys(run.request.prompt, precision=run.precision)
         return run.keys[: (len(run.request.prompt) - 1) // self._config.block_tokens]
 
     def save(self, run: Running) -> None:
@@ -81,7 +91,8 @@ class Plain:
             return
         if blocks := run.cache.recorder.take(run.cache.length):
             if blocks[-1][0] >= len(run.keys):
-                run.keys = self.keys(run.all_tokens[: run.cache.length], run.repair)
+                tokens = run.all_tokens[: run.cache.length]
+                run.keys = self.keys(tokens, run.repair, run.precision)
             self._store.put([(run.keys[number], block) for number, block in blocks])
 
     def recorder(self, start: int) -> Recorder:

@@ -11,7 +11,7 @@ from engine.repair import BlendConfig, BlendReport
 from engine.sampling import Sampling, TokenLogprob, logprobs, sample
 from engine.segments import Segments
 from engine.text import TextStream
-from kvstore.block import BlockKey
+from kvstore.block import BlockKey, Precision
 
 FinishReason = Literal["stop", "length"]
 Prompt = str | Sequence[int] | Segments
@@ -111,6 +111,7 @@ class Running:
 
     Args:
         movable: its KV may be moved to a lower tier and back.
+        precision: what KV from the store may have lost; what it leaves there is no better.
     """
 
     def __init__(
@@ -123,8 +124,9 @@ class Running:
         segments: Segments | None = None,
         blend: BlendConfig | None = None,
         movable: bool = False,
+        precision: Precision = Precision.EXACT,
     ) -> None:
-        self.request, self.movable = request, movable
+        self.request, self.movable, self.precision = request, movable, precision
         self.segments, self.blend = segments, blend or BlendConfig()
         self.tokens: list[int] = []
         self.cache: Cache | None = None  # while it runs

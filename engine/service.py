@@ -132,8 +132,9 @@ class Service:
     def _accept(self, ask: Ask, listener: Listener) -> Live:
         engine, number = ask.engine or self.engine, next(self._numbers)
         run = engine.accept(
-            ask.prompt, ask.max_new_tokens, ask.sampling, ask.stop, ask.blend, ask.logprobs
-        )
+            ask.prompt, ask.max_new_tokens, ask.sampling, ask.stop, ask.blend, ask.logprobs,
+            exact=ask.exact,
+        )  # fmt: skip
         run.movable, prompt = self._carrier.movable, len(run.request.prompt)
         if run.capacity > self._carrier.max_tokens:
             raise PromptTooLong(

@@ -25,6 +25,23 @@ class Kind(IntEnum):
     REPAIRED = 3  # a chunk after its spoilt tokens were recomputed in some context
 
 
+class Precision(IntEnum):
+    """Through which lossy codec the KV of a chain may have passed. It is part of the key.
+
+    So exact and lossy KV never meet, and neither does what is computed on top of them.
+    """
+
+    EXACT = 0
+    FP8 = 1
+    INT8 = 2
+    K8V4 = 3
+    INT4 = 4
+
+    def takes(self, precision: "Precision") -> bool:
+        """Whether KV written with `precision` may answer for this one."""
+        return precision in (Precision.EXACT, self)
+
+
 @dataclass(frozen=True, slots=True)
 class BlockKey:
     """Names one block by everything its KV depends on: tenant, model, tokens before it, its own.
@@ -41,6 +58,7 @@ class BlockKey:
     kind: Kind = field(compare=False)
     depth: int = field(compare=False)  # index in its chain
     tenant: bytes = field(default=bytes(8), compare=False)  # see `tenant_tag`, 8
+    precision: Precision = field(default=Precision.EXACT, compare=False)
     # the tenant's part of what seals its blocks elsewhere; stored nowhere, so b"" if read back
     seal_key: bytes = field(default=b"", compare=False, repr=False)
 
@@ -54,6 +72,7 @@ class BlockKey:
         size: int,
         kind: Kind = Kind.EXACT,
         warmup: bytes = b"",
+        precision: Precision = Precision.EXACT,
     ) -> list["BlockKey"]:
         """Keys of the blocks of `tokens`; block i names the tokens 0..(i+1)*size.
 
@@ -63,6 +82,7 @@ class BlockKey:
             tenant: secret of the namespace: without it nobody can guess a key.
             size: tokens per block.
             warmup: digest of the prefix a chunk was computed behind; empty for EXACT.
+            precision: what these blocks, or those that they were computed on, may have lost.
         Raises:
             ValueError: for a size below one, a token that is no uint32, or a warm-up of EXACT.
         """
@@ -72,7 +92,7 @@ class BlockKey:
         secret = _secret(tenant)
         tag = tenant_tag(tenant)
         seal_key = hmac.digest(secret, b"headrace seal 1", "sha256")
-        head = _head(identity.digest, size, kind, warmup)
+        head = _head(identity.digest, size, kind, precision, warmup)
         end = len(ids) if kind is not Kind.EXACT else len(ids) // size * size
         keys: list[BlockKey] = []
         parent = None
@@ -80,7 +100,7 @@ class BlockKey:
             own = ids[start : start + size].tobytes()
             digest = hmac.digest(secret, head + _link(parent, len(own) // 4) + own, "sha256")
             digest16, count = sha256(own).digest()[:16], len(own) // 4
-            own_fields = digest16, count, kind, depth, tag, seal_key
+            own_fields = digest16, count, kind, depth, tag, precision, seal_key
             keys.append(cls(digest, parent, identity.digest, *own_fields))
             parent = digest
         return keys
@@ -139,9 +159,12 @@ def _token_ids(tokens: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.uint
     return wide.astype("<u4")
 
 
-def _head(identity: bytes, size: int, kind: Kind, warmup: bytes) -> bytes:
+def _head(identity: bytes, size: int, kind: Kind, precision: Precision, warmup: bytes) -> bytes:
     """What all keys of a chain share. Every field has a fixed length or its length before it."""
-    return b"headrace block 1" + struct.pack("<32sBII", identity, kind, size, len(warmup)) + warmup
+    fields = struct.pack("<32sBII", identity, kind, size, len(warmup)) + warmup
+    if precision is Precision.EXACT:
+        return b"headrace block 1" + fields
+    return b"headrace lossy 1" + struct.pack("<B", precision) + fields
 
 
 def _link(parent: bytes | None, count: int) -> bytes:

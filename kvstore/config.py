@@ -6,7 +6,8 @@ from typing import get_args
 import msgspec
 
 from kvstore.admission import AdmissionName
-from kvstore.codecs.known import CodecName
+from kvstore.block import Precision
+from kvstore.codecs.known import BY_NAME, CodecName
 from kvstore.eviction import PolicyName
 from kvstore.quotas import Quotas
 from kvstore.remote.config import RemoteConfig
@@ -22,8 +23,10 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         host_bytes: memory for blocks; 0 for no host tier.
         disk_path: folder of the disk tier; None for no disk tier. Not on a network file system.
         disk_bytes: live bytes on disk. The file may be some batches larger (see DiskTier).
-        codec: how blocks are written to the disk and to `remote`: `raw`, or `lossless` for about
-            two thirds of the bytes at the price of compressing and decompressing them.
+        codec: how blocks are written to the disk and to `remote`. `raw`; `lossless`, for about two
+            thirds of the bytes; or with an error, which names of blocks tell, so that a request for
+            exact KV never gets them: `fp8` and `int8` (half the bytes), `k8v4`, `int4` (a third).
+            Exact blocks are then written by `lossless`.
         policy: which blocks of a full tier go first, the last of their chain always: `lru`, least
             recently used; `fifo`, `lfu`, `arc`, `s3fifo`, `sieve`, `gdsf`. See `kvstore.policies`.
         remote: a server that machines share blocks through, behind all other tiers; None for none.
@@ -45,6 +48,11 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     admission: AdmissionName = "always"
     tenant_quota_bytes: int | None = None
     tenant_quotas: dict[str, int] = {}
+
+    @property
+    def precision(self) -> Precision:
+        """Of KV where nothing more exact is asked for."""
+        return BY_NAME[self.codec].precision
 
     def __post_init__(self) -> None:
         if self.host_bytes < 0:

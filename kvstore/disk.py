@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvstore import record
-from kvstore.block import BlockKey, KVBlock
+from kvstore.block import BlockKey, KVBlock, Precision
 from kvstore.codecs.codec import Codec, byte_view
-from kvstore.codecs.known import RAW
+from kvstore.codecs.known import LOSSLESS, RAW
 from kvstore.entry import Entry, check_is_for, matches
 from kvstore.environment import explained, open_environment
 from kvstore.errors import CorruptRecord, StoreError
@@ -53,7 +53,9 @@ class DiskTier:
 
     def __init__(self, path: Path, capacity_bytes: int, codec: Codec = RAW) -> None:
         self.capacity_bytes = capacity_bytes
-        self._codec = codec
+        if codec.precision is not Precision.EXACT:
+            raise ValueError(f"exact blocks are written by raw or lossless, not {codec.name}")
+        self._codec = codec  # of exact blocks; the keys of others say theirs
         self.corrupt = 0
         library(SOURCE)  # compiled now: not while a transaction waits
         self._env = open_environment(path, capacity_bytes)
@@ -74,7 +76,8 @@ class DiskTier:
             return self.ledger.used(txn)
 
     def cost(self, key: BlockKey, block: KVBlock) -> int:
-        return entry_cost(block.data, self._codec)
+        exact = key.precision is Precision.EXACT
+        return entry_cost(block.data, self._codec if exact else LOSSLESS)
 
     def sizes(self, digests: Sequence[bytes]) -> list[int]:
         with self.reading() as txn:

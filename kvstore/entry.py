@@ -7,18 +7,19 @@ from operator import attrgetter
 import torch
 import xxhash
 
-from kvstore.block import BlockKey, Kind
+from kvstore.block import BlockKey, Kind, Precision
 from kvstore.codecs.codec import DTYPE_CODES, DTYPE_OF_CODE, Codec
 from kvstore.codecs.known import CODECS
 from kvstore.errors import CorruptRecord
 from kvstore.layout import runs
 from kvstore.tally import Group
 
-_KEY = struct.Struct("<B32s32s16sIBI8s")  # the fields of a BlockKey, less the digest
+_KEY = struct.Struct("<B32s32s16sIBI8sB")  # the fields of a BlockKey, less the digest
 _REST = struct.Struct("<BHIIIHBQQI")
 _RECORD = struct.Struct("<QQ")
 _CHECK = struct.Struct("<Q")
-_FIELDS = ("parent", "identity", "token_digest", "num_tokens", "kind", "depth", "tenant")
+_FIELDS = ("parent", "identity", "token_digest", "num_tokens", "kind", "depth", "tenant",
+           "precision")  # fmt: skip
 _described = attrgetter(*_FIELDS)
 _FIXED = _KEY.size + _REST.size  # then where each record lies, and the checksum of all that
 
@@ -66,9 +67,8 @@ def unpack(digest: bytes, data: memoryview | bytes) -> Entry:
     packed = _checked(digest, data)
     if packed is None:
         raise CorruptRecord(f"checksum of a block entry of {len(data)} bytes does not match")
-    has_parent, parent, identity, token_digest, num_tokens, kind, depth, tenant = _KEY.unpack_from(
-        packed
-    )
+    has_parent, parent, *rest = _KEY.unpack_from(packed)
+    identity, token_digest, num_tokens, kind, depth, tenant, precision = rest
     dtype, layers, heads, tokens, dim, group_layers, codec, nbytes, stamp, children = (
         _REST.unpack_from(packed, _KEY.size)
     )
@@ -78,12 +78,17 @@ def unpack(digest: bytes, data: memoryview | bytes) -> Entry:
     if codec not in CODECS:
         raise CorruptRecord(f"unknown codec {codec}")
     above = parent if has_parent else None
-    key = BlockKey(digest, above, identity, token_digest, num_tokens, Kind(kind), depth, tenant)
+    key = BlockKey(
+        digest, above, identity, token_digest, num_tokens, Kind(kind), depth, tenant,
+        Precision(precision),
+    )  # fmt: skip
     shape = torch.Size((layers, 2, heads, tokens, dim))
     entry = Entry(
         key, DTYPE_OF_CODE[dtype], shape, group_layers, CODECS[codec], nbytes, stamp, children,
         pages, sizes,
     )  # fmt: skip
+    if not key.precision.takes(entry.codec.precision):
+        raise CorruptRecord(f"{entry.codec.name} KV in a block that is {key.precision.name}")
     if len(pages) != len(entry.groups):
         raise CorruptRecord(f"block entry with {len(pages)} pages for {len(entry.groups)} records")
     return entry
@@ -107,7 +112,7 @@ def check_is_for(entry: Entry, key: BlockKey) -> None:
 def _pack_key(key: BlockKey) -> bytes:
     return _KEY.pack(
         key.parent is not None, key.parent or b"", key.identity, key.token_digest, key.num_tokens,
-        key.kind, key.depth, key.tenant,
+        key.kind, key.depth, key.tenant, key.precision,
     )  # fmt: skip
 
 

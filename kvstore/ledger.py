@@ -17,7 +17,7 @@ from kvstore import entry as entries
 from kvstore import record
 from kvstore.block import BlockKey, KVBlock
 from kvstore.codecs.codec import DTYPE_CODES, Codec, Payload
-from kvstore.codecs.known import RAW
+from kvstore.codecs.known import LOSSLESS, RAW, codec_for
 from kvstore.entry import Entry
 from kvstore.environment import Environment
 from kvstore.errors import CorruptRecord, MissingParent
@@ -32,7 +32,7 @@ _USED = struct.Struct("<QQ")  # bytes, and their complement as a check
 
 
 def entry_cost(data: Tensor, codec: Codec = RAW) -> int:
-    """What a block takes of the budget, at most."""
+    """What a block takes of the budget, at most, if it is written by a lossless codec."""
     parts = [data[g.start : g.stop].shape for g in groups_of(data)]
     return cost_of([codec.payload_bytes(shape, data.dtype) for shape in parts])
 
@@ -62,13 +62,31 @@ class Packed:
         return cost_of(payload.nbytes for payload in self.payloads)
 
 
-def packed(key: BlockKey, block: KVBlock, codec: Codec) -> Packed:
-    """Encode a block. ValueError: it is not of this key."""
+def packed(key: BlockKey, block: KVBlock, exact: Codec) -> Packed:
+    """Encode a block: by `exact` if its key is, else as that says, or losslessly if it must be.
+
+    Raises:
+        ValueError: the block is not of this key.
+    """
     data = block.data
     if data.dtype not in DTYPE_CODES or data.shape[3] != key.num_tokens:
         raise ValueError(f"no block of {key.num_tokens} tokens: {data.dtype} {data.shape}")
-    payloads = [codec.encode(data[g.start : g.stop]) for g in groups_of(data)]
+    codec = codec_for(key, exact, data.shape, data.dtype)
+    payloads = _encoded(data, codec)
+    if payloads is None:
+        codec, payloads = LOSSLESS, _encoded(data, LOSSLESS)
+    assert payloads is not None, "lossless codecs take all numbers"
     return Packed(key, data, codec, payloads)
+
+
+def _encoded(data: Tensor, codec: Codec) -> list[Payload] | None:
+    payloads = []
+    for group in groups_of(data):
+        payload = codec.encode(data[group.start : group.stop])
+        if payload is None:
+            return None
+        payloads.append(payload)
+    return payloads
 
 
 def name(digest: bytes, group: int) -> bytes:

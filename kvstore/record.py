@@ -19,12 +19,12 @@ from torch import Tensor
 
 from kvstore.block import BlockKey
 from kvstore.codecs.codec import DTYPE_CODES, Codec, Payload, byte_view
-from kvstore.codecs.known import CODECS
+from kvstore.codecs.known import CODECS, LOSSLESS, codec_for
 from kvstore.errors import CorruptRecord
 
 MAGIC = b"HRKV"
 VERSION = 2
-_HEADER = struct.Struct("<4sHBBB3x32s32sIIIHHHxx16sQQ16s24x")
+_HEADER = struct.Struct("<4sHBBBB2x32s32sIIIHHHxx16sQQ16s24x")
 _CHECK = struct.Struct("<Q")
 HEADER_BYTES = _HEADER.size + _CHECK.size
 assert HEADER_BYTES % 64 == 48
@@ -38,6 +38,7 @@ class Header(NamedTuple):
     kind: int
     codec: int
     dtype: int
+    precision: int  # of the key
     identity: bytes  # 32
     key: bytes  # 32
     num_kv_heads: int
@@ -55,9 +56,28 @@ class Header(NamedTuple):
 def encode(
     key: BlockKey, data: Float[Tensor, "n 2 Hk P D"], layers: range, num_layers: int, codec: Codec
 ) -> memoryview:
-    """The record of `layers` of a block, of which `data` is the KV."""
+    """The record of `layers` of a block, of which `data` is the KV.
+
+    Raises:
+        ValueError: the codec loses what the key keeps, or cannot encode these numbers.
+    """
+    payload = codec.encode(data)
+    if payload is None or not key.precision.takes(codec.precision):
+        raise ValueError(f"no {codec.name} KV of {data.dtype} in a block {key.precision.name}")
     shape = torch.Size((num_layers, *data.shape[1:]))
-    return sealed(codec.encode(data), key, layers, shape, data.dtype, codec)
+    return sealed(payload, key, layers, shape, data.dtype, codec)
+
+
+def encode_as_named(
+    key: BlockKey, data: Float[Tensor, "n 2 Hk P D"], layers: range, num_layers: int, exact: Codec
+) -> memoryview:
+    """As `encode`: by `exact` if the key is, else as that says, or losslessly if it must be."""
+    codec = codec_for(key, exact, data.shape, data.dtype)
+    payload = codec.encode(data)
+    if payload is None:
+        return encode(key, data, layers, num_layers, LOSSLESS)
+    shape = torch.Size((num_layers, *data.shape[1:]))
+    return sealed(payload, key, layers, shape, data.dtype, codec)
 
 
 def sealed(
@@ -93,6 +113,8 @@ def decode_into(
     codec = CODECS.get(found.codec)
     if codec is None:
         raise CorruptRecord(f"unknown codec {found.codec}")
+    if not key.precision.takes(codec.precision):
+        raise CorruptRecord(f"{codec.name} KV in a block that is {key.precision.name}")
     payload = np.frombuffer(record, np.uint8, offset=HEADER_BYTES)
     shape = torch.Size((num_layers, *out.shape[1:]))
     wanted = expected(key, layers, shape, out.dtype, codec, payload.nbytes)
@@ -131,9 +153,9 @@ def expected(
     num_layers, _, heads, tokens, dim = shape
     raw_bytes = len(layers) * 2 * heads * tokens * dim * dtype.itemsize
     return Header(
-        MAGIC, VERSION, int(key.kind), codec.code, DTYPE_CODES[dtype], key.identity, key.digest,
-        heads, tokens, dim, layers.start, layers.stop, num_layers, key.token_digest,
-        payload_bytes, raw_bytes, checksum,
+        MAGIC, VERSION, int(key.kind), codec.code, DTYPE_CODES[dtype], key.precision,
+        key.identity, key.digest, heads, tokens, dim, layers.start, layers.stop, num_layers,
+        key.token_digest, payload_bytes, raw_bytes, checksum,
     )  # fmt: skip
 
 

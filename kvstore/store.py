@@ -13,7 +13,7 @@ from kvstore.admission import AdmissionName
 from kvstore.ancestors import with_ancestors
 from kvstore.audit import AuditReport
 from kvstore.block import BlockKey, KVBlock, LayerKV
-from kvstore.codecs.known import BY_NAME
+from kvstore.codecs.known import exact_codec
 from kvstore.config import StoreConfig
 from kvstore.disk import DiskTier
 from kvstore.eviction import PolicyName
@@ -72,7 +72,7 @@ class TieredStore:
     @classmethod
     def open(cls, config: StoreConfig) -> "TieredStore":
         """The tiers that the configuration asks for. Raises StoreError."""
-        codec = BY_NAME[config.codec]
+        codec = exact_codec(config.codec)
         remote = None if config.remote is None else RemoteTier(config.remote, codec)
         try:
             tiers: list[Tier] = []

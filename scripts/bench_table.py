@@ -73,6 +73,34 @@ def store(record: dict[str, Any]) -> str:
     return "\n".join([about, "", *rows, "", *summary])
 
 
+def codecs(record: dict[str, Any]) -> str:
+    """What each codec of stored KV saves, costs and spoils."""
+    head = (
+        "KV | codec | B/token | ratio | encode GB/s | decode | by threads | K % | V % | output % |"
+    )
+    rows = [f"| {head} worst layer % | KL | needles |", "|" + " --- |" * 13]
+    for model, codecs in record["models"].items():
+        for name, x in codecs.items():
+            speeds = [x[f"{way}_gbps"] for way in ("encode", "decode", "decode_threads")]
+            errors = ("key_error", "value_error", "output_error", "output_error_worst")
+            cells = [
+                f"{x['bytes_per_token']:.0f}",
+                f"{x['ratio']:.2f}",
+                *("" if gbps is None else f"{gbps:.2f}" for gbps in speeds),
+                *(f"{100 * x[error]:.3f}" for error in errors),
+                f"{x['kl']:.1e}",
+                f"{record['needles'][name]} of {record['questions']}",
+            ]
+            rows.append(f"| {model} | {name} | {' | '.join(cells)} |")
+    about = (
+        f"KV of {record['tokens']} tokens of text in blocks of {record['block_tokens']}, by every "
+        "codec of the store, and by 4 bits\nwithout smoothing at the bytes of `int4`. Output: of "
+        f"attention for {record['behind']} tokens behind the text. Needles: by needle-tiny,\n"
+        f"whatever the row's model. {record['threads']} threads decode. `scripts/bench_codecs.py`"
+    )
+    return "\n".join([about, "", *rows])
+
+
 def sparse_decode(record: dict[str, Any]) -> str:
     """Time of one sparse layer beside dense ones."""
     rows = ["| context | contender | ms, median | ms, p90 |", "|" + " --- |" * 4]
@@ -318,6 +346,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "store": store,
     "remote": remote,
     "store_lmcache": store_bench.beside_lmcache,
+    "codecs": codecs,
     "sparse_decode": sparse_decode,
     "end_to_end": end_to_end,
     "indexes": indexes,
@@ -338,6 +367,7 @@ TITLES = {
     "remote": "Shared tier over Redis",
     "store_lmcache": "Store beside LMCache",
     "aot": "Kernels, compiled ahead of time",
+    "codecs": "Codecs of stored KV",
     "packed": "Packed prompts",
     "serve_mixed": "Server under load",
     "serve_long": "Server with long prompts",

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from kvstore.block import Precision
 from kvstore.errors import CorruptRecord
 from kvstore.identity import DTYPES
 
@@ -24,17 +25,21 @@ class Codec(Protocol):
     """A payload is copied into `landing`, verified there, and only then decoded into `out`.
 
     payload_bytes: what KV of this shape takes, or at most takes where the numbers matter.
-    encode: may be a view of `data`.
+    encode: may be a view of `data`. None: these numbers cannot be encoded, except losslessly.
     landing: memory for a payload of `nbytes`, which may be `memory` itself, where KV of this shape
         shall be in the end. Raises CorruptRecord for a size that its payload cannot have.
     decode: of what was verified; leaves `out` undefined where it raises CorruptRecord.
+    precision: what it does to the numbers.
     """
 
-    code: int  # in the headers of records
-    name: str
-
+    @property
+    def code(self) -> int: ...  # in the headers of records
+    @property
+    def name(self) -> str: ...
+    @property
+    def precision(self) -> Precision: ...
     def payload_bytes(self, shape: torch.Size, dtype: torch.dtype) -> int: ...
-    def encode(self, data: Float[Tensor, "n 2 Hk P D"]) -> Payload: ...
+    def encode(self, data: Float[Tensor, "n 2 Hk P D"]) -> Payload | None: ...
     def landing(
         self, memory: Payload, shape: torch.Size, dtype: torch.dtype, nbytes: int
     ) -> Payload: ...

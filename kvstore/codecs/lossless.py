@@ -10,6 +10,7 @@ import zstandard
 from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
+from kvstore.block import Precision
 from kvstore.codecs.codec import Payload, byte_view, wrong_size
 from kvstore.errors import CorruptRecord
 
@@ -29,7 +30,7 @@ class Lossless:
         [ bytes in plane 0 | 1 | ... | plane 0, lowest bytes | plane 1 | ... ]   sizes: u64
     """
 
-    code, name = 2, "lossless"
+    code, name, precision = 2, "lossless", Precision.EXACT
 
     def payload_bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         """At most: a plane that does not compress is stored as it is."""

@@ -4,13 +4,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kvstore.block import Precision
 from kvstore.codecs.codec import Payload, byte_view, wrong_size
 
 
 class Raw:
     """The tensor's own bytes: they land where they are used, and nothing is left to decode."""
 
-    code, name = 1, "raw"
+    code, name, precision = 1, "raw", Precision.EXACT
 
     def payload_bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         return shape.numel() * dtype.itemsize

@@ -37,7 +37,7 @@ class Draft:
         """The next record, with its name."""
         data, number = self.block.data, len(self.sizes)
         layers = data[group.start : group.stop]
-        value = record.encode(self.key, layers, group, len(data), codec)
+        value = record.encode_as_named(self.key, layers, group, len(data), codec)
         self.sizes.append(len(value))
         self.seals.append(seals.of(self.key, number, value))
         return seals.record_name(self.key.digest, number), value

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from kvstore.block import BlockKey, Kind, KVBlock
+from kvstore.block import BlockKey, KVBlock
 from kvstore.identity import ModelIdentity
 
 SIZE = 4  # tokens per block
@@ -17,10 +17,9 @@ def identity(**changes) -> ModelIdentity:
     return ModelIdentity(**(fields | changes))
 
 
-def chain(tokens, *, model=None, tenant=b"tenant", size=SIZE, kind=Kind.EXACT, warmup=b""):
-    model = model or identity()
+def chain(tokens, *, model=None, tenant=b"tenant", size=SIZE, **of):
     return BlockKey.chain(
-        list(tokens), identity=model, tenant=tenant, size=size, kind=kind, warmup=warmup
+        list(tokens), identity=model or identity(), tenant=tenant, size=size, **of
     )
 
 

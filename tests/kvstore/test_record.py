@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore import record
-from kvstore.block import KVBlock
+from kvstore.block import KVBlock, Precision
 from kvstore.codecs.codec import DTYPE_CODES, Codec
 from kvstore.codecs.known import BY_NAME, CODECS, LOSSLESS, RAW
 from kvstore.disk import DiskTier
@@ -28,8 +28,13 @@ def codec(request):
     return BY_NAME[request.param]
 
 
+def key_for(codec):
+    return chain(range(4), precision=codec.precision)[0]
+
+
 def encoded(codec=RAW):
-    return bytearray(record.encode(KEY, DATA, LAYERS, 3, codec))
+    data = DATA if codec.precision is Precision.EXACT else torch.randn(DATA.shape).to(DATA.dtype)
+    return bytearray(record.encode(key_for(codec), data, LAYERS, 3, codec))
 
 
 def decode(data, key=KEY, layers=LAYERS, num_layers=3, like=DATA):
@@ -61,27 +66,33 @@ def test_codes_on_disk_are_those_of_version_2():
     assert {str(dtype): code for dtype, code in DTYPE_CODES.items()} == {
         "torch.bfloat16": 1, "torch.float16": 2, "torch.float32": 3,
     }  # fmt: skip
-    assert {code: codec.name for code, codec in CODECS.items()} == {1: "raw", 2: "lossless"}
+    assert {code: codec.name for code, codec in CODECS.items()} == {
+        1: "raw", 2: "lossless", 3: "fp8", 4: "int8", 5: "k8v4", 6: "int4",
+    }  # fmt: skip
+    assert {precision.name: int(precision) for precision in Precision} == {
+        "EXACT": 0, "FP8": 1, "INT8": 2, "K8V4": 3, "INT4": 4,
+    }  # fmt: skip
     assert all(isinstance(codec, Codec) for codec in CODECS.values())
 
 
 @pytest.mark.parametrize("bit", [1, 128])
 def test_one_flipped_bit_anywhere_is_seen(bit, codec):
-    good = encoded(codec)
+    good, key = encoded(codec), key_for(codec)
+    decode(good, key)
     for at in range(len(good)):
         bad = bytearray(good)
         bad[at] ^= bit
         with pytest.raises(CorruptRecord):
-            decode(bad)
+            decode(bad, key)
 
 
 def test_a_record_of_any_other_length_is_seen(codec):
-    good = encoded(codec)
+    good, key = encoded(codec), key_for(codec)
     for length in [*range(record.HEADER_BYTES + 2), len(good) - 1]:
         with pytest.raises(CorruptRecord):
-            decode(good[:length])
+            decode(good[:length], key)
     with pytest.raises(CorruptRecord):
-        decode(good + b"\0")
+        decode(good + b"\0", key)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +112,28 @@ def test_a_record_of_any_other_length_is_seen(codec):
 )
 def test_a_record_of_something_else_is_seen(wrong, codec):
     with pytest.raises(CorruptRecord):
-        decode(encoded(codec), **wrong)
+        decode(encoded(codec), **{"key": key_for(codec)} | wrong)
+
+
+@pytest.mark.parametrize("asked", Precision)
+def test_a_record_answers_for_its_own_precision_alone(asked, codec):
+    """Though its checksums are right, and whatever its header says."""
+    good = encoded(codec)
+    key = chain(range(4), precision=asked)[0]
+    if asked is codec.precision:
+        decode(good, key)
+        return
+    with pytest.raises(CorruptRecord, match=r"precision is|KV in a block"):
+        decode(good, key)
+    payload = np.frombuffer(good, np.uint8, offset=record.HEADER_BYTES)
+    forged = record.sealed(payload, key, LAYERS, DATA.shape, DATA.dtype, codec)
+    if codec.precision is Precision.EXACT:
+        decode(forged, key)  # better than asked for
+        return
+    with pytest.raises(CorruptRecord, match=f"{codec.name} KV in a block that is {asked.name}"):
+        decode(forged, key)
+    with pytest.raises(ValueError, match=f"no {codec.name} KV"):
+        record.encode(key, torch.zeros_like(DATA), LAYERS, 3, codec)
 
 
 def test_a_header_that_names_an_unknown_codec_or_version_is_seen():
@@ -125,6 +157,18 @@ def test_one_flipped_bit_anywhere_in_a_block_entry_is_seen():
             unpack(KEY.digest, other)
     with pytest.raises(CorruptRecord):
         unpack(b"x" * 32, good)
+
+
+def test_an_entry_of_a_block_that_lost_more_than_its_key_tells_is_refused():
+    for asked in Precision:
+        key = chain(range(4), precision=asked)[0]
+        for codec in CODECS.values():
+            packed = Entry(key, DATA.dtype, DATA.shape, 3, codec, 1, 7, 1, (9,), (77,)).pack()
+            if codec.precision in (Precision.EXACT, asked):
+                assert unpack(key.digest, packed).codec is codec
+                continue
+            with pytest.raises(CorruptRecord, match=f"{codec.name} KV in a block"):
+                unpack(key.digest, packed)
 
 
 @pytest.fixture(scope="module")
