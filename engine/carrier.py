@@ -106,7 +106,7 @@ class Carrier:
         usable = live.usable if live.attempts < ATTEMPTS else []
         live.attempts += 1
         live.pins.enter_context(self._store.pin(usable))
-        live.found = usable[: self._store.lookup(usable)]
+        live.found = live.engine.plain.found(usable, live.run)
         live.waits = bool(live.found) and not alone
         live.mark("lookup")
         return Started(len(live.found) * self._config.block_tokens, ready=not live.waits)
@@ -135,6 +135,8 @@ class Carrier:
         assert coming is not None
         coming.result()
         live.mark("load" if coming is live.loader else "swap")
+        if live.loader is not None and coming is live.loader:
+            live.engine.speeds.loaded(live.found, live.loader.load_s)
         live.loaded()
 
     def out(self, live: Live) -> None:
@@ -179,6 +181,21 @@ class Carrier:
         for live in list(self._unsettled):
             self._attempt(live, done, self._settle)
         return done
+
+    def learn(self, plan: Plan, lives: Mapping[int, Live], seconds: float) -> None:
+        """Note the speed of a step that read one prompt, all of what was not stored, and no more.
+
+        Its logits were fetched, so that a GPU was done; nothing was loaded meanwhile.
+        """
+        if plan.decode or len(plan.prompt) != 1:
+            return
+        ((job, count),) = plan.prompt
+        live = lives.get(job.id)
+        if live is None or live.work is not None:
+            return
+        start = len(live.found) * self._config.block_tokens
+        if count == len(live.run.request.prompt) - start and (live.waits or not start):
+            live.engine.speeds.computed(count, seconds, start)
 
     @property
     def unsettled(self) -> bool:

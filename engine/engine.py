@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Generator, Iterator, Sequence
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from engine.adapter import merge
 from engine.blending import Blending, Progress
+from engine.breakeven import BreakEven
 from engine.cache import SequenceCache
 from engine.check import check
 from engine.config import EngineConfig
@@ -34,6 +36,7 @@ from engine.slices import Slices, drained
 from engine.splitter import Splitter
 from kvstore.block import Precision
 from kvstore.errors import StoreError
+from kvstore.layout import layer_groups
 from kvstore.stats import StoreStats
 from kvstore.store import TieredStore
 
@@ -80,11 +83,15 @@ class Engine:
         self.identity = identity(self.model, _folder, _adapters)
         self.memory = Memory(self.model, self.config)
         self.store = TieredStore.open(self.config.store)
+        token_bytes, layers = self.model.shape.kv_bytes_per_token, self.model.shape.num_layers
+        block_bytes = token_bytes // layers * self.config.block_tokens
+        steps = len(layer_groups(layers, block_bytes))
+        self.speeds = BreakEven(self.store, token_bytes, steps)
         self._serve()
 
     def _serve(self) -> None:
         parts = self.model, self.store, self.memory, self.identity, self.config
-        self.plain = Plain(*parts)
+        self.plain = Plain(*parts, self.speeds)
         self.blending = Blending(*parts, self.plain)
 
     @classmethod
@@ -228,7 +235,10 @@ class Engine:
 
     def stats(self) -> StoreStats:
         """What every tier of the store holds, and how often it helped."""
-        return self.store.stats()
+        choices = self.speeds.choices()
+        return replace(
+            self.store.stats(), loaded_starts=choices.loaded, computed_starts=choices.computed
+        )
 
     def close(self) -> None:
         """Write what is still to be written, and close the store.

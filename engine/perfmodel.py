@@ -97,6 +97,18 @@ class PerfModel:
         with self._lock:
             return self._decide(work)
 
+    def decide_start(self, work: Work, least_s: float) -> Decision:
+        """The faster way to the first token of a plain prompt, whose stored start needs no repair.
+
+        What is loaded in less than `least_s` seconds is loaded.
+        """
+        with self._lock:
+            full_s, load_s = self._prefill.full(work), self._load_s(work)
+            if full_s is None or load_s is None or load_s < least_s:
+                return Decision(True, 0.0, "load: no speeds yet, or soon there", None, full_s)
+            expected_s = self._pipelined(load_s, self._prefill.blend(work, 0.0) or 0.0)
+            return self._choose(work, 0.0, load_s=load_s, expected_s=expected_s, full_s=full_s)
+
     def _decide(self, work: Work) -> Decision:
         if not work.reusable:
             return Decision(False, 1.0, "compute: nothing to reuse")

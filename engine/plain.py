@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from engine.breakeven import BreakEven
 from engine.cache import Cache
 from engine.config import EngineConfig
 from engine.loading import BlocksLost, Loader, Placed
@@ -15,7 +16,7 @@ from engine.model import Model
 from engine.prefill import hidden_states, layer_slices
 from engine.recorder import Recorder
 from engine.request import Running
-from engine.slices import Slices, drained
+from engine.slices import Slices, Watch, drained
 from engine.sparse_cache import SparseCache
 from kvstore.block import BlockKey, Kind, Precision
 from kvstore.identity import ModelIdentity
@@ -36,9 +37,10 @@ class Plain:
         memory: Memory,
         identity: ModelIdentity,
         config: EngineConfig,
+        speeds: BreakEven,
     ) -> None:
         self._model, self._store, self._memory = model, store, memory
-        self._identity, self._config = identity, config
+        self._identity, self._config, self._speeds = identity, config, speeds
 
     def keys(
         self,
@@ -73,8 +75,7 @@ class Plain:
         with self._store.pin(usable):
             for _ in range(ATTEMPTS):
                 try:
-                    found = usable[: self._store.lookup(usable)]
-                    return (yield from self._read(run, found))
+                    return (yield from self._read(run, self.found(usable, run)))
                 except BlocksLost as lost:  # counted by the store, which will not offer it again
                     log.warning("computing the prompt again: %s", lost)
             return (yield from self._read(run, []))
@@ -83,6 +84,11 @@ class Plain:
         """Blocks that may stand in for the start of a prompt: one token is always computed."""
         run.keys = self.keys(run.request.prompt, precision=run.precision)
         return run.keys[: (len(run.request.prompt) - 1) // self._config.block_tokens]
+
+    def found(self, usable: Sequence[BlockKey], run: Running) -> Sequence[BlockKey]:
+        """Those of them to load: none where to compute them is faster."""
+        found = usable[: self._store.lookup(usable)]
+        return found if self._speeds.worth(found, len(run.request.prompt)) else []
 
     def save(self, run: Running) -> None:
         """Give the store the blocks that became complete, where the run keeps any."""
@@ -103,11 +109,17 @@ class Plain:
     def _read(self, run: Running, stored: Sequence[BlockKey]) -> Slices[Float[Tensor, " vocab"]]:
         """Prefill behind the `stored` blocks."""
         loader = self.begin(run, stored, paced=self._memory.pool is not None)
-        cache = run.cache
+        cache, watch = run.cache, Watch()
         assert cache is not None
+        start = cache.length
         try:
-            logits = yield from self._compute(run, cache, loader)
+            logits = yield from watch.timed(self._compute(run, cache, loader))
             cache.finalize()
+            waited_s = 0.0 if loader is None else loader.waited_s
+            tokens = len(run.request.prompt) - start
+            self._speeds.computed(tokens, watch.seconds - waited_s, start)
+            if loader is not None:
+                self._speeds.loaded(stored, loader.load_s)
             return logits
         finally:
             if loader is not None:

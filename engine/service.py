@@ -219,7 +219,9 @@ class Service:
                 self._fail(live, EngineError(f"a step failed: {type(error).__name__}"))
             return True
         read = sum(count for _, count in plan.prompt)
-        self._pace.learn(len(plan.decode), read, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self._pace.learn(len(plan.decode), read, seconds)
+        self._carrier.learn(plan, self._live, seconds)
         with self._door:
             self._scheduler.done(plan)
             self._stats.steps += bool(plan.tokens)

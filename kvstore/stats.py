@@ -53,3 +53,5 @@ class StoreStats:
     oldest_pin_s: float = 0.0  # how long the oldest pin has held
     expired_pins: int = 0  # that were not released in time
     remote: RemoteStats | None = None  # None without a shared tier
+    loaded_starts: int = 0  # of prompts, which were stored
+    computed_starts: int = 0  # which were stored too, and computed as that is faster

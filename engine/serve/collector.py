@@ -106,6 +106,12 @@ def _pins(store: StoreStats) -> Iterator[Metric]:
     yield _gauge("store_pinned_blocks", "That may not be evicted.", store.pinned)
     yield _gauge("store_oldest_pin_seconds", "How long it has held.", store.oldest_pin_s)
     yield _counter("store_expired_pins", "Not released in time.", store.expired_pins)
+    starts = CounterMetricFamily(
+        "headrace_stored_starts", "Stored starts of prompts, by the faster way.", labels=["way"]
+    )
+    starts.add_metric(["load"], store.loaded_starts)
+    starts.add_metric(["compute"], store.computed_starts)
+    yield starts
 
 
 def _scheduler(readings: Readings) -> Iterator[Metric]:
