@@ -11,10 +11,9 @@ import msgspec
 
 from engine.config import EngineConfig
 from engine.errors import EngineError
-from kvstore.stats import TierStats
+from kvstore.stats import StoreStats
 
 T = TypeVar("T")
-Tiers = dict[str, TierStats]
 
 
 class DemoError(EngineError):
@@ -46,6 +45,24 @@ class Answer(msgspec.Struct, frozen=True):
     ttft_s: float
     decode_s: float
     new_tokens: int
+
+
+class Tier(msgspec.Struct, frozen=True):
+    """What a tier did for a process so far."""
+
+    used_bytes: int = 0
+    hits: int = 0
+    reads: int = 0
+
+
+Tiers = dict[str, Tier]
+
+
+def tiers_of(stats: StoreStats) -> Tiers:
+    """Of the store's numbers, those that the demo shows."""
+    return {
+        name: Tier(tier.used_bytes, tier.hits, tier.reads) for name, tier in stats.tiers.items()
+    }
 
 
 class Outcome(msgspec.Struct, frozen=True):

@@ -2,7 +2,7 @@
 
 import sys
 
-from engine.demo import Answer, Job, Outcome
+from engine.demo import Answer, Job, Outcome, tiers_of
 from engine.demo_worker import work
 from engine.engine import Engine
 from engine.errors import PromptError
@@ -16,10 +16,10 @@ def answer_all(engine: Engine, job: Job) -> Outcome:
     """Hide the facts, and ask for each."""
     haystack = hide(engine, tokens=job.tokens, facts=job.facts, seed=job.seed)
     answers = [ask(engine, haystack.text, haystack.facts[0])]
-    after_first = engine.stats().tiers
+    after_first = tiers_of(engine.stats())
     answers += [ask(engine, haystack.text, fact) for fact in haystack.facts[1:]]
     engine.store.flush()
-    return Outcome(answers, after_first, engine.stats().tiers)
+    return Outcome(answers, after_first, tiers_of(engine.stats()))
 
 
 def hide(engine: Engine, *, tokens: int, facts: int, seed: int) -> Haystack:

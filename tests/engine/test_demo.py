@@ -14,11 +14,10 @@ from engine import ConfigError, Engine
 from engine.cli import main
 from engine.commands import demo as command
 from engine.config import EngineConfig
-from engine.demo import Answer, DemoError, Job, Outcome, check_cold, check_warm
+from engine.demo import Answer, DemoError, Job, Outcome, Tier, check_cold, check_warm
 from engine.demo_process import ask, hide
 from engine.haystack import KEYS, Fact, Haystack
 from kvstore.config import StoreConfig
-from kvstore.stats import TierStats
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,19 +125,19 @@ def answer(**changes) -> Answer:
 
 def outcome(*answers: Answer, disk=None, host=None) -> Outcome:
     tiers = {
-        "host": host or TierStats(),
-        "disk": disk or TierStats(hits=8, reads=8),
+        "host": host or Tier(),
+        "disk": disk or Tier(hits=8, reads=8),
     }
     return Outcome(list(answers), tiers, tiers)
 
 
 def test_warm_from_memory_does_not_count():
     check_warm(outcome(answer()), 64)
-    for disk in (TierStats(hits=8, reads=0), TierStats(hits=7, reads=8), TierStats()):
+    for disk in (Tier(hits=8, reads=0), Tier(hits=7, reads=8), Tier()):
         with pytest.raises(DemoError, match="not the disk tier"):
             check_warm(outcome(answer(), disk=disk), 64)
     with pytest.raises(DemoError, match="not the disk tier"):
-        check_warm(outcome(answer(), host=TierStats(reads=1)), 64)
+        check_warm(outcome(answer(), host=Tier(reads=1)), 64)
     with pytest.raises(DemoError, match="not the disk tier"):
         check_warm(outcome(answer(cached_tokens=0)), 64)
 

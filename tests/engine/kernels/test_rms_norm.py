@@ -101,7 +101,7 @@ def test_a_hooked_norm_is_shared_so_that_its_hook_runs():
 
 def test_families_whose_norms_differ_keep_their_own():
     kept = {name for name, family in FAMILIES.items() if not family.plain_norm}
-    assert kept == {"gemma2", "gemma3_text", "olmo2"}
+    assert kept == {"gemma2", "gemma3_text", "gemma3n_text", "olmo2"}
     norm = Gemma2RMSNorm(64)
     assert norm_of(norm, FAMILIES["gemma2"]) is norm
     assert type(norm_of(lender(), FAMILIES["qwen3"])) is Norm
