@@ -333,7 +333,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {
         "bench": "codecs", "tokens": arguments.tokens, "questions": arguments.questions,
-        "threads": arguments.threads, "block_tokens": SIZE, "behind": TAIL,
+        "decode_threads": arguments.threads, "block_tokens": SIZE, "behind": TAIL,
         **measure(arguments.tokens, arguments.questions, arguments.threads),
         **facts(torch.device("cpu")),
     }  # fmt: skip
