@@ -96,7 +96,8 @@ def codecs(record: dict[str, Any]) -> str:
         f"KV of {record['tokens']} tokens of text in blocks of {record['block_tokens']}, by every "
         "codec of the store, and by 4 bits\nwithout smoothing at the bytes of `int4`. Output: of "
         f"attention for {record['behind']} tokens behind the text. Needles: by needle-tiny,\n"
-        f"whatever the row's model. {record['decode_threads']} threads decode. `scripts/bench_codecs.py`"
+        f"whatever the row's model. By threads: {record['decode_threads']} of them. "
+        "`scripts/bench_codecs.py`"
     )
     return "\n".join([about, "", *rows])
 
