@@ -39,12 +39,9 @@ class DiskTier:
     commits later, so the file grows to the budget and about three batches more.
 
     Reads verify a copy, made inside a short transaction (which keeps the pages from being reused).
-    Large values come by `preadv` from the pages that their entry names, so that a sector that
-    cannot be read or a file cut short is a miss, where the map would kill the process (SIGBUS);
-    should the pages be others (a compacted copy), through the map. That is not for speed: with
-    2 MiB values on a throttled 2-core VM it takes 0.85 of the map's hot throughput with one
-    thread, 1.06 with two and 0.99 with four; cold 1.3, 1.9 and 2.1 GB/s (the map 1.7, 2.1, 2.0).
-    One core copies 13 GB/s out of a map and 6.5 by `preadv`.
+    Large values come from the pages that their entry names, in the ways of `kvstore.ways`; should
+    the pages be others (a compacted copy), through the map. A sector that cannot be read, or a
+    file cut short, is a miss in each of them.
     """
 
     name = "disk"
@@ -191,7 +188,8 @@ class DiskTier:
             with self.reading() as txn:
                 entries = [self._find(txn, key) for key in keys]
                 reads, out = self._planned(entries, layers, out)
-                copy([part for read in reads if read for part in read.parts], self._env.values)
+                parts = [part for read in reads if read for part in read.parts]
+                copy(parts, self._env.values, self._env.ways)
                 return [read is not None and self._finish(txn, read) for read in reads], out
         except CorruptRecord as error:  # no block's own: the tables
             if out is not None and len(keys) > 1:

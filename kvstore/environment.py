@@ -17,6 +17,7 @@ from lmdb.verify import VerifyError, verify
 from kvstore.errors import CorruptRecord, DeviceFull, StoreError, StoreFormatError
 from kvstore.extent import DataFile
 from kvstore.guard import Guard
+from kvstore.ways import Ways
 
 if TYPE_CHECKING:
     from lmdb import _Database
@@ -25,7 +26,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 DATA_FILE = "data.mdb"
 FORMAT = b"headrace store 2"
 MIN_MAP_BYTES = 1 << 40  # address space, not memory or disk
-_START_ANEW = "delete the folder (blocks are a cache and will be computed again)"
+START_ANEW = "delete the folder (blocks are a cache and will be computed again)"
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LITTLE_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Environment:
     page_bytes: int
     values: DataFile  # reads around the map
     guard: Guard  # of the map
+    ways: Ways  # for large values
     damage: str = ""  # of the tables: what is wrong, once that is known
 
     def check_readable(self) -> None:
@@ -78,6 +80,7 @@ class Environment:
 
     def close(self) -> None:
         self.guard.close()
+        self.ways.close()
         self.values.close()
         self.lmdb.close()
 
@@ -110,9 +113,10 @@ def open_environment(path: Path, budget_bytes: int) -> Environment:
 
 
 def _open(path: Path, budget_bytes: int) -> lmdb.Environment:
+    # readahead: the kernel would read 8 MiB around every page of the tables that is not cached
     return lmdb.open(
         str(path), map_size=max(4 * budget_bytes, MIN_MAP_BYTES), mode=0o600, max_dbs=3,
-        max_readers=1024, max_spare_txns=16,
+        max_readers=1024, max_spare_txns=16, readahead=False,
     )  # fmt: skip
 
 
@@ -140,7 +144,8 @@ def _prepare(path: Path, env: lmdb.Environment, guard: Guard) -> Environment:
     data, books, info = (env.open_db(t, create=False) for t in (b"data", b"entries", b"info"))
     page_bytes = env.stat()["psize"]
     values = DataFile(path / DATA_FILE, page_bytes)
-    return Environment(path, env, data, books, info, os.getpid(), page_bytes, values, guard)
+    ways = Ways(values, page_bytes, guard.start if guard.guards else 0)
+    return Environment(path, env, data, books, info, os.getpid(), page_bytes, values, guard, ways)
 
 
 def _check_format(path: Path, env: lmdb.Environment) -> None:
@@ -153,7 +158,7 @@ def _check_format(path: Path, env: lmdb.Environment) -> None:
     if found != FORMAT:
         raise StoreFormatError(
             f"{path} holds {'no Headrace store' if found is None else repr(found)}, and this "
-            f"version reads {FORMAT!r}: choose another disk_path, or {_START_ANEW}"
+            f"version reads {FORMAT!r}: choose another disk_path, or {START_ANEW}"
         )
 
 
@@ -169,20 +174,20 @@ def _verify_after_boot(env: lmdb.Environment, path: Path) -> None:
     if boot and seen.exists() and seen.read_text() == boot:
         return
     with env.begin(write=True):  # excludes writers; touches no page but the meta pages
-        _verify(path)
+        verify_file(path)
     handle = os.open(seen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(handle, "w") as file:
         file.write(boot)
 
 
-def _verify(path: Path) -> None:
+def verify_file(path: Path) -> None:
     """Raise CorruptRecord if LMDB's tables are damaged. Takes about 25 us per record."""
     try:
         problems = verify(str(path))
     except VerifyError as error:
         problems = [str(error)]
     if problems:
-        raise CorruptRecord(f"the tables in {path} are damaged ({problems[0]}); {_START_ANEW}")
+        raise CorruptRecord(f"the tables in {path} are damaged ({problems[0]}); {START_ANEW}")
 
 
 def mend_length(env: lmdb.Environment, path: Path) -> None:
@@ -201,7 +206,7 @@ def mend_length(env: lmdb.Environment, path: Path) -> None:
     with env.begin(write=True):  # excludes writers, who lengthen the file themselves
         end = _full_bytes(env)
         if file.stat().st_size < end:
-            _verify(path)
+            verify_file(path)
             os.truncate(file, end)
 
 
@@ -219,7 +224,7 @@ def explained(path: Path) -> Iterator[None]:
     except lmdb.LockError as error:
         raise StoreError(f"cannot lock {path} ({error}); use a local file system") from error
     except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError) as error:
-        raise CorruptRecord(f"the tables in {path} are damaged ({error}); {_START_ANEW}") from error
+        raise CorruptRecord(f"the tables in {path} are damaged ({error}); {START_ANEW}") from error
     except (lmdb.Error, OSError) as error:
         raise _explain(path, error) from error
 

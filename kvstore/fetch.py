@@ -19,10 +19,11 @@ from kvstore.entry import Entry
 from kvstore.errors import CorruptRecord
 from kvstore.extent import UNKNOWN, DataFile
 from kvstore.layout import covering
+from kvstore.ways import Ways
 from native.library import library
 
 SOURCE = Path(__file__).with_suffix(".c")
-_JOB = struct.Struct("=qQQQ16sq")  # as in the source
+_JOB = struct.Struct("=qQQQ16sqq")  # as in the source
 
 
 class Part:
@@ -50,9 +51,15 @@ class Part:
         self._start, self._digest = bytearray(record.HEADER_BYTES), b""
         self._error: OSError | None = None
 
-    def job(self, file: DataFile) -> tuple[int, int, int, int, bytes, int]:
+    @property
+    def nbytes(self) -> int:
+        """Of the record."""
+        return record.HEADER_BYTES + self._landed.nbytes
+
+    def job(self, file: DataFile, way: int) -> bytes:
         """What `copy_records` needs to know."""
-        return file.place(self.page), self._landed.nbytes, *self._addresses(), b"", 0
+        place, nbytes = file.place(self.page), self._landed.nbytes
+        return _JOB.pack(place, nbytes, *self._addresses(), b"", 0, way)
 
     def done(self, digest: bytes, error: int) -> None:
         """Note what came of its job."""
@@ -101,7 +108,7 @@ class Read(NamedTuple):
     parts: list[Part]
 
 
-def copy(parts: Sequence[Part], file: DataFile) -> None:
+def copy(parts: Sequence[Part], file: DataFile, ways: Ways) -> None:
     """Copy what lies in the pages of all parts, whatever that is.
 
     Compiled, in one call without Python's lock, for which threads would wait; else one by one.
@@ -112,15 +119,15 @@ def copy(parts: Sequence[Part], file: DataFile) -> None:
         for part in known:
             part.copy(file)
         return
-    jobs = bytearray(b"".join(_JOB.pack(*part.job(file)) for part in known))
+    jobs = bytearray(b"".join(part.job(file, ways.way(part.page)) for part in known))
     compiled.copy_records(
-        ctypes.c_int(file.handle),
+        ways.source(record.HEADER_BYTES, max(part.nbytes for part in known)),
         ctypes.c_void_p(_address(np.frombuffer(jobs, np.uint8))),
         ctypes.c_uint64(len(known)),
-        ctypes.c_uint64(record.HEADER_BYTES),
     )
-    for part, (*_, digest, error) in zip(known, _JOB.iter_unpack(jobs), strict=True):
+    for part, (*_, digest, error, way) in zip(known, _JOB.iter_unpack(jobs), strict=True):
         part.done(digest, error)
+        ways.took(part.page, way)
 
 
 def planned(entry: Entry, layers: range, row: Payload, moved: bool) -> Read:

@@ -20,7 +20,9 @@ from kvstore.entry import Entry
 from kvstore.errors import StoreError
 from kvstore.extent import UNKNOWN, DataFile
 from kvstore.fetch import Part
+from kvstore.ways import CACHED, DIRECT, MAPPED, Ways
 from native.library import library
+from tests.kvstore.cold import drop
 from tests.kvstore.make import chain, content, identity, items, same
 
 MODEL = identity(num_layers=6, num_kv_heads=4, head_dim=64)  # 4 KiB per layer: values of 8 KiB
@@ -117,9 +119,11 @@ def test_an_io_error_is_a_miss_of_its_block_alone(tier, monkeypatch, way):
 def test_a_file_that_cannot_be_read_is_misses_and_the_map_is_not_touched(tier, monkeypatch):
     folder = os.open(tier._env.path, os.O_RDONLY)
     monkeypatch.setattr(tier._env.values, "handle", folder)
+    monkeypatch.setattr(tier._env.ways, "_direct", os.dup(folder))
     monkeypatch.setattr(tier.ledger, "record", None)
     assert read(tier, KEYS) == [False] * 8
     assert all("Is a directory" in reason for reason in tier._bad.values())
+    monkeypatch.undo()
     os.close(folder)
 
 
@@ -147,9 +151,9 @@ def test_a_file_cut_short_is_misses_and_not_a_crash(tier, tmp_path, keep):
 def test_a_file_cut_short_between_lookup_and_copy_is_misses(tier, tmp_path, monkeypatch):
     end, copy = place(tier, KEYS[4], 0) + 5000, fetch.copy
 
-    def cut(parts, file):
+    def cut(parts, *rest):
         os.truncate(tmp_path / "store" / "data.mdb", end)
-        copy(parts, file)
+        copy(parts, *rest)
 
     monkeypatch.setattr(disk, "copy", cut)
     assert read(tier, KEYS) == [True] * 4 + [False] * 4
@@ -198,24 +202,32 @@ def test_rows_that_do_not_fit_are_refused(tier):
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@example(241, 0)
-@example(1025, 0)
-@example(1088, 0)
+@example(241, 0, MAPPED)
+@example(1025, 0, MAPPED)
+@example(1088, 0, MAPPED)
 @given(
     st.integers(241, 5000) | st.sampled_from([1 << 16, (1 << 21) + 3]),
     st.sampled_from([0, 0, 1, 200, 500]),
+    st.sampled_from([CACHED, DIRECT, MAPPED]),
 )
-def test_the_compiled_hash_is_xxh3_and_short_files_have_none(tmp_path_factory, size, missing):
+def test_the_compiled_hash_is_xxh3_and_short_files_have_none(tmp_path_factory, size, missing, way):
     path = tmp_path_factory.mktemp("hash") / "file"
-    data = np.random.default_rng(size).integers(0, 256, 4096 + 16 + 176 + size, np.uint8)
+    data = np.random.default_rng(size).integers(1, 256, 4096 + 16 + 176 + size, np.uint8)
     path.write_bytes(data.tobytes()[: len(data) - missing])
     landed, file = np.zeros(size, np.uint8), DataFile(path, 4096)
+    if way == DIRECT:
+        drop(path)
+    mapped = np.memmap(path, np.uint8, "r")
+    ways = Ways(file, 4096, mapped.ctypes.data if way == MAPPED else 0)
+    if way == CACHED:
+        ways.took(1, DIRECT)
     entry = Entry(
         KEYS[0], torch.bfloat16, torch.Size((1, 2, 1, 1, 1)), 1, RAW, 0, 0, 0, (1,), (size,)
     )
     part = Part(entry, 0, range(1), landed, 0, size, 1)
-    fetch.copy([part], file)
-    wanted = xxhash.xxh3_128_digest(landed.data) if not missing else bytes(16)
-    assert part._digest.ljust(16, b"\0") == wanted
-    assert missing or landed.tobytes() == data.tobytes()[-size:]
+    fetch.copy([part], file, ways)
+    right = landed.tobytes() == data.tobytes()[-size:]  # zeros behind the end are not
+    assert right == (not missing)
+    assert right == (part._digest == xxhash.xxh3_128_digest(data[-size:].data))
+    ways.close()
     file.close()

@@ -1,0 +1,64 @@
+"""The ways from a data file into memory, and which one a record takes."""
+
+import mmap
+import os
+import struct
+import threading
+from contextlib import suppress
+
+import numpy as np
+
+from kvstore.extent import DataFile
+
+CACHED, DIRECT, MAPPED = range(3)  # as in fetch.c
+REMEMBERED = 1 << 16
+_SOURCE = struct.Struct("=qqQQQQ")
+
+
+class Ways:
+    """What `copy_records` needs to know of a file. Thread-safe.
+
+    What is in the page cache is copied out of the map. What is not is read around the cache the
+    first time, at the speed of the disk and without pushing others out; when it is asked for
+    again, through the cache, to stay there. Where the system does not tell, or the file system
+    knows no O_DIRECT, all is read through the cache.
+    """
+
+    def __init__(self, file: DataFile, page_bytes: int, mapped_at: int = 0) -> None:
+        """`mapped_at`: the address of a map of the file that is safe to read; 0 for none."""
+        self._file, self._page_bytes, self._mapped_at = file, page_bytes, mapped_at
+        self._direct = -1
+        with suppress(OSError):  # not on this file system
+            self._direct = os.open(f"/proc/self/fd/{file.handle}", os.O_RDONLY | os.O_DIRECT)
+        self._once: dict[int, None] = {}  # pages of records read around the cache, oldest first
+        self._scratch = threading.local()
+
+    def way(self, page: int) -> int:
+        """The way that the record in `page` must take, if not a faster one: CACHED or DIRECT."""
+        return CACHED if page in self._once else DIRECT
+
+    def took(self, page: int, way: int) -> None:
+        """Remember which way a record took."""
+        if way == DIRECT:
+            self._once[page] = None
+            with suppress(StopIteration, KeyError):  # another thread was faster
+                if len(self._once) > REMEMBERED:
+                    del self._once[next(iter(self._once))]
+
+    def source(self, header_bytes: int, largest: int) -> bytes:
+        """The C struct, for this thread, and records of at most `largest` bytes with header."""
+        file, page = self._file.handle, self._page_bytes
+        scratch = self._scratch_of(largest + 2 * page) if self._direct >= 0 else 0
+        return _SOURCE.pack(file, self._direct, self._mapped_at, scratch, page, header_bytes)
+
+    def close(self) -> None:
+        if self._direct >= 0:
+            os.close(self._direct)
+            self._direct = -1
+
+    def _scratch_of(self, nbytes: int) -> int:
+        """Memory of this thread's own, aligned to pages; touched only if it is used."""
+        held = getattr(self._scratch, "held", None)
+        if held is None or held.nbytes < nbytes:
+            held = self._scratch.held = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+        return int(held.__array_interface__["data"][0])

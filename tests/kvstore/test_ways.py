@@ -1,0 +1,109 @@
+"""A record comes the fastest way there is, and is right whichever way it comes."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from kvstore import fetch, ways
+from kvstore.disk import DiskTier
+from kvstore.ways import CACHED, DIRECT, MAPPED, Ways
+from native.library import library
+from tests.kvstore.cold import drop, is_in_memory
+from tests.kvstore.make import chain, content, identity, items, same
+
+MODEL = identity(num_layers=4, num_kv_heads=4, head_dim=64)
+KEYS = chain(range(16), model=MODEL)
+
+
+@pytest.fixture(autouse=True)
+def compiled():
+    if library(fetch.SOURCE) is None:
+        pytest.skip("no C compiler here: all is read in one way")
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How many records came which way."""
+    seen, took = Counter(), Ways.took
+
+    def note(self, page, way):
+        seen[way] += 1
+        took(self, page, way)
+
+    monkeypatch.setattr(Ways, "took", note)
+    return seen
+
+
+@pytest.fixture
+def tier(tmp_path):
+    DiskTier(tmp_path / "store", 1 << 30).close()
+    tier = reopened(tmp_path, put=True)
+    yield tier
+    tier.close()
+
+
+def reopened(tmp_path, put=False):
+    tier = DiskTier(tmp_path / "store", 1 << 30)
+    if put:
+        tier.put(items(KEYS, MODEL))
+        tier.close()  # pages that a map holds cannot be dropped
+        drop(tmp_path / "store" / "data.mdb")
+        tier = DiskTier(tmp_path / "store", 1 << 30)
+    return tier
+
+
+def read(tier):
+    out = torch.zeros(len(KEYS), *MODEL.block_shape(4), dtype=MODEL.torch_dtype)
+    assert tier.read_many(KEYS, range(4), out) == [True] * len(KEYS)
+    assert all(same(row, content(key, MODEL)) for key, row in zip(KEYS, out, strict=True))
+
+
+def test_what_is_not_in_the_page_cache_passes_it_by_once(tier, tmp_path, taken):
+    if is_in_memory(tmp_path):
+        pytest.skip("the temporary folder is in memory")
+    read(tier)
+    assert taken == {DIRECT: len(KEYS)}
+    read(tier)
+    assert taken == {DIRECT: len(KEYS), CACHED: len(KEYS)}
+    read(tier)
+    assert taken == {DIRECT: len(KEYS), CACHED: len(KEYS), MAPPED: len(KEYS)}
+
+
+def test_what_was_just_written_is_copied_out_of_the_map(tier, taken):
+    tier.clear()
+    tier.put(items(KEYS, MODEL))
+    read(tier)
+    assert taken == {MAPPED: len(KEYS)}
+
+
+def test_without_a_guard_the_map_is_not_touched(tier, monkeypatch, taken):
+    monkeypatch.setattr(tier._env.ways, "_mapped_at", 0)
+    read(tier)
+    read(tier)
+    assert MAPPED not in taken
+
+
+@pytest.mark.parametrize("cause", ["no descriptor", "another alignment"])
+def test_a_file_system_without_direct_reads_is_read_through_its_cache(
+    tier, monkeypatch, taken, cause
+):
+    name, value = ("_direct", -1) if cause == "no descriptor" else ("_page_bytes", 8)
+    monkeypatch.setattr(tier._env.ways, name, value)
+    monkeypatch.setattr(tier._env.ways, "_mapped_at", 0)
+    read(tier)
+    assert taken == {CACHED: len(KEYS)}
+
+
+def test_what_is_remembered_is_bounded(tier, monkeypatch):
+    monkeypatch.setattr(ways, "REMEMBERED", 3)
+    for page in range(2, 10):
+        tier._env.ways.took(page, DIRECT)
+    assert [tier._env.ways.way(page) for page in (6, 7, 8, 9)] == [DIRECT, CACHED, CACHED, CACHED]
+
+
+def test_an_open_file_is_read_around_its_cache_by_the_name_it_had(tmp_path, taken):
+    tier = reopened(tmp_path, put=True)
+    (tmp_path / "store").rename(tmp_path / "elsewhere")
+    read(tier)
+    tier.close()
