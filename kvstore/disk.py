@@ -23,6 +23,7 @@ from kvstore.extent import UNKNOWN
 from kvstore.fetch import SOURCE, Part, Read, copy, planned
 from kvstore.ledger import Ledger, entry_cost, packed
 from kvstore.quotas import Limits
+from kvstore.readers import Readers
 from kvstore.tally import Groups
 from kvstore.tier import Item, Resident, check_layers, checked_out
 from native.library import library
@@ -57,6 +58,7 @@ class DiskTier:
         library(SOURCE)  # compiled now: not while a transaction waits
         self._env = open_environment(path, capacity_bytes)
         self.ledger = Ledger(self._env)
+        self.readers = Readers(self._env.lmdb)
         self._bad: dict[bytes, str] = {}  # quarantine: digest -> reason
         self._moved: set[bytes] = set()  # not where their entries say: in a compacted copy
         self._stamps: dict[bytes, None] = {}  # uses not yet written, least recent first
@@ -95,6 +97,7 @@ class DiskTier:
             for block in fresh:
                 self.ledger.add(txn, block)
         self._moved.difference_update(block.key.digest for block in fresh)
+        self.readers.check()
         return gone
 
     def get(self, key: BlockKey) -> KVBlock | None:
