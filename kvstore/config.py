@@ -23,6 +23,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         host_bytes: memory for blocks; 0 for no host tier.
         disk_path: folder of the disk tier; None for no disk tier. Not on a network file system.
         disk_bytes: live bytes on disk. The file may be some batches larger (see DiskTier).
+        disk_write_bytes_per_s: KV written to the disk per second, over time, so that an SSD lasts;
+            what does not fit the queue then is not stored there. None for no limit.
         codec: how blocks are written to the disk and to `remote`. `raw`; `lossless`, for about two
             thirds of the bytes; or with an error, which names of blocks tell, so that a request for
             exact KV never gets them: `fp8` and `int8` (half the bytes), `k8v4`, `int4` (a third).
@@ -42,6 +44,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     host_bytes: int = GIB
     disk_path: str | None = None
     disk_bytes: int = 16 * GIB
+    disk_write_bytes_per_s: int | None = None
     codec: CodecName = "raw"
     policy: PolicyName = "lru"
     remote: RemoteConfig | None = None
@@ -59,6 +62,11 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueError(f"host_bytes must be 0 (no host tier) or more, got {self.host_bytes}")
         if self.disk_bytes <= 0:
             raise ValueError(f"disk_bytes must be positive, got {self.disk_bytes}")
+        if self.disk_write_bytes_per_s is not None and self.disk_write_bytes_per_s <= 0:
+            raise ValueError(
+                "disk_write_bytes_per_s must be positive, or left out for no limit, got "
+                f"{self.disk_write_bytes_per_s}"
+            )
         if self.disk_path is not None and not self.disk_path:
             raise ValueError("disk_path must name a folder, got ''; leave it out for no disk tier")
         for setting, names in _NAMED.items():

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvstore.admission import AdmissionName
+from kvstore.allowance import Allowance
 from kvstore.ancestors import with_ancestors
 from kvstore.audit import AuditReport
 from kvstore.block import BlockKey, KVBlock, LayerKV
@@ -27,7 +28,7 @@ from kvstore.spares import Spares
 from kvstore.stats import StoreStats
 from kvstore.summary import Ages, ages
 from kvstore.tier import HostTier, Item, Tier
-from kvstore.writer import QUEUE_BYTES, Writer, batches
+from kvstore.writer import BATCH_BYTES, QUEUE_BYTES, Writer, batches
 
 READ_THREADS = 4
 LOOKUP_STRIDE = 256  # keys looked up at a time, so that an early miss is cheap
@@ -46,6 +47,7 @@ class TieredStore:
         tiers: Sequence[Tier],
         *,
         queue_bytes: int = QUEUE_BYTES,
+        write_bytes_per_s: int | None = None,
         policy: PolicyName = "lru",
         remote: RemoteTier | None = None,
         quotas: Quotas | None = None,
@@ -59,7 +61,8 @@ class TieredStore:
         ]
         self._fast = [level for level in self._levels if not level.tier.durable]
         self._slow = [level for level in self._levels if level.tier.durable]
-        self._writer = Writer(self._write, queue_bytes) if self._slow else None
+        pace = Allowance(write_bytes_per_s, BATCH_BYTES) if write_bytes_per_s else None
+        self._writer = Writer(self._write, queue_bytes, pace) if self._slow else None
         self._spares = Spares()
         self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="headrace-reader")
         self._remote = remote
@@ -82,7 +85,7 @@ class TieredStore:
                 tiers.append(DiskTier(Path(config.disk_path), config.disk_bytes, codec))
             return cls(
                 tiers, policy=config.policy, remote=remote, quotas=config.quotas(),
-                admission=config.admission,
+                admission=config.admission, write_bytes_per_s=config.disk_write_bytes_per_s,
             )  # fmt: skip
         except BaseException:
             if remote is not None:
@@ -152,7 +155,8 @@ class TieredStore:
         """Store blocks, parents first. They belong to the store afterwards: do not write to them.
 
         Present ones are left alone. Blocks that do not fit beside pinned ones are skipped and
-        counted. Waits while too much is queued for the disk.
+        counted. Waits while too much is queued for the disk; with `write_bytes_per_s`, blocks
+        that do not fit the queue are skipped instead.
 
         Raises:
             TierFull: for a block larger than a whole tier; then nothing was stored.
@@ -168,7 +172,9 @@ class TieredStore:
             if self._remote is not None:
                 self._remote.offer(owned)
             if self._writer is not None:
-                self._writer.put(owned)
+                left_out = self._writer.put(owned)
+                for level in self._slow:
+                    level.skip(left_out)
 
     def flush(self) -> None:
         """Return when all that was put is durable or skipped. Raises the StoreError of a write.

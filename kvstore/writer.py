@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from kvstore.allowance import Allowance
 from kvstore.errors import StoreError
 from kvstore.tier import Item
 
@@ -14,14 +15,18 @@ QUEUE_BYTES = 256 << 20
 class Writer:
     """Calls `write` with batches of what was given to `put`, in that order.
 
-    The queue is bounded: `put` waits while it is over `queue_bytes`. An error of a batch loses that
-    batch, not the thread, and is raised by the next `flush`, once.
+    The queue is bounded: `put` waits while it is over `queue_bytes`, for a device that is slow.
+    It does not wait for an allowance: what does not fit the queue then is left out. An error of a
+    batch loses that batch, not the thread, and is raised by the next `flush`, once.
     """
 
     def __init__(
-        self, write: Callable[[Sequence[Item]], object], queue_bytes: int = QUEUE_BYTES
+        self,
+        write: Callable[[Sequence[Item]], object],
+        queue_bytes: int = QUEUE_BYTES,
+        allowance: Allowance | None = None,
     ) -> None:
-        self._write = write
+        self._write, self._allowance = write, allowance
         self._limit = queue_bytes
         self._queue: deque[Item] = deque()
         self._changed = threading.Condition()  # guards everything below, and the queue
@@ -32,9 +37,12 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="headrace-writer", daemon=True)
         self._thread.start()
 
-    def put(self, blocks: Sequence[Item]) -> None:
+    def put(self, blocks: Sequence[Item]) -> int:
+        """Queue blocks; how many were left out."""
         with self._changed:
-            for item in blocks:
+            for count, item in enumerate(blocks):
+                if self._allowance is not None and self.queued_bytes >= self._limit:
+                    return len(blocks) - count
                 self._changed.wait_for(lambda: self.queued_bytes < self._limit or self._closing)
                 if self._closing:
                     raise StoreError("the store is closed")
@@ -42,6 +50,7 @@ class Writer:
                 self.queued_bytes += item[1].nbytes
                 self._put_count += 1
                 self._changed.notify_all()
+        return 0
 
     def offer(self, blocks: Sequence[Item]) -> None:
         """As `put`, of as many as find room now: nobody waits, and what is left out is no loss."""
@@ -64,7 +73,7 @@ class Writer:
             raise error
 
     def close(self) -> None:
-        """Write what is queued and end the thread; then as `flush`."""
+        """Write what is queued, at once, and end the thread; then as `flush`."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -95,10 +104,20 @@ class Writer:
         """The next batch, of at least one block; empty when closing and all is written."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing)
+            self._wait_for_allowance()
             batch = next(batches(self._queue), [])
             for _ in batch:
                 self._queue.popleft()
+            if self._allowance is not None:
+                self._allowance.spend(sum(block.nbytes for _, block in batch))
             return batch
+
+    def _wait_for_allowance(self) -> None:
+        while self._allowance is not None and not self._closing:
+            delay = self._allowance.delay_s()
+            if not delay:
+                return
+            self._changed.wait(delay)
 
 
 def batches(blocks: Iterable[Item]) -> Iterator[list[Item]]:

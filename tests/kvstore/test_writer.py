@@ -5,6 +5,8 @@ import threading
 import pytest
 
 from kvstore import disk
+from kvstore import store as store_module
+from kvstore.allowance import Allowance
 from kvstore.disk import DiskTier
 from kvstore.errors import StoreError
 from kvstore.ledger import entry_cost
@@ -60,3 +62,38 @@ def test_the_queue_is_bounded(path, monkeypatch):
         store.flush()
         assert max(seen) <= 3 * BYTES
         assert store.lookup(KEYS) == 10
+
+
+class Paused(Allowance):
+    """Nothing may be written after the first batch."""
+
+    def delay_s(self):
+        return 3600.0 if self._left < 0 else 0.0
+
+
+def test_a_limit_on_writes_never_stalls_a_put_and_what_does_not_fit_is_counted(path, monkeypatch):
+    monkeypatch.setattr(store_module, "Allowance", lambda rate, _burst: Paused(rate, 0))
+    tier = DiskTier(path, 100 * COST)
+    with TieredStore([tier], queue_bytes=3 * BYTES, write_bytes_per_s=1) as store:
+        store.put(items(KEYS[:1]))
+        store.flush()  # the first batch, which spends more than there is
+        store.put(items(KEYS[1:]))
+        assert store.stats().queued_bytes == 3 * BYTES
+        assert store.stats().tiers["disk"].skipped == 6
+        store.close()  # writes the rest at once
+    with TieredStore([DiskTier(path, 100 * COST)]) as store:
+        assert store.lookup(KEYS) == 4
+
+
+def test_an_allowance_is_a_rate_over_time_and_a_burst_after_a_pause():
+    now = [0.0]
+    allowance = Allowance(100, 50, lambda: now[0])
+    assert allowance.delay_s() == 0
+    allowance.spend(250)
+    assert allowance.delay_s() == 2
+    now[0] = 1.5
+    assert allowance.delay_s() == 0.5
+    now[0] = 1000
+    assert allowance.delay_s() == 0
+    allowance.spend(60)
+    assert allowance.delay_s() == pytest.approx(0.1)
