@@ -164,7 +164,7 @@ def _add_store(commands: Commands) -> None:
     parser = commands.add_parser("store", help="look after the KV on disk")
     actions = parser.add_subparsers(required=True, metavar="ACTION", dest="action")
     stat = actions.add_parser("stat", help="how much it holds")
-    audit = actions.add_parser("audit", help="verify every record")
+    audit = actions.add_parser("audit", help="verify the tables and every record")
     audit.add_argument("--repair", action="store_true", help="delete what is damaged")
     clear = actions.add_parser("clear", help="delete all blocks, of every tenant and model")
     clear.add_argument("--yes", action="store_true", help="do not ask")
@@ -185,7 +185,8 @@ def _add_store(commands: Commands) -> None:
     top.add_argument("--key", help="an API key that sees all ($HEADRACE_API_KEY if not given)")
     top.add_argument("--interval", type=float, default=2.0, help="seconds (%(default)s)")
     top.add_argument("--once", action="store_true", help="show it once")
-    for action in (stat, audit, clear, export, import_, bench, top):
+    compact = actions.add_parser("compact", help="make the file as small as what it holds")
+    for action in (stat, audit, clear, export, import_, bench, top, compact):
         action.set_defaults(command="store")
         _add_store_options(action)
 

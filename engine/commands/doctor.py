@@ -77,7 +77,7 @@ def _store(config: EngineConfig) -> dict[str, Any]:
     if not path.exists():
         return {"path": str(path), "health": "none yet"}
     try:
-        _, store = open_disk(config)
+        _, store = open_disk(config, check=True)
         with store:
             report = store.audit()
     except StoreError as error:

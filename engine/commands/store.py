@@ -14,27 +14,45 @@ from engine.commands.session import engine_config, progress
 from engine.commands.store_top import owners
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from kvstore.compact import compact
 from kvstore.config import StoreConfig
 from kvstore.errors import StoreError
 from kvstore.store import TieredStore
 from kvstore.summary import rows
+from kvstore.tables import check_tables
 
 
 def run(args: Namespace) -> int:
     config = engine_config(args)
     if args.action in OTHERS:
         return OTHERS[args.action](args, Path(str(config.store.disk_path)), config.store)
-    path, store = open_disk(config)
+    path, store = open_disk(config, check=args.action == "audit")
     with store:
         return {"stat": _stat, "audit": _audit, "clear": _clear}[args.action](args, path, store)
 
 
-def open_disk(config: EngineConfig) -> tuple[Path, TieredStore]:
-    """The disk tier alone. StoreError where there is none: looking must not create one."""
+def open_disk(config: EngineConfig, *, check: bool = False) -> tuple[Path, TieredStore]:
+    """The disk tier alone. StoreError where there is none: looking must not create one.
+
+    `check`: walk all tables first, in a process of its own, which damaged ones may end.
+    """
     path = Path(str(config.store.disk_path))
     _check_there(path)
+    if check:
+        check_tables(path)
     only_disk = StoreConfig(host_bytes=0, disk_path=str(path), disk_bytes=config.store.disk_bytes)
     return path, TieredStore.open(only_disk)
+
+
+def _compact(args: Namespace, path: Path, _: StoreConfig) -> int:
+    _check_there(path)
+    with progress().status(f"compacting {path}"):
+        before, after = compact(path)
+    if args.json:
+        print(json.dumps({"path": str(path), "before_bytes": before, "after_bytes": after}))
+    else:
+        print(f"{path}: {decimal(before)} before, {decimal(after)} now")
+    return 0
 
 
 def _check_there(path: Path) -> None:
@@ -109,6 +127,7 @@ OTHERS = {  # what opens the disk tier as it needs it
     "export": _export,
     "import": store_files.read,
     "bench": store_bench.run,
+    "compact": _compact,
     "top": store_top.run,
 }
 

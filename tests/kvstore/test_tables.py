@@ -1,0 +1,54 @@
+"""Damage in LMDB's own pages is found by a process of its own, whatever becomes of that."""
+
+import os
+import subprocess
+
+import pytest
+
+from kvstore import tables
+from kvstore.disk import DiskTier
+from kvstore.errors import CorruptRecord
+from kvstore.tables import check_tables, main
+from tests.kvstore.make import chain, items
+
+
+@pytest.fixture
+def path(tmp_path):
+    tier = DiskTier(tmp_path / "store", 1 << 30)
+    tier.put(items(chain(range(400))))
+    tier.close()
+    return tmp_path / "store"
+
+
+def damage(path, page):
+    with (path / "data.mdb").open("r+b") as file:
+        file.seek(page * 4096)
+        file.write(os.urandom(4096))
+
+
+def test_sound_tables_pass_while_others_use_them(path):
+    tier = DiskTier(path, 1 << 30)
+    check_tables(path)
+    tier.close()
+
+
+def test_a_damaged_page_is_named(path):
+    damage(path, 5)
+    with pytest.raises(CorruptRecord, match=r"damaged.*delete the folder"):
+        check_tables(path)
+
+
+def test_each_page_that_is_not_a_value_counts(path):
+    whole = (path / "data.mdb").read_bytes()
+    for page in range(2, 8):
+        damage(path, page)
+        assert main(path) == 1
+        (path / "data.mdb").write_bytes(whole)
+    assert main(path) == 0
+
+
+def test_a_walk_that_ends_its_process_is_a_clear_error(path, monkeypatch):
+    killed = subprocess.CompletedProcess([], -11, "", "")
+    monkeypatch.setattr(tables.subprocess, "run", lambda *_args, **_kwargs: killed)
+    with pytest.raises(CorruptRecord, match="SIGSEGV on reading"):
+        check_tables(path)
