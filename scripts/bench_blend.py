@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 from bench_common import facts, save
-from bench_store import drop, resident_share
+from store_bench.pages import drop, resident_share
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from engine import BlendConfig, BlendReport, Engine, EngineConfig, Segments

@@ -1,29 +1,39 @@
-"""Speed of the disk tier beside plain files and the raw disk, in one run.
+"""Speed of the disk tier beside other ways to keep the same bytes on a disk, in one run.
 
     python scripts/bench_store.py [--json] [--save] [--blocks N] [--rounds N] [--folder PATH]
                                   [--lmcache [--lmcache-env PATH]]
 
 Blocks of 32 layers x 8 KV heads x 128 x 64 tokens in bfloat16: 8 MiB, stored as 2 MiB values.
 
-put   Both sides take the same batches of 64 MiB and acknowledge a batch when it is durable. LMDB:
-      one transaction (data pages, fdatasync, meta page with O_DSYNC). Files: each value to a new
-      file, fsync of each, fsync of their folder. Content is checksummed on the LMDB side only.
-get   hot: everything in the page cache. A get ends in tensors, verified: a thread asks for one
-      group of layers of 4 blocks, as the engine does. The destination is recycled, as its staging
-      buffer is. `single` asks for one value at a time, `fresh` as well, and keeps every tensor.
-      cold: page cache dropped (unmapped, fsync, POSIX_FADV_DONTNEED; mincore counts what is left).
-      pread: the same bytes from the plain files into a recycled buffer, unverified, with the
-      best of 1, 2 and 4 threads on each side.
-raw   sequential O_DIRECT reads of one of the files' bytes, 4 MiB at a time.
+get       The disk tier as it is: values inline in LMDB. What is in the page cache is copied out of
+          the map and hashed in one pass, what is not is read by O_DIRECT. It ends in tensors,
+          verified: a thread asks for one group of layers of 4 blocks, as the engine does. The
+          destination is recycled, as its staging buffer is. `single` asks for one value at a
+          time, `fresh` as well, and keeps every tensor.
+map       the same values through LMDB's map alone, verified.
+buffered  the same values by preadv through the page cache alone, verified.
+segment   LMDB as the index of a file of aligned payloads: O_DIRECT in place, verified.
+pread     plain files into a recycled buffer, unverified.
+raw       O_DIRECT reads of the tier's own pages, in the same sizes and order, and nothing else.
+copy, hash
+          what memory gives: memcpy of values out of a buffer of their total size, and XXH3 of it.
 
-A and B alternate; medians over rounds, and medians of the rounds' ratios.
+put       The same batches of 64 MiB, each acknowledged when it is durable. LMDB: one transaction
+          (data pages, fdatasync, meta page with O_DSYNC). Segment: payloads, fdatasync, then such
+          a transaction. Files: each value to a new file, fsync of each, fsync of their folder; no
+          checksums.
+cold      page cache dropped (unmapped, fsync, POSIX_FADV_DONTNEED; mincore counts what is left).
+hot       everything in the page cache, by reads.
+overlap   a prefix loaded layer by layer under computing layers: see store_bench/overlap.py
+
+Sides alternate; medians over rounds, and medians of the rounds' ratios, with the best of 1, 2 and 4
+threads on each side.
 
 --lmcache   afterwards the store beside LMCache's backends: see store_bench/beside_lmcache.py
 """
 
 import argparse
 import json
-import mmap
 import os
 import platform
 import shutil
@@ -39,60 +49,43 @@ from typing import Any
 import lmdb
 import numpy as np
 import torch
+import xxhash
 from bench_common import facts, save
 from store_bench.beside_lmcache import Bench as Beside
 from store_bench.beside_lmcache import beside_lmcache
 from store_bench.environment import NoLMCache, environment
+from store_bench.overlap import overlap
 from store_bench.pages import drop, resident_share
+from store_bench.sides import (
+    GROUPS,
+    MODEL,
+    SIZE,
+    VALUE,
+    Buffered,
+    Files,
+    Mapped,
+    Raw,
+    Segment,
+    Side,
+    Tier,
+)
 
 from kvstore.block import BlockKey, KVBlock
-from kvstore.disk import DiskTier
-from kvstore.identity import ModelIdentity
-from kvstore.layout import layer_groups
+from kvstore.tier import Item
 
-MODEL = ModelIdentity(b"bench", (), "{}", "bfloat16", 32, 8, 128, "{}")
-SIZE = 64
-GROUPS = layer_groups(32, 2 * 8 * 128 * SIZE * 2)
-VALUE = 2 << 20
 BATCH = 8  # blocks: 64 MiB
-TOGETHER = 4  # blocks of which a thread gets a value each: 8 MiB
 THREADS = (1, 2, 4)
+COLD = ("get", "map", "buffered", "segment", "pread", "raw")
+HOT = ("get", "map", "buffered", "pread")
 
 
-def make_items(count: int) -> list[tuple[BlockKey, KVBlock]]:
+def make_items(count: int) -> list[Item]:
     keys = BlockKey.chain(range(count * SIZE), identity=MODEL, tenant=b"bench", size=SIZE)
     data = [
         torch.randint(-(2**15), 2**15, MODEL.block_shape(SIZE), dtype=torch.int16)
         for _ in range(BATCH)
     ]
     return [(key, KVBlock(data[i % BATCH].view(torch.bfloat16))) for i, key in enumerate(keys)]
-
-
-def batches(items: Sequence[tuple[BlockKey, KVBlock]]) -> list[Sequence[tuple[BlockKey, KVBlock]]]:
-    return [items[i : i + BATCH] for i in range(0, len(items), BATCH)]
-
-
-def put_lmdb(tier: DiskTier, items: Sequence[tuple[BlockKey, KVBlock]]) -> None:
-    for batch in batches(items):
-        tier.put(batch)
-
-
-def put_files(folder: Path, items: Sequence[tuple[BlockKey, KVBlock]]) -> None:
-    for batch in batches(items):
-        written = []
-        for key, block in batch:
-            for number, layers in enumerate(GROUPS):
-                name = folder / f"{key.digest.hex()}.{number}"
-                handle = os.open(name, os.O_CREAT | os.O_WRONLY, 0o600)
-                part = block.data[layers.start : layers.stop]
-                os.write(handle, part.view(-1).view(torch.uint8).numpy().data)
-                written.append(handle)
-        for handle in written:
-            os.fsync(handle)
-            os.close(handle)
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -102,74 +95,40 @@ def timed(work: Callable[[], object]) -> float:
 
 
 class Bench:
-    """The two sides with the same bytes, and what was measured, in GB/s."""
+    """The sides with the same bytes, and what was measured, in GB/s."""
 
     def __init__(self, folder: Path, blocks: int) -> None:
         self.items = make_items(blocks)
         self.nbytes = sum(block.nbytes for _, block in self.items)
         self.values = blocks * len(GROUPS)
-        self.folder, self.files = folder, folder / "files"
-        self.tier: DiskTier | None = None
+        self.folder = folder
         self.rows: dict[str, list[float]] = {}
         self.resident: list[float] = []
 
     def note(self, row: str, seconds: float) -> None:
         self.rows.setdefault(row, []).append(self.nbytes / 1e9 / seconds)
 
-    def open(self) -> DiskTier:
-        self.tier = DiskTier(self.folder / "store", 2 * self.nbytes)
-        return self.tier
-
-    def paths(self) -> list[Path]:
-        return sorted(self.files.iterdir())
-
-    def put_round(self, first: str) -> None:
-        if self.tier:
-            self.tier.close()
-        shutil.rmtree(self.folder / "store", ignore_errors=True)
-        shutil.rmtree(self.files, ignore_errors=True)
-        self.files.mkdir()
-        tier = self.open()
-        sides = {
-            "put lmdb": lambda: put_lmdb(tier, self.items),
-            "put files": lambda: put_files(self.files, self.items),
-        }
+    def put_round(self, turn: int) -> None:
+        """Write everything anew, on each side."""
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        keys = [key for key, _ in self.items]
+        self.sides: dict[str, Side] = {
+            "get": Tier(self.folder, keys), "map": Mapped(self.folder, keys),
+            "buffered": Buffered(self.folder, keys), "segment": Segment(self.folder, keys),
+            "pread": Files(self.folder, keys), "raw": Raw(self.folder, keys),
+        }  # fmt: skip
         os.sync()
-        for side in sorted(sides, reverse=first == "put lmdb"):
-            self.note(side, timed(sides[side]))
+        rows = {"put lmdb": "get", "put segment": "segment", "put files": "pread"}
+        for row in sorted(rows, reverse=bool(turn % 2)):
+            side = self.sides[rows[row]]
+            side.open()
+            self.note(row, timed(lambda side=side: self.put(side)))
+            side.close()
 
-    def get_tier(self, part: Sequence[int]) -> None:
-        """One group of layers of some blocks at a time, as the engine loads a prefix."""
-        assert self.tier is not None
-        _, *rest = MODEL.block_shape(SIZE)
-        recycled = torch.empty(TOGETHER, len(GROUPS[0]), *rest, dtype=torch.bfloat16)
-        for number, group in enumerate(GROUPS):
-            keys = [self.key(i) for i in part if i % len(GROUPS) == number]
-            for first in range(0, len(keys), TOGETHER):
-                some = keys[first : first + TOGETHER]
-                assert all(self.tier.read_many(some, group, recycled[: len(some)]))
-
-    def get_singly(self, part: Sequence[int], keep: list[torch.Tensor] | None = None) -> None:
-        assert self.tier is not None
-        _, *rest = MODEL.block_shape(SIZE)
-        recycled = torch.empty(len(GROUPS[0]), *rest, dtype=torch.bfloat16)
-        for i in part:
-            group = GROUPS[i % len(GROUPS)]
-            data = self.tier.read(self.key(i), group, recycled if keep is None else None)
-            assert data is not None
-            if keep is not None:
-                keep.append(data)
-
-    def key(self, value: int) -> BlockKey:
-        return self.items[value // len(GROUPS)][0]
-
-    def get_files(self, part: Sequence[int]) -> None:
-        buffer = torch.empty(VALUE, dtype=torch.uint8).numpy()
-        for i in part:
-            name = f"{self.key(i).digest.hex()}.{i % len(GROUPS)}"
-            handle = os.open(self.files / name, os.O_RDONLY)
-            assert os.preadv(handle, [buffer], 0) == VALUE
-            os.close(handle)
+    def put(self, side: Side) -> None:
+        for first in range(0, len(self.items), BATCH):
+            side.put(self.items[first : first + BATCH])
 
     def get(self, row: str, work: Callable[[Sequence[int]], None], threads: int) -> None:
         with ThreadPoolExecutor(threads) as pool:
@@ -178,37 +137,53 @@ class Bench:
             parts = [values[i::threads] for i in range(threads)]
             self.note(f"{row} {threads}T", timed(lambda: list(pool.map(work, parts))))
 
-    def cold(self, row: str, work: Callable[[Sequence[int]], None], threads: int) -> None:
-        assert self.tier is not None
-        self.tier.close()  # pages that a map holds cannot be dropped
-        data = [self.folder / "store" / "data.mdb", *self.paths()]
-        drop(data)
-        self.resident.append(resident_share(data))
-        self.open()
-        self.get(row, work, threads)
+    def cold_round(self, turn: int) -> None:
+        for threads in THREADS:
+            for name in COLD if turn % 2 else COLD[::-1]:
+                side = self.sides[name]
+                drop(side.paths())
+                self.resident.append(resident_share(side.paths()))
+                side.open()
+                self.get(f"cold {name}", side.get, threads)
+                side.close()
 
-    def get_round(self, turn: int) -> None:
+    def hot_round(self, turn: int) -> None:
+        for path in [*self.sides["get"].paths(), *self.sides["pread"].paths()]:
+            with path.open("rb") as file:
+                while file.read(VALUE):
+                    pass
+        for name in HOT if turn % 2 else HOT[::-1]:
+            side = self.sides[name]
+            side.open()
+            side.get(range(self.values))
+            for threads in THREADS:
+                self.get(f"hot {name}", side.get, threads)
+            if isinstance(side, Tier) and name == "get":
+                self.hot_singly(side)
+            side.close()
+
+    def hot_singly(self, side: Tier) -> None:
         for threads in THREADS:
-            pair = [("cold get", self.get_tier), ("cold pread", self.get_files)]
-            for row, work in pair if turn % 2 else pair[::-1]:
-                self.cold(row, work, threads)
-        self.get_tier(range(self.values))
-        self.get_files(range(self.values))
-        for threads in THREADS:
-            self.get("hot get", self.get_tier, threads)
-            self.get("hot get single", self.get_singly, threads)
-            self.get("hot pread", self.get_files, threads)
+            self.get("hot single", side.get_singly, threads)
             kept: list[torch.Tensor] = []
-            self.get("hot get fresh", lambda part, kept=kept: self.get_singly(part, kept), threads)
+            self.get("hot fresh", lambda part, kept=kept: side.get_singly(part, kept), threads)
 
-    def raw_round(self) -> None:
-        path = self.folder / "store" / "data.mdb"
-        buffer = mmap.mmap(-1, 4 << 20)
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECT)
-        ends = range(0, min(self.nbytes, path.stat().st_size) - len(buffer), len(buffer))
-        seconds = timed(lambda: [os.preadv(handle, [buffer], at) for at in ends])
-        os.close(handle)
-        self.note("raw O_DIRECT 1T", seconds * self.nbytes / (len(ends) * len(buffer)))
+    def memory_round(self) -> None:
+        """What reading values takes at least: a pass over them in memory."""
+        values = np.random.default_rng(0).integers(0, 256, (self.values, VALUE), np.uint8)
+        out = np.zeros((max(THREADS), VALUE), np.uint8)
+
+        def copy(part: Sequence[int]) -> None:
+            for i in part:
+                np.copyto(out[part[0] % len(out)], values[i])
+
+        for threads in THREADS:
+            self.get("memory copy", copy, threads)
+            self.get(
+                "memory hash",
+                lambda p: [xxhash.xxh3_128_digest(values[i].data) for i in p],
+                threads,
+            )
 
     def best(self, row: str) -> list[float]:
         """Per round, of the number of threads that is best in the median."""
@@ -217,10 +192,14 @@ class Bench:
     def summary(self) -> dict[str, float]:
         return {
             "hot_get_gbps": statistics.median(self.best("hot get")),
-            "hot_get_single_gbps": statistics.median(self.best("hot get single")),
+            "hot_get_single_gbps": statistics.median(self.best("hot single")),
+            "hot_get_vs_memory_copy": ratio(self.best("hot get"), self.best("memory copy")),
             "hot_get_vs_pread": ratio(self.best("hot get"), self.best("hot pread")),
+            "cold_get_vs_odirect": ratio(self.best("cold get"), self.best("cold raw")),
             "cold_get_vs_pread": ratio(self.best("cold get"), self.best("cold pread")),
+            "cold_segment_vs_odirect": ratio(self.best("cold segment"), self.best("cold raw")),
             "put_vs_files": ratio(self.rows["put lmdb"], self.rows["put files"]),
+            "put_vs_segment": ratio(self.rows["put lmdb"], self.rows["put segment"]),
         }
 
 
@@ -228,18 +207,19 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
-def table(bench: Bench) -> str:
-    lines = [f"{'GB/s':<20}{'median':>8}{'min':>8}{'max':>8}"]
+def table(bench: Bench, hidden: dict[str, Any]) -> str:
+    lines = [f"{'GB/s':<24}{'median':>8}{'min':>8}{'max':>8}"]
     for row, values in sorted(bench.rows.items()):
         numbers = statistics.median(values), min(values), max(values)
-        lines.append(f"{row:<20}" + "".join(f"{number:8.2f}" for number in numbers))
+        lines.append(f"{row:<24}" + "".join(f"{number:8.2f}" for number in numbers))
     lines.append(f"resident before cold gets: at most {max(bench.resident):.2%} of the pages")
-    lines += [f"{name:<20}{value:8.2f}" for name, value in bench.summary().items()]
+    lines += [f"{name:<24}{value:8.2f}" for name, value in bench.summary().items()]
+    lines += [f"{name:<24}{value:8.3f}" for name, value in hidden.items()]
     return "\n".join(lines)
 
 
-def record(bench: Bench) -> dict[str, Any]:
-    return bench.summary() | facts(torch.device("cpu")) | {
+def record(bench: Bench, hidden: dict[str, Any]) -> dict[str, Any]:
+    return bench.summary() | hidden | facts(torch.device("cpu")) | {
         "lmdb": ".".join(map(str, lmdb.version())), "kernel": platform.release(),
         "bench": "store", "unit": "GB/s (1e9)",
         "block_shape": MODEL.block_shape(SIZE), "dtype": MODEL.dtype, "value_bytes": VALUE,
@@ -252,7 +232,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--blocks", type=int, default=128, help="of 8 MiB")
+    parser.add_argument("--blocks", type=int, default=64, help="of 8 MiB")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: $TMPDIR")
     parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
@@ -279,19 +259,22 @@ def main() -> None:
     second = with_lmcache(options)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        bench = Bench(Path(folder), options.blocks)
+        (Path(folder) / "sides").mkdir()
+        bench = Bench(Path(folder) / "sides", options.blocks)
         for turn in range(options.rounds):
             print(f"round {turn + 1} of {options.rounds}", file=sys.stderr)
-            bench.put_round("put lmdb" if turn % 2 else "put files")
-            bench.get_round(turn)
-            bench.raw_round()
+            bench.put_round(turn)
+            bench.cold_round(turn)
+            bench.hot_round(turn)
+            bench.memory_round()
+        hidden = overlap(Path(folder), options.rounds)
     beside = second() if second else None
     if options.save:
-        save("store", record(bench))
+        save("store", record(bench, hidden))
         if beside:
             save("store_lmcache", facts(torch.device("cpu")) | beside.record())
-    summary = bench.summary() | ({"lmcache": beside.summary()} if beside else {})
-    tables = [table(bench), *([beside.table()] if beside else [])]
+    summary = bench.summary() | hidden | ({"lmcache": beside.summary()} if beside else {})
+    tables = [table(bench, hidden), *([beside.table()] if beside else [])]
     print(json.dumps(summary) if options.json else "\n\n".join(tables))
 
 

@@ -1,0 +1,107 @@
+"""How much of a layer-wise load hides under computing layers, or they under it.
+
+A prefix of 2,048 tokens, of 32 layers x 8 KV heads x 128 in bfloat16 (256 MiB), rests on disk only,
+its pages not in the page cache. The engine's loader reads, verifies, rotates and places it, one
+value of layers of every block at a time, while a loop waits for each layer and then multiplies
+matrices with one thread of the CPU: so many that it takes as long in all as loading alone.
+
+The share that is hidden is (load + compute - both together) / the smaller of the two, all three
+measured in the same round. A loop that starts with nothing loaded can hide all but the layers of
+the first value: values of 2 MiB hold one layer of 512 tokens here, and eight of 64 tokens.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from engine.cache import SequenceCache
+from engine.hf import HFModel
+from engine.loading import Loader, Placed
+from kvstore.block import BlockKey, KVBlock
+from kvstore.disk import DiskTier
+from kvstore.store import TieredStore
+from store_bench.pages import drop
+from store_bench.sides import MODEL
+
+TOKENS, LAYERS = 2048, 32
+SIZES = (512, 64)
+
+
+def model() -> HFModel:
+    """The shape of a model, with weights that nobody uses."""
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=128, vocab_size=64, max_position_embeddings=2 * TOKENS,
+    )  # fmt: skip
+    return HFModel(LlamaForCausalLM(config).to(torch.bfloat16).eval())
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+class Prefix:
+    """One prefix in blocks of `size` tokens, on disk."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder, self.model, self.products = folder / f"overlap{size}", model(), 0
+        keys = BlockKey.chain(range(TOKENS), identity=MODEL, tenant=b"bench", size=size)
+        self.placed = [Placed(key, i * size) for i, key in enumerate(keys)]
+        data = torch.randint(-(2**15), 2**15, MODEL.block_shape(size), dtype=torch.int16)
+        tier = self._tier()
+        tier.put([(key, KVBlock(data.view(torch.bfloat16))) for key in keys])
+        tier.close()
+        self.cache = SequenceCache(self.model.shape, TOKENS)
+        for layer in range(LAYERS):
+            self.cache.buffers(layer, TOKENS)
+        self.matrix = torch.randn(256, 256)
+
+    def _tier(self) -> DiskTier:
+        return DiskTier(self.folder, 1 << 30)
+
+    def layer(self) -> None:
+        """What a layer is computed for."""
+        for _ in range(self.products):
+            self.matrix @ self.matrix
+
+    def calibrate(self, load_s: float) -> None:
+        """Make computing all layers take as long as loading them."""
+        self.products = 100
+        self.products = max(1, round(load_s / LAYERS / timed(self.layer) * self.products))
+
+    def run(self, computes: bool) -> float:
+        drop([self.folder / "data.mdb"])
+        with TieredStore([self._tier()]) as store:
+            return timed(lambda: self._load(store, computes))
+
+    def _load(self, store: TieredStore, computes: bool) -> None:
+        loader = Loader(self.model, self.cache, store, self.placed, TOKENS)
+        for layer in range(LAYERS):
+            loader.wait(layer)
+            if computes:
+                self.layer()
+        loader.cancel()
+
+    def hidden(self) -> float:
+        """The share hidden in one round."""
+        load_s = self.run(computes=False)
+        compute_s = timed(lambda: [self.layer() for _ in range(LAYERS)])
+        both_s = self.run(computes=True)
+        return (load_s + compute_s - both_s) / min(load_s, compute_s)
+
+
+def overlap(folder: Path, rounds: int) -> dict[str, float]:
+    """For each size of blocks, the median share."""
+    shares = {}
+    for size in SIZES:
+        prefix = Prefix(folder, size)
+        prefix.run(computes=False)  # memory is touched for the first time
+        prefix.calibrate(prefix.run(computes=False))
+        shares[f"hidden_{size}"] = statistics.median(prefix.hidden() for _ in range(rounds))
+    return shares

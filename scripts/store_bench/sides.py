@@ -1,0 +1,254 @@
+"""Ways to keep values on disk, all with the same interface, for bench_store.
+
+A side puts batches, each durable when it is acknowledged, and gets values by their numbers.
+"""
+
+import ctypes
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import lmdb
+import numpy as np
+import torch
+import xxhash
+
+from kvstore import record
+from kvstore.block import BlockKey, KVBlock
+from kvstore.codecs.codec import byte_view
+from kvstore.codecs.known import RAW
+from kvstore.disk import DiskTier
+from kvstore.environment import MIN_MAP_BYTES
+from kvstore.identity import ModelIdentity
+from kvstore.layout import layer_groups
+from kvstore.tier import Item
+from store_bench.pages import LIBC
+
+MODEL = ModelIdentity(b"bench", (), "{}", "bfloat16", 32, 8, 128, "{}")
+SIZE = 64
+GROUPS = layer_groups(32, 2 * 8 * 128 * SIZE * 2)
+VALUE = 2 << 20
+TOGETHER = 4  # blocks of which a thread gets a value each: 8 MiB
+PAGE = 4096
+
+
+class Side(Protocol):
+    """One way. `close` forgets the page cache of `paths` only if they are dropped as well."""
+
+    def open(self) -> None: ...
+    def close(self) -> None: ...
+    def put(self, batch: Sequence[Item]) -> None: ...
+    def get(self, values: Sequence[int]) -> None: ...
+    def paths(self) -> list[Path]: ...
+
+
+def recycled(count: int) -> torch.Tensor:
+    """Values to get into, page-aligned, in memory that was used before."""
+    memory = np.empty(count * VALUE + PAGE, np.uint8)
+    memory.fill(0)
+    start = -memory.ctypes.data % PAGE
+    flat = torch.from_numpy(memory[start : start + count * VALUE]).view(torch.bfloat16)
+    return flat.view(count, len(GROUPS[0]), *MODEL.block_shape(SIZE)[1:])
+
+
+class Tier:
+    """The disk tier as it is: cached values out of the map, others by O_DIRECT, verified."""
+
+    def __init__(self, folder: Path, keys: Sequence[BlockKey]) -> None:
+        self.folder, self.keys = folder / "store", keys
+
+    def open(self) -> None:
+        self.tier = DiskTier(self.folder, 2 * len(self.keys) * len(GROUPS) * VALUE)
+
+    def close(self) -> None:
+        self.tier.close()
+
+    def put(self, batch: Sequence[Item]) -> None:
+        self.tier.put(batch)
+
+    def get(self, values: Sequence[int]) -> None:
+        """One group of layers of some blocks at a time, as the engine loads a prefix."""
+        out = recycled(TOGETHER)
+        for number, group in enumerate(GROUPS):
+            keys = [self.keys[i // len(GROUPS)] for i in values if i % len(GROUPS) == number]
+            for first in range(0, len(keys), TOGETHER):
+                some = keys[first : first + TOGETHER]
+                assert all(self.tier.read_many(some, group, out[: len(some)]))
+
+    def get_singly(self, values: Sequence[int], kept: list[torch.Tensor] | None = None) -> None:
+        """One value at a time, into the same memory or each into its own."""
+        out = recycled(1)[0]
+        for i in values:
+            key, group = self.keys[i // len(GROUPS)], GROUPS[i % len(GROUPS)]
+            data = self.tier.read(key, group, out if kept is None else None)
+            assert data is not None
+            if kept is not None:
+                kept.append(data)
+
+    def paths(self) -> list[Path]:
+        return [self.folder / "data.mdb"]
+
+
+class Buffered(Tier):
+    """The same through the page cache alone, by preadv."""
+
+    def open(self) -> None:
+        super().open()
+        ways = self.tier._env.ways
+        ways.close()
+        ways._mapped_at = 0
+
+
+class Mapped(Tier):
+    """The same through LMDB's map alone, with the kernel's readahead."""
+
+    def open(self) -> None:
+        super().open()
+        guard, normal = self.tier._env.guard, 0
+        start, nbytes = ctypes.c_void_p(guard.start), ctypes.c_size_t(guard.end - guard.start)
+        assert LIBC.madvise(start, nbytes, normal) == 0
+
+    def get(self, values: Sequence[int]) -> None:
+        out = recycled(1)[0]
+        for i in values:
+            key, number = self.keys[i // len(GROUPS)], i % len(GROUPS)
+            with self.tier.reading() as txn:
+                value = self.tier.ledger.record(txn, key.digest, number)
+                record.decode_into(out, value, key, GROUPS[number], 32)
+
+
+class Files:
+    """Plain files: no checksums, no index, not verified."""
+
+    def __init__(self, folder: Path, keys: Sequence[BlockKey]) -> None:
+        self.folder, self.keys = folder / "files", keys
+        self.folder.mkdir()
+
+    def open(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def put(self, batch: Sequence[Item]) -> None:
+        written = []
+        for key, block in batch:
+            for number, layers in enumerate(GROUPS):
+                handle = os.open(self._name(key, number), os.O_CREAT | os.O_WRONLY, 0o600)
+                os.write(handle, byte_view(block.data[layers.start : layers.stop]).data)
+                written.append(handle)
+        for handle in written:
+            os.fsync(handle)
+            os.close(handle)
+        handle = os.open(self.folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+    def get(self, values: Sequence[int]) -> None:
+        out = byte_view(recycled(1))
+        for i in values:
+            name = self._name(self.keys[i // len(GROUPS)], i % len(GROUPS))
+            handle = os.open(name, os.O_RDONLY)
+            assert os.preadv(handle, [out], 0) == VALUE
+            os.close(handle)
+
+    def paths(self) -> list[Path]:
+        return sorted(self.folder.iterdir())
+
+    def _name(self, key: BlockKey, number: int) -> Path:
+        return self.folder / f"{key.digest.hex()}.{number}"
+
+
+class Segment:
+    """LMDB as the index of a file of page-aligned payloads, which O_DIRECT reads in place.
+
+    Payloads are written and synced before the index that names them commits. Left out: finding
+    free space, and what a crash leaves unnamed.
+    """
+
+    _ENTRY = struct.Struct("<Q")  # where the payload is, then its header
+
+    def __init__(self, folder: Path, keys: Sequence[BlockKey]) -> None:
+        self.folder, self.keys = folder / "segment", keys
+        self.folder.mkdir()
+
+    def open(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT
+        self.handle = os.open(self.folder / "payloads", flags, 0o600)
+        self.direct = os.open(self.folder / "payloads", os.O_RDONLY | os.O_DIRECT)
+        self.index = lmdb.open(str(self.folder), map_size=MIN_MAP_BYTES)
+
+    def close(self) -> None:
+        self.index.close()
+        os.close(self.direct)
+        os.close(self.handle)
+
+    def put(self, batch: Sequence[Item]) -> None:
+        end = os.fstat(self.handle).st_size
+        entries = {}
+        for key, block in batch:
+            for number, layers in enumerate(GROUPS):
+                entries[key.digest + bytes([number])] = self._write(key, block, layers, end)
+                end += VALUE
+        os.fdatasync(self.handle)
+        with self.index.begin(write=True) as txn:
+            for name, entry in entries.items():
+                txn.put(name, entry)
+
+    def _write(self, key: BlockKey, block: KVBlock, layers: range, end: int) -> bytes:
+        payload = byte_view(block.data[layers.start : layers.stop])
+        digest = xxhash.xxh3_128_digest(payload.data)
+        assert os.pwrite(self.handle, payload.data, end) == VALUE
+        return self._ENTRY.pack(end) + self._header(key, block.data, layers, digest)
+
+    def _header(self, key: BlockKey, like: torch.Tensor, layers: range, digest: bytes) -> bytes:
+        shape = torch.Size((32, *like.shape[1:]))
+        return record.header(key, layers, shape, like.dtype, RAW, VALUE, digest)
+
+    def get(self, values: Sequence[int]) -> None:
+        out = recycled(TOGETHER)
+        for first in range(0, len(values), TOGETHER):
+            some = values[first : first + TOGETHER]
+            wanted = [(self.keys[i // len(GROUPS)], i % len(GROUPS)) for i in some]
+            with self.index.begin() as txn:
+                entries = [txn.get(key.digest + bytes([number])) for key, number in wanted]
+            for (key, number), entry, row in zip(wanted, entries, out, strict=False):
+                payload, (at,) = byte_view(row), self._ENTRY.unpack_from(entry)
+                assert os.preadv(self.direct, [payload], at) == VALUE
+                digest = xxhash.xxh3_128_digest(payload.data)
+                header = self._header(key, row, GROUPS[number], digest)
+                assert header == entry[self._ENTRY.size :]
+
+    def paths(self) -> list[Path]:
+        return [self.folder / "payloads", self.folder / "data.mdb"]
+
+
+class Raw:
+    """O_DIRECT reads of the tier's values, by their pages, and nothing else."""
+
+    def __init__(self, folder: Path, keys: Sequence[BlockKey]) -> None:
+        self.tier = Tier(folder, keys)
+
+    def open(self) -> None:
+        self.tier.open()
+        with self.tier.tier.reading() as txn:
+            entries = [self.tier.tier.ledger.sound(txn, key.digest) for key in self.tier.keys]
+        self.pages = [page for entry in entries if entry for page in entry.pages]
+        self.handle = os.open(*self.tier.paths(), os.O_RDONLY | os.O_DIRECT)
+
+    def close(self) -> None:
+        os.close(self.handle)
+        self.tier.close()
+
+    def put(self, batch: Sequence[Item]) -> None:
+        raise NotImplementedError("it reads what the tier has put")
+
+    def get(self, values: Sequence[int]) -> None:
+        out = byte_view(recycled(1))
+        for i in values:
+            assert os.preadv(self.handle, [out], self.pages[i] * PAGE) == VALUE
+
+    def paths(self) -> list[Path]:
+        return self.tier.paths()
