@@ -11,7 +11,7 @@ class Allowance:
     """
 
     def __init__(
-        self, bytes_per_s: float, burst_bytes: int, clock: Callable[[], float] = time.monotonic
+        self, bytes_per_s: int, burst_bytes: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._rate, self._burst, self._clock = bytes_per_s, burst_bytes, clock
         self._left, self._at = float(burst_bytes), clock()
@@ -19,7 +19,7 @@ class Allowance:
     def delay_s(self) -> float:
         """How long until something may be spent; 0 for now."""
         now = self._clock()
-        self._left = min(self._burst, self._left + (now - self._at) * self._rate)
+        self._left = min(float(self._burst), self._left + (now - self._at) * self._rate)
         self._at = now
         return max(0.0, -self._left / self._rate)
 

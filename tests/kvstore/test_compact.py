@@ -105,7 +105,8 @@ def cost(size):
 
 
 def test_under_churn_the_file_grows_to_what_it_holds_and_three_batches_more(tmp_path):
-    assert churned(tmp_path / "store", [4], 200 * cost(4), batch=2, times=3) <= 1.05
+    room = 300 * cost(16)
+    assert churned(tmp_path / "store", [16], room, batch=2, times=2) <= 1.05
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 from kvstore import tables
 from kvstore.disk import DiskTier
 from kvstore.errors import CorruptRecord
-from kvstore.tables import check_tables, main
+from kvstore.tables import check_tables
 from tests.kvstore.make import chain, items
 
 
@@ -36,15 +36,6 @@ def test_a_damaged_page_is_named(path):
     damage(path, 5)
     with pytest.raises(CorruptRecord, match=r"damaged.*delete the folder"):
         check_tables(path)
-
-
-def test_each_page_that_is_not_a_value_counts(path):
-    whole = (path / "data.mdb").read_bytes()
-    for page in range(2, 8):
-        damage(path, page)
-        assert main(path) == 1
-        (path / "data.mdb").write_bytes(whole)
-    assert main(path) == 0
 
 
 def test_a_walk_that_ends_its_process_is_a_clear_error(path, monkeypatch):
