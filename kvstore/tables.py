@@ -6,6 +6,7 @@ walks every page and every entry, and ends with 0, or with 1 and the reason. Wha
 does to the process that walks it is why this is one of its own: `check_tables` starts it.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from kvstore.errors import CorruptRecord, StoreError
 def check_tables(path: Path) -> None:
     """Raise CorruptRecord if the store's tables cannot be trusted. Others may use it meanwhile."""
     command = [sys.executable, "-m", "kvstore.tables", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": found}  # these very packages, wherever we are
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode < 0:
         how = signal.Signals(-done.returncode).name
         raise CorruptRecord(f"the tables in {path} are damaged ({how} on reading); {START_ANEW}")
