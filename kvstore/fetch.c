@@ -1,13 +1,16 @@
 // Copies records out of a file and hashes what came, several in one call, without Python's lock.
 //
 // What is in the page cache is copied out of the map and hashed in one pass; the rest is read around
-// the cache (O_DIRECT) into scratch memory, and from there in one pass, too.
+// the cache (O_DIRECT) into scratch memory, and from there in one pass, too, while the next is read.
 //
 // The hash is XXH3 with 128 bits, seed 0 and the default secret (Collet 2021, specification 0.2),
 // for inputs above 240 bytes: eight lanes of 64 bits, which a compiler turns into vectors.
 
 #define _GNU_SOURCE
 #include <errno.h>
+#include <pthread.h>
+#include <semaphore.h>
+#include <signal.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/types.h>
@@ -118,7 +121,8 @@ enum { CACHED, DIRECT, MAPPED };  // ways to a record
 typedef struct {
     int64_t cached, direct;  // descriptors of the file: through the page cache, and around it or -1
     const uint8_t *map;      // all of it, or 0
-    uint8_t *scratch;        // aligned to pages, of two pages more than the largest record
+    uint8_t *scratch;        // aligned to pages: twice `room`
+    uint64_t room;           // whole pages, at least two more than the largest record takes
     uint64_t page, header;   // bytes of a page, and of a record's header
 } source;
 
@@ -161,11 +165,11 @@ static int64_t cached(const source *from, const job *work) {
     return 0;
 }
 
-static int64_t direct(const source *from, const job *work) {
+static int64_t direct(const source *from, const job *work, uint8_t *to) {
     int64_t start = work->at & -from->page, wanted = work->at - start + from->header + work->size;
     int64_t most = (wanted + from->page - 1) & -from->page;
     for (int64_t done = 0; done < wanted;) {
-        ssize_t count = pread(from->direct, from->scratch + done, most - done, start + done);
+        ssize_t count = pread(from->direct, to + done, most - done, start + done);
         if (count < 0 && errno == EINTR) continue;
         if (count <= 0) return count < 0 ? errno : SHORT;
         done += count;
@@ -174,33 +178,102 @@ static int64_t direct(const source *from, const job *work) {
     return 0;
 }
 
+// Records on their way around the cache, in order: one is read while the one before it is hashed.
+typedef struct {
+    const source *from;
+    job *jobs, *end;
+    pthread_t thread;
+    int threaded;        // or each is read when it is asked for
+    sem_t empty, full;   // halves of the scratch
+    int64_t failed[2];   // errno of what is in each
+    uint64_t taken;
+} stream;
+
+static uint8_t *half(const stream *in, uint64_t number) { return in->from->scratch + number % 2 * in->from->room; }
+
+static void await(sem_t *count) {
+    while (sem_wait(count)) continue;  // EINTR
+}
+
+static void *read_ahead(void *given) {
+    stream *in = given;
+    uint64_t number = 0;
+    for (job *work = in->jobs; work < in->end; work++) {
+        if (work->way != DIRECT) continue;
+        await(&in->empty);
+        in->failed[number % 2] = direct(in->from, work, half(in, number));
+        number++;
+        sem_post(&in->full);
+    }
+    return 0;
+}
+
+static void begin(stream *in, uint64_t count) {
+    sigset_t all, before;
+    sem_init(&in->empty, 0, 2);
+    sem_init(&in->full, 0, 0);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for others
+    in->threaded = count > 1 && !pthread_create(&in->thread, 0, read_ahead, in);
+    pthread_sigmask(SIG_SETMASK, &before, 0);
+}
+
+static void end(stream *in) {
+    if (in->threaded) pthread_join(in->thread, 0);
+    sem_destroy(&in->empty);
+    sem_destroy(&in->full);
+}
+
 static void landed(const source *from, job *work, const uint8_t *record) {
     memcpy(work->header, record, from->header);
     pass(record + from->header, work->size, work->digest, work->payload);
 }
 
-static int64_t fetched(const source *from, job *work) {
+// The next record of the stream, which is `work`.
+static int64_t streamed(stream *in, job *work) {
+    uint64_t number = in->taken++;
+    uint8_t *at = half(in, number);
+    if (in->threaded) await(&in->full);
+    int64_t failed = in->threaded ? in->failed[number % 2] : direct(in->from, work, at);
+    if (!failed) landed(in->from, work, at + work->at % in->from->page);
+    if (in->threaded) sem_post(&in->empty);
+    return failed;
+}
+
+static int64_t way(const source *from, const job *work) {
     int there = from->map || from->direct >= 0 ? resident(from, work) : -1;
-    if (there == 1 && from->map) {
-        work->way = MAPPED;
-        landed(from, work, from->map + work->at);
+    if (there == 1 && from->map) return MAPPED;
+    return there == 0 && from->direct >= 0 && work->way != CACHED ? DIRECT : CACHED;
+}
+
+static int64_t fetched(stream *in, job *work) {
+    if (work->size <= 240) return EINVAL;
+    if (work->way == MAPPED) {
+        landed(in->from, work, in->from->map + work->at);
         return 0;
     }
-    if (there == 0 && from->direct >= 0 && work->way != CACHED) {
-        int64_t failed = direct(from, work);
-        if (!failed) landed(from, work, from->scratch + work->at % from->page);
+    if (work->way == DIRECT) {
+        int64_t failed = streamed(in, work);
         if (failed != EINVAL && failed != EOPNOTSUPP) return failed;
+        work->way = CACHED;
     }
-    work->way = CACHED;
-    int64_t failed = cached(from, work);
+    int64_t failed = cached(in->from, work);
     if (!failed) hashed(work->payload, work->size, work->digest);
     return failed;
 }
 
 // Does each job: header and payload from the file, and the payload's hash.
 void copy_records(const source *from, job *jobs, uint64_t count) {
-    for (job *work = jobs; work < jobs + count; work++) {
-        int64_t failed = work->size > 240 ? fetched(from, work) : EINVAL;
+    stream in = {.from = from, .jobs = jobs, .end = jobs + count};
+    uint64_t around = 0;
+    for (job *work = jobs; work < in.end; work++) {
+        work->way = work->size > 240 ? way(from, work) : CACHED;
+        around += work->way == DIRECT;
+    }
+    begin(&in, around);
+    for (job *work = jobs; work < in.end; work++) {
+        int64_t failed = fetched(&in, work);
         work->error = failed == SHORT ? 0 : failed;
     }
+    end(&in);
 }

@@ -12,7 +12,7 @@ from kvstore.extent import DataFile
 
 CACHED, DIRECT, MAPPED = range(3)  # as in fetch.c
 REMEMBERED = 1 << 16
-_SOURCE = struct.Struct("=qqQQQQ")
+_SOURCE = struct.Struct("=qqQQQQQ")
 
 
 class Ways:
@@ -48,8 +48,9 @@ class Ways:
     def source(self, header_bytes: int, largest: int) -> bytes:
         """The C struct, for this thread, and records of at most `largest` bytes with header."""
         file, page = self._file.handle, self._page_bytes
-        scratch = self._scratch_of(largest + 2 * page) if self._direct >= 0 else 0
-        return _SOURCE.pack(file, self._direct, self._mapped_at, scratch, page, header_bytes)
+        room = (largest // page + 3) * page
+        scratch = self._scratch_of(2 * room) if self._direct >= 0 else 0
+        return _SOURCE.pack(file, self._direct, self._mapped_at, scratch, room, page, header_bytes)
 
     def close(self) -> None:
         if self._direct >= 0:
