@@ -26,15 +26,15 @@ cold      page cache dropped (unmapped, fsync, POSIX_FADV_DONTNEED; mincore coun
 hot       everything in the page cache, by reads.
 overlap   a prefix loaded layer by layer under computing layers: see store_bench/overlap.py
 
-Sides alternate; medians over rounds, and medians of the rounds' ratios, with the best of 1, 2 and 4
-threads on each side.
+Sides alternate, and who begins; before each write the disk rests, as many let one write faster
+behind a pause (--rest). Medians over rounds, and medians of the rounds' ratios, with the best of
+1, 2 and 4 threads on each side.
 
 --lmcache   afterwards the store beside LMCache's backends: see store_bench/beside_lmcache.py
 """
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -55,7 +55,7 @@ from store_bench.beside_lmcache import Bench as Beside
 from store_bench.beside_lmcache import beside_lmcache
 from store_bench.environment import NoLMCache, environment
 from store_bench.overlap import overlap
-from store_bench.pages import drop, resident_share
+from store_bench.pages import drop, resident_share, rest
 from store_bench.sides import (
     GROUPS,
     MODEL,
@@ -76,6 +76,7 @@ from kvstore.tier import Item
 BATCH = 8  # blocks: 64 MiB
 THREADS = (1, 2, 4)
 COLD = ("get", "map", "buffered", "segment", "pread", "raw")
+PUTS = {"get": "put lmdb", "segment": "put segment", "pread": "put files"}
 HOT = ("get", "map", "buffered", "pread")
 
 
@@ -97,7 +98,8 @@ def timed(work: Callable[[], object]) -> float:
 class Bench:
     """The sides with the same bytes, and what was measured, in GB/s."""
 
-    def __init__(self, folder: Path, blocks: int) -> None:
+    def __init__(self, folder: Path, blocks: int, rest_s: float) -> None:
+        self.rest_s = rest_s
         self.items = make_items(blocks)
         self.nbytes = sum(block.nbytes for _, block in self.items)
         self.values = blocks * len(GROUPS)
@@ -118,10 +120,10 @@ class Bench:
             "buffered": Buffered(self.folder, keys), "segment": Segment(self.folder, keys),
             "pread": Files(self.folder, keys), "raw": Raw(self.folder, keys),
         }  # fmt: skip
-        os.sync()
-        rows = {"put lmdb": "get", "put segment": "segment", "put files": "pread"}
-        for row in sorted(rows, reverse=bool(turn % 2)):
-            side = self.sides[rows[row]]
+        rows = ["get", "segment", "pread"]
+        for name in rows[turn % 3 :] + rows[: turn % 3]:
+            row, side = PUTS[name], self.sides[name]
+            rest(self.rest_s)
             side.open()
             self.note(row, timed(lambda side=side: self.put(side)))
             side.close()
@@ -234,6 +236,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--blocks", type=int, default=64, help="of 8 MiB")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rest", type=float, default=5.0, help="s, of the disk before each write")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: $TMPDIR")
     parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
     parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
@@ -251,7 +254,7 @@ def with_lmcache(options: argparse.Namespace) -> Callable[[], Beside] | None:
     except NoLMCache as error:
         print(f"skipped: LMCache cannot be installed here: {error}", file=sys.stderr)
         sys.exit(2)
-    return lambda: beside_lmcache(python, options.folder, options.blocks, options.rounds)
+    return lambda: beside_lmcache(python, options)
 
 
 def main() -> None:
@@ -260,7 +263,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         (Path(folder) / "sides").mkdir()
-        bench = Bench(Path(folder) / "sides", options.blocks)
+        bench = Bench(Path(folder) / "sides", options.blocks, options.rest)
         for turn in range(options.rounds):
             print(f"round {turn + 1} of {options.rounds}", file=sys.stderr)
             bench.put_round(turn)

@@ -4,6 +4,7 @@ import importlib
 import json
 import stat
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,8 @@ def stand_in(folder: Path, answer: str) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="drops pages as Linux does")
 def test_ratios_are_ours_over_theirs(tmp_path, part):
     python = stand_in(tmp_path, '{"seconds": 2.0, "right": True}')
-    bench = part("store_bench.beside_lmcache").beside_lmcache(python, tmp_path, 4, 1)
+    options = Namespace(folder=tmp_path, blocks=4, rounds=1, rest=0.0)
+    bench = part("store_bench.beside_lmcache").beside_lmcache(python, options)
     assert set(bench.summary()) == CONTRACT
     for row, sides in bench.rows.items():
         assert sides["lmcache"] == pytest.approx([bench.nbytes / 1e9 / 2.0] * len(sides["ours"]))

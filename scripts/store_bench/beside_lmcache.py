@@ -26,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from kvstore.disk import DiskTier
 from kvstore.identity import ModelIdentity
 from kvstore.store import TieredStore
 from kvstore.tier import HostTier, Item
-from store_bench.pages import drop
+from store_bench.pages import drop, rest
 from store_bench.process import Process
 
 LAYERS, HEADS, DIM, SIZE = 32, 8, 128, 64
@@ -132,7 +133,8 @@ class Ours:
 class Bench:
     """Both sides, and the seconds that each took in every round."""
 
-    def __init__(self, ours: Ours, theirs: Process) -> None:
+    def __init__(self, ours: Ours, theirs: Process, rest_s: float) -> None:
+        self.rest_s = rest_s
         self.sides = {"ours": ours, "lmcache": theirs}
         self.nbytes = ours.source.nbytes
         self.about = theirs.about
@@ -152,6 +154,8 @@ class Bench:
 
     def both(self, what: str, turn: int, row: str | None = "") -> None:
         for name in sorted(self.sides, reverse=turn % 2 == 1):
+            if what.startswith("disk_put"):
+                rest(self.rest_s)
             seconds = self.sides[name].seconds(what)
             if row is not None:
                 rows = self.rows.setdefault(row or what, {"ours": [], "lmcache": []})
@@ -180,21 +184,22 @@ class Bench:
         return "\n".join(lines)
 
 
-def beside_lmcache(python: Path, folder: Path | None, blocks: int, rounds: int) -> Bench:
-    """All rounds, with files on the disk of `folder`.
+def beside_lmcache(python: Path, options: Namespace) -> Bench:
+    """All rounds.
 
     Args:
         python: of an environment with LMCache.
-        blocks: of 8 MiB; rounded down to whole chunks, and at most 64.
+        options: of bench_store; blocks are rounded down to whole chunks, and at most 64.
     """
-    with tempfile.TemporaryDirectory(dir=folder) as made:
+    blocks, rounds = options.blocks, options.rounds
+    with tempfile.TemporaryDirectory(dir=options.folder) as made:
         values, (ours, theirs) = Path(made) / "values", (Path(made) / x for x in ("ours", "theirs"))
         theirs.mkdir()
         make_values(values, max(1, min(blocks, MOST_BLOCKS) // CHUNK_BLOCKS) * CHUNK_BLOCKS)
         command = [str(python), "-m", "store_bench.lmcache_worker", str(values), str(theirs)]
         side = Ours(values, ours)
         with Process(command, Path(made) / "log") as worker:
-            bench = Bench(side, worker)
+            bench = Bench(side, worker, options.rest)
             bench.warm_up()
             for turn in range(rounds):
                 print(f"beside LMCache: round {turn + 1} of {rounds}", file=sys.stderr)

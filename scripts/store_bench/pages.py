@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,3 +35,9 @@ def resident_share(paths: Iterable[Path]) -> float:
             pages += count
             del mapped
     return found / pages
+
+
+def rest(seconds: float) -> None:
+    """Let the disk finish what it was given, and then do nothing."""
+    os.sync()
+    time.sleep(seconds)
