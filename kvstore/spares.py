@@ -6,11 +6,12 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvstore.block import KVBlock
-from kvstore.codecs.codec import Payload
+from kvstore.codecs.codec import Payload, byte_view
 
 SPARE_BYTES = 128 << 20
 
@@ -47,7 +48,9 @@ class Spares:
         """The block, without the rest of a bigger tensor that it may be a view of."""
         if block.data.untyped_storage().nbytes() == block.nbytes:
             return block
-        return KVBlock(self.empty(block.data.shape, block.data.dtype).copy_(block.data))
+        copy = self.empty(block.data.shape, block.data.dtype)
+        np.copyto(byte_view(copy), byte_view(block.data))  # torch's own takes 1.2 times as long
+        return KVBlock(copy)
 
     def close(self) -> None:
         """Keep nothing from now on."""

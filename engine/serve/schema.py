@@ -102,7 +102,7 @@ def _generation() -> Schema:
         errors=[404],
     )
     for operation in (chat, text):
-        operation["responses"]["200"]["content"][MEDIA_TYPE] = _schema({"type": "string"})
+        operation["responses"]["200"]["content"][MEDIA_TYPE] = _schema(_event())
     return {"/v1/chat/completions": {"post": chat}, "/v1/completions": {"post": text}}
 
 
@@ -181,6 +181,11 @@ def _text(name: str, summary: str, media_type: str) -> Schema:
 
 def _response(description: str, name: str) -> Schema:
     return {"description": description, "content": {JSON: _schema(_ref(name))}}
+
+
+def _event() -> Schema:
+    """One of a stream, as OpenAPI before 3.2 has it: its data is JSON, or `[DONE]` at the end."""
+    return {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 
 
 def _in_path(name: str) -> Schema:

@@ -22,6 +22,7 @@ from tests.engine.serve.server import LIMIT_S, Running, running
 SCHEMA = schemathesis.openapi.from_dict(openapi(keys=False))
 OPERATIONS = {f"{x.ok().method} {x.ok().path}": x.ok() for x in SCHEMA.get_all_operations()}
 CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
+MESSAGES = [{"role": "user", "content": "One"}]
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 QUICK = settings(max_examples=6, deadline=None, suppress_health_check=QUIET)
 LONG = settings(max_examples=300, deadline=None, suppress_health_check=QUIET)
@@ -65,6 +66,16 @@ def good_name(name: Any) -> bool:
 @given(data=st.data())
 def test_answers_are_those_of_the_document(server, session, name, data):
     ask(server, session, name, data)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_streams_are_those_of_the_document(server, session, path):
+    asked = {"prompt": "One"} if path == "/v1/completions" else {"messages": MESSAGES}
+    body = asked | {"model": server.model, "stream": True, "max_tokens": 2}
+    case = OPERATIONS[f"post {path}"].Case(body=body, media_type="application/json")
+    response = case.call(base_url=server.url, session=session, timeout=LIMIT_S)
+    assert response.headers["content-type"][0].startswith("text/event-stream")
+    case.validate_response(response, checks=CHECKS)
 
 
 @pytest.mark.slow
