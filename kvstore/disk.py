@@ -26,6 +26,8 @@ from kvstore.quotas import Limits
 from kvstore.readers import Readers
 from kvstore.tally import Groups
 from kvstore.tier import Item, Resident, check_layers, checked_out
+from kvstore.writer import BATCH_BYTES
+from native.heap import keep_freed
 from native.library import library
 
 READ_BYTES = 8 << 20  # at once of several blocks: how long a transaction keeps pages from use
@@ -56,6 +58,7 @@ class DiskTier:
         self._codec = codec  # of exact blocks; the keys of others say theirs
         self.corrupt = 0
         library(SOURCE)  # compiled now: not while a transaction waits
+        keep_freed(2 * BATCH_BYTES)  # LMDB allocates all that a transaction writes
         self._env = open_environment(path, capacity_bytes)
         self.ledger = Ledger(self._env)
         self.readers = Readers(self._env.lmdb)

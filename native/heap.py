@@ -2,8 +2,9 @@
 
 import ctypes
 
-M_ARENA_MAX = -8  # glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # glibc's malloc.h
 ARENAS = 2
+LARGEST = 32 << 20  # of what glibc takes from a heap at most
 
 
 def few_arenas() -> None:
@@ -11,9 +12,19 @@ def few_arenas() -> None:
 
     What one thread frees, others then use. Call it before there are threads.
     """
-    adjust = getattr(ctypes.CDLL(None), "mallopt", None)
-    if adjust is not None:
-        adjust(ctypes.c_int(M_ARENA_MAX), ctypes.c_int(ARENAS))
+    _adjust(M_ARENA_MAX, ARENAS)
+
+
+def keep_freed(nbytes: int) -> None:
+    """Let a heap keep so much memory at its end that was freed, where the C library is glibc.
+
+    It would return it to the system, and fault it in again for the next use of as much: zeroed,
+    page by page, at 1 to 2 GB/s on a virtual machine. For work in rounds of many allocations of up
+    to 32 MiB, as LMDB's transactions are. `give_back` still returns it.
+    """
+    _adjust(M_MMAP_THRESHOLD, LARGEST)
+    _adjust(M_TRIM_THRESHOLD, nbytes)
+    _adjust(M_TOP_PAD, nbytes)
 
 
 def give_back() -> None:
@@ -26,3 +37,9 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))
+
+
+def _adjust(option: int, value: int) -> None:
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None)
+    if adjust is not None:
+        adjust(ctypes.c_int(option), ctypes.c_int(value))

@@ -76,3 +76,32 @@ def test_all_threads_share_few_heaps():
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert 1 <= int(ran.stdout) <= 2
+
+
+WRITES = """
+import resource, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from kvstore.disk import DiskTier
+from tests.kvstore.make import chain, identity, items
+
+model = identity(num_layers=4, num_kv_heads=8, head_dim=128)
+tier, writer = DiskTier(Path(sys.argv[1]), 1 << 30), ThreadPoolExecutor(1)
+for turn in range(4):
+    blocks = items(chain(range(2048 * turn, 2048 * (turn + 1)), model=model, size=128), model)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    writer.submit(tier.put, blocks).result()  # as in a store
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults * resource.getpagesize() / sum(block.nbytes for _, block in blocks))
+tier.close()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's heap is told")
+def test_a_transaction_is_written_from_memory_of_the_one_before(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-c", WRITES, str(tmp_path)], capture_output=True, text=True, timeout=60,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) < 0.25  # of its bytes were faulted in; without that, all are
