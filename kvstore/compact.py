@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import lmdb
 
 from kvstore import entry as entries
-from kvstore.environment import DATA_FILE, MIN_MAP_BYTES, explained, verify_file
+from kvstore.environment import DATA_FILE, MIN_MAP_BYTES, UNFINISHED, explained, verify_file
 from kvstore.errors import CorruptRecord, StoreError
 from kvstore.extent import first_page
 from kvstore.ledger import name
@@ -24,7 +24,8 @@ def compact(path: Path) -> tuple[int, int]:
 
     LMDB's file never shrinks by itself: freed pages are used again, so it is as large as what it
     ever held at one time. The copy is whole and synced before it takes the file's place, in one
-    step; a crash leaves one or the other. Whoever opens the store meanwhile waits.
+    step; a crash leaves one or the other, and maybe a part of a copy, which goes when the store is
+    opened next. Whoever opens the store meanwhile waits.
 
     Raises:
         StoreError: some process has it open, it is damaged, or there is no room for a copy.
@@ -33,7 +34,7 @@ def compact(path: Path) -> tuple[int, int]:
     with explained(path), _nobody_else(path):
         verify_file(path)
         before = file.stat().st_size
-        with TemporaryDirectory(dir=path, prefix="new-") as made:
+        with TemporaryDirectory(dir=path, prefix=UNFINISHED) as made:
             with _opened(path, readonly=True) as old:
                 old.copy(made, compact=True)
             with _opened(Path(made), readonly=False) as new:

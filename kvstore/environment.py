@@ -1,9 +1,11 @@
 """Opening an LMDB folder: whose it is, which format, and errors that say what to do."""
 
 import errno
+import fcntl
 import logging
 import os
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 DATA_FILE = "data.mdb"
+UNFINISHED = "new-"  # prefix of folders in which a data file is made
 FORMAT = b"headrace store 2"
 MIN_MAP_BYTES = 1 << 40  # address space, not memory or disk
 START_ANEW = "delete the folder (blocks are a cache and will be computed again)"
@@ -122,18 +125,43 @@ def _open(path: Path, budget_bytes: int) -> lmdb.Environment:
 
 def _create(path: Path) -> None:
     """Put an empty store into the folder in one step, so that a crash leaves it or nothing."""
-    with TemporaryDirectory(dir=path, prefix="new-") as made:
+    with _alone(path), TemporaryDirectory(dir=path, prefix=UNFINISHED) as made:
         with _open(Path(made), 0) as env, env.begin(write=True) as txn:
             for name in (b"data", b"entries"):
                 env.open_db(name, txn)
             txn.put(b"format", FORMAT, db=env.open_db(b"info", txn))
         with suppress(FileExistsError):  # another process was faster
             os.link(Path(made) / DATA_FILE, path / DATA_FILE)
-    folder = os.open(path, os.O_RDONLY)
-    try:
+    with _handle(path) as folder:
         os.fsync(folder)
+
+
+def _clean(path: Path) -> None:
+    """Delete what processes left that were killed while they created or compacted the store.
+
+    It is open here, so that nobody compacts it.
+    """
+    if any(path.glob(f"{UNFINISHED}*")):
+        with _alone(path):
+            for made in path.glob(f"{UNFINISHED}*"):
+                shutil.rmtree(made)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """In which no other process creates the store, or cleans up."""
+    with _handle(path) as folder:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _handle(folder: Path) -> Iterator[int]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield handle
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def _prepare(path: Path, env: lmdb.Environment, guard: Guard) -> Environment:
@@ -141,6 +169,7 @@ def _prepare(path: Path, env: lmdb.Environment, guard: Guard) -> Environment:
     mend_length(env, path)
     _verify_after_boot(env, path)
     _check_format(path, env)
+    _clean(path)
     data, books, info = (env.open_db(t, create=False) for t in (b"data", b"entries", b"info"))
     page_bytes = env.stat()["psize"]
     values = DataFile(path / DATA_FILE, page_bytes)

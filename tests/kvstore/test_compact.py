@@ -4,19 +4,25 @@ import os
 import random
 import signal
 
+import lmdb
 import pytest
 
 from kvstore import compact as module
 from kvstore.codecs.known import RAW
 from kvstore.compact import compact
 from kvstore.disk import DiskTier
-from kvstore.errors import StoreError
+from kvstore.errors import StoreError, StoreFormatError
 from kvstore.ledger import entry_cost
 from kvstore.store import TieredStore
+from tests.kvstore.crash import forked
 from tests.kvstore.make import chain, content, identity, items, right
 from tests.kvstore.test_readers import reading
 
 MODEL = identity(num_layers=2, num_kv_heads=4, head_dim=64)
+
+
+def opened(path):
+    return DiskTier(path, 1 << 30)
 
 
 def keys(number, size=4):
@@ -73,6 +79,34 @@ def test_a_crash_before_the_end_leaves_the_store_as_it_was(path, monkeypatch):
     assert sorted(os.listdir(path)) == ["data.mdb", "lock.mdb", "verified"]
     with TieredStore([DiskTier(path, 1 << 30)]) as store:
         assert store.lookup(keys(0)) == 8
+
+
+def die(*_args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("step", ["os.link", "os.replace"])
+def test_what_a_killed_process_was_making_goes_when_the_store_is_opened_next(
+    path, monkeypatch, step
+):
+    if step == "os.link":
+        os.unlink(path / "data.mdb")
+    monkeypatch.setattr(step, die)
+    pid = forked(compact if step == "os.replace" else opened, path)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    monkeypatch.undo()
+    assert [name for name in os.listdir(path) if name.startswith("new-")]
+    opened(path).close()
+    assert sorted(os.listdir(path)) == ["data.mdb", "lock.mdb", "verified"]
+
+
+def test_folders_in_anothers_folder_stay(tmp_path):
+    (tmp_path / "new-year").mkdir()
+    with lmdb.open(str(tmp_path)) as env, env.begin(write=True) as txn:
+        txn.put(b"mine", b"precious")
+    with pytest.raises(StoreFormatError):
+        opened(tmp_path)
+    assert (tmp_path / "new-year").exists()
 
 
 def test_damaged_tables_are_not_compacted(path):
