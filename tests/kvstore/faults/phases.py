@@ -1,0 +1,231 @@
+"""Processes that are killed in every phase of what a store does.
+
+A process says what the store holds before it does anything, kills itself in the midst of that, and
+another one opens what is left: it holds what it did before, or, behind a commit, what it should by
+then, and all of that is right.
+"""
+
+import io
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from kvstore import compact, environment, portable
+from kvstore.disk import DiskTier
+from kvstore.ledger import Ledger
+from kvstore.level import Level
+from kvstore.readers import Readers
+from tests.kvstore.faults.children import Child, ended
+from tests.kvstore.faults.count import Count
+from tests.kvstore.faults.points import Point
+from tests.kvstore.faults.state import (
+    BLOCKS,
+    CHAINS,
+    ROOMY,
+    TIGHT,
+    examine,
+    held,
+    items_of,
+    keys_of,
+    opened,
+    tier_of,
+)
+
+OPERATIONS = 200  # until which a process must have met its point
+
+
+def churn(say, folder, phase, seed):
+    """Put and delete chains for ever, or, in a tight store, put them."""
+    dice = random.Random(seed)
+    with opened(folder, phase.blocks) as store:
+        for turn in range(OPERATIONS):
+            if turn == 1:
+                phase.point.arm(dice)
+            step(say, store, dice, deletes=phase.blocks == ROOMY)
+
+
+def step(say, store, dice, *, deletes):
+    """One change, said before."""
+    state = held(store)
+    number = dice.choice([n for n in range(CHAINS) if deletes or not state[n]])
+    leaves = deletes and bool(state[number])
+    say({"state": state, "number": number, "becomes": 0 if leaves else BLOCKS})
+    if leaves:
+        store.delete(keys_of(number)[:1])
+    else:
+        store.put(items_of(number))
+        store.flush()
+
+
+def compacting(say, folder, phase, seed):
+    dice = random.Random(seed)
+    with opened(folder) as store:
+        for _ in range(dice.randrange(4)):
+            step(say, store, dice, deletes=True)
+        say({"state": held(store)})
+    phase.point.arm(dice)
+    compact.compact(folder)
+
+
+def importing(say, folder, phase, seed):
+    """Take in a file of all chains, and say what is there after each; deletes them again."""
+    dice, file = random.Random(seed), io.BytesIO(Path(folder).with_suffix(".blocks").read_bytes())
+    with opened(folder) as store:
+        phase.point.arm(dice)
+        blocks, batch = portable.imported(file), []
+        say({"state": held(store)})
+        for item in blocks:
+            batch.append(item)
+            if len(batch) == BLOCKS:
+                store.put(batch)
+                store.flush()
+                say({"state": held(store)})
+                batch = []
+
+
+def opening(say, folder, phase, seed):
+    dice = random.Random(seed)
+    (folder / "verified").unlink(missing_ok=True)  # as if the machine had started anew
+    phase.point.arm(dice)
+    opened(folder).close()
+
+
+class Phase(NamedTuple):
+    """What a process does, and where it is killed."""
+
+    life: object
+    point: Point
+    committed: bool = False  # by then
+    blocks: int = ROOMY
+    empty: bool = False  # from an empty folder each time
+
+
+def _comes(_ledger, _txn, _entry, blocks):
+    return blocks == 1
+
+
+def _goes(_ledger, _txn, _entry, blocks):
+    return blocks == -1
+
+
+def _any(_ledger, _txn, digests):
+    return bool(digests)
+
+
+RECORDS = 2 * BLOCKS
+PHASES = {
+    "between payloads": Phase(churn, Point(Ledger, "record", True, RECORDS)),
+    "before the index entry": Phase(churn, Point(Ledger, "_count", False, BLOCKS, _comes)),
+    "before the commit": Phase(churn, Point(Ledger, "add", True, 2 * BLOCKS)),
+    "after the commit": Phase(churn, Point(Readers, "check", False, 3), committed=True),
+    "evicting": Phase(churn, Point(Ledger, "_count", False, BLOCKS, _goes), blocks=TIGHT),
+    "evicted": Phase(churn, Point(Ledger, "_remove", True, BLOCKS), blocks=TIGHT),
+    "deleting": Phase(churn, Point(Ledger, "erase", False, BLOCKS)),
+    "deleted": Phase(churn, Point(Ledger, "remove_trees", True, 2, _any)),
+    "after a deletion": Phase(churn, Point(DiskTier, "delete", True, 2), committed=True),
+    "compacting: copied": Phase(compacting, Point(compact, "_place")),
+    "compacting: placing": Phase(compacting, Point(compact, "replace", False, BLOCKS)),
+    "compacting: placed": Phase(compacting, Point(compact, "_place", True)),
+    "compacting: replacing": Phase(compacting, Point(os, "replace")),
+    "compacting: replaced": Phase(compacting, Point(os, "replace", True)),
+    "importing: reading": Phase(importing, Point(portable, "_block", True, CHAINS), empty=True),
+    "importing: writing": Phase(importing, Point(Ledger, "add", False, RECORDS), empty=True),
+    "creating: before": Phase(opening, Point(os, "link"), empty=True),
+    "creating: after": Phase(opening, Point(os, "link", True), empty=True),
+    "opening: as found": Phase(opening, Point(environment, "_prepare")),
+    "opening: verifying": Phase(opening, Point(environment, "verify_file", True)),
+    "opening: verified": Phase(opening, Point(environment, "_verify_after_boot", True)),
+    "opening: reading": Phase(opening, Point(Level, "_seed", True)),
+}
+
+
+def fill(_say, folder, blocks=ROOMY):
+    with opened(folder, blocks) as store:
+        for number in range(0, CHAINS, 2):
+            store.put(items_of(number))
+        store.flush()
+
+
+def export(_say, folder):
+    with opened(folder) as store:
+        for number in range(CHAINS):
+            store.put(items_of(number))
+        store.flush()
+        portable.export(tier_of(store), folder.with_suffix(".blocks"), lambda _entry: True)
+
+
+def kill_in(phase, folder, rounds, seed, count):
+    """So many lives and deaths in one phase."""
+    dice = random.Random(seed)
+    count.ended(ended(export, folder))
+    shutil.rmtree(folder)
+    count.ended(ended(fill, folder, phase.blocks))
+    state = [BLOCKS * (number % 2 == 0) for number in range(CHAINS)]
+    for _ in range(rounds):
+        if phase.empty:
+            shutil.rmtree(folder, ignore_errors=True)
+            state = [0] * CHAINS
+        dead = ended(phase.life, folder, phase, dice.randrange(1 << 30))
+        if not count.ended(dead, allowed=(-signal.SIGKILL,)):
+            return
+        last = dead.said[-1] if dead.said else {"state": state}
+        state = last["state"]
+        if phase.committed:
+            state[last["number"]] = last["becomes"]
+        compare(count, ended(examine, folder, phase.blocks), [state])
+
+
+def compare(count, found, states):
+    """Count what an examination came to, beside states that are right."""
+    count.rounds += 1
+    if not count.ended(found):
+        return
+    [seen] = found.said
+    count.wrong += seen["wrong"]
+    count.lost += min(
+        sum(max(0, was - is_) for was, is_ in zip(state, seen["state"])) for state in states
+    )
+    if seen["problems"] or seen["state"] not in states:
+        count.fail(f"{seen['state']} in place of {states}: {seen['problems']}")
+
+
+def in_every_phase(folder, rounds, seed):
+    """`rounds` in each of the phases."""
+    count = Count()
+    for name, phase in PHASES.items():
+        before = count.rounds
+        kill_in(phase, Path(folder) / name.replace(":", "").replace(" ", "_"), rounds, seed, count)
+        count.outcomes[name] = count.rounds - before
+    return count
+
+
+def from_outside(folder, rounds, seed):
+    """At random moments of puts and deletes."""
+    count, dice, phase = Count(), random.Random(seed), Phase(churn, Point(os, "nothing"))
+    folder = Path(folder) / "store"
+    for _ in range(rounds):
+        child = Child(live, folder, phase.blocks, dice.randrange(1 << 30))
+        for _ in range(dice.randrange(1, 6)):
+            child.hear()
+        time.sleep(dice.random() * 0.01)  # the random moment is the point
+        child.kill()
+        dead = child.join()
+        count.ended(dead, allowed=(-signal.SIGKILL,))
+        last = dead.said[-1]
+        becomes = [*last["state"]]
+        becomes[last["number"]] = last["becomes"]
+        compare(count, ended(examine, folder), [last["state"], becomes])
+        count.outcomes["changes"] += len(dead.said)
+    return count
+
+
+def live(say, folder, blocks, seed):
+    """Change a store until killed."""
+    dice = random.Random(seed)
+    store = opened(folder, blocks)
+    while True:
+        step(say, store, dice, deletes=True)
