@@ -161,9 +161,11 @@ def export(_say, folder):
 def kill_in(phase, folder, rounds, seed, count):
     """So many lives and deaths in one phase."""
     dice = random.Random(seed)
-    count.ended(ended(export, folder))
-    shutil.rmtree(folder)
-    count.ended(ended(fill, folder, phase.blocks))
+    if phase.life is importing:
+        count.ended(ended(export, folder))
+        shutil.rmtree(folder)
+    if not phase.empty:
+        count.ended(ended(fill, folder, phase.blocks))
     state = [BLOCKS * (number % 2 == 0) for number in range(CHAINS)]
     for _ in range(rounds):
         if phase.empty:

@@ -1,6 +1,7 @@
 """One campaign: run.py NAME FOLDER ROUNDS SEED; prints what came of it as one JSON line."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -8,12 +9,14 @@ from pathlib import Path
 
 import torch
 
-from tests.kvstore.faults import phases
+from tests.kvstore.faults import flips, phases
+from tests.kvstore.faults.state import warm
 
 ROOT = Path(__file__).parents[3]
 CAMPAIGNS = {
     "kill_phases": phases.in_every_phase,
     "kill_outside": phases.from_outside,
+    "flips": flips.flip,
 }
 
 
@@ -37,6 +40,8 @@ def campaign(name, folder, rounds, seed, **env):
 
 def main(name, folder, rounds, seed):
     torch.set_num_threads(1)
+    logging.disable()
+    warm()
     print(json.dumps(CAMPAIGNS[name](Path(folder), rounds, seed).asdict()))
 
 

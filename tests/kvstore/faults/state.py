@@ -1,12 +1,15 @@
 """A small store of a few chains: what is in it, and whether that is as it must be."""
 
+import gc
 import os
+from functools import cache
 
-from kvstore import layout
+from kvstore import fetch, guard, layout
 from kvstore.disk import DiskTier
 from kvstore.ledger import entry_cost
 from kvstore.store import TieredStore
-from tests.kvstore.make import chain, content, identity, items, right
+from native.library import library
+from tests.kvstore.make import chain, identity, items, same
 
 MODEL = identity(num_layers=2, num_kv_heads=4, head_dim=64)
 BLOCKS = 6  # per chain
@@ -15,18 +18,30 @@ ROOMY, TIGHT = 1000, 4 * BLOCKS  # blocks that a store has room for
 FILES = {"data.mdb", "lock.mdb", "verified"}
 
 
+@cache
 def keys_of(number):
     return chain(range(1000 * number, 1000 * number + 4 * BLOCKS), model=MODEL)
 
 
+@cache
 def items_of(number):
     return items(keys_of(number), MODEL)
 
 
+def warm():
+    """Have what every child needs, so that none has to make it."""
+    for number in range(CHAINS):
+        items_of(number)
+    for source in (fetch.SOURCE, guard.SOURCE):
+        library(source)
+    gc.freeze()
+
+
 def opened(folder, blocks=ROOMY):
     """A block is of two records."""
-    layout.TARGET_BYTES = content(keys_of(0)[0], MODEL).nbytes // 2
-    return TieredStore([DiskTier(folder, blocks * entry_cost(content(keys_of(0)[0], MODEL)))])
+    data = items_of(0)[0][1].data
+    layout.TARGET_BYTES = data.nbytes // 2
+    return TieredStore([DiskTier(folder, blocks * entry_cost(data))])
 
 
 def tier_of(store):
@@ -36,6 +51,12 @@ def tier_of(store):
 def held(store):
     """How many blocks there are of each chain; counts as no use of them."""
     return [sum(tier_of(store).held(keys_of(number))) for number in range(CHAINS)]
+
+
+def wrong_among(number, found):
+    """How many of the blocks found of a chain, or None, are not what was written."""
+    pairs = zip(found, items_of(number), strict=True)
+    return sum(got is not None and not same(got.data, put.data) for got, (_, put) in pairs)
 
 
 def examine(say, folder, blocks=ROOMY):
@@ -48,7 +69,6 @@ def examine(say, folder, blocks=ROOMY):
             there = [block is not None for block in found]
             if there != [True] * state[number] + [False] * (BLOCKS - state[number]):
                 problems.append(f"of chain {number} there is {there}")
-            pairs = zip(keys_of(number), found, strict=True)
-            wrong += sum(block is not None and not right(block, k, MODEL) for k, block in pairs)
+            wrong += wrong_among(number, found)
         problems += [f"left behind: {name}" for name in set(os.listdir(folder)) - FILES]
     say({"state": state, "wrong": wrong, "problems": problems})
