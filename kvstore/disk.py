@@ -4,7 +4,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import lmdb
@@ -162,7 +162,7 @@ class DiskTier:
     def close(self) -> None:
         try:
             if (self._stamps or self._bad) and self._env.is_writable():
-                with self.changing():
+                with suppress(CorruptRecord), self.changing():  # else uses and damage are forgotten
                     pass
         finally:
             self._env.close()

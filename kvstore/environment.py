@@ -252,6 +252,11 @@ def explained(path: Path) -> Iterator[None]:
         raise DeviceFull(f"LMDB map of {path} is full ({error}); lower disk_bytes") from error
     except lmdb.LockError as error:
         raise StoreError(f"cannot lock {path} ({error}); use a local file system") from error
+    except lmdb.PanicError as error:
+        raise CorruptRecord(
+            f"an earlier write to {path} failed in its last step ({error}); what was stored before "
+            "is intact: open the store again"
+        ) from error
     except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError) as error:
         raise CorruptRecord(f"the tables in {path} are damaged ({error}); {START_ANEW}") from error
     except (lmdb.Error, OSError) as error:

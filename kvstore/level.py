@@ -117,9 +117,14 @@ class Level:
             self.stats.skipped += count
 
     def delete(self, keys: Sequence[BlockKey | bytes]) -> int:
-        """Delete blocks, pinned or not, and what rests on them; how many of `keys` were here."""
+        """Delete blocks, pinned or not, and what rests on them; how many of `keys` were here.
+
+        Raises StoreError where the tier cannot be asked: a miss would say that they are gone.
+        """
+        digests = [key if isinstance(key, bytes) else key.digest for key in keys]
         with self._inserting:
-            present = [key for key in keys if key in self.tier]
+            sizes = self.tier.sizes(digests)
+            present = [key for key, size in zip(keys, sizes, strict=True) if size]
             if present:
                 self.tier.delete(self._with_rest(present))
                 self._seed()

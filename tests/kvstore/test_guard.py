@@ -6,13 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
+import lmdb
 import pytest
 
 from kvstore import guard
 from kvstore.disk import DiskTier
+from kvstore.environment import explained
 from kvstore.errors import CorruptRecord, StoreError
+from kvstore.store import TieredStore
 from native.library import library
 from tests.kvstore.make import chain, identity, items, right
 
@@ -108,6 +111,31 @@ def test_a_trouble_of_all_blocks_is_said_once(tier, tmp_path, caplog):
     os.truncate(tmp_path / "store" / "data.mdb", 0)
     assert [tier.held(KEYS) for _ in range(3)] == [[False] * len(KEYS)] * 3
     assert len([x for x in caplog.records if "all blocks" in x.message]) == 1
+
+
+def test_blocks_that_cannot_be_looked_for_are_not_said_to_be_deleted(tier, tmp_path):
+    store = TieredStore([tier])
+    os.truncate(tmp_path / "store" / "data.mdb", 0)
+    with pytest.raises(StoreError):
+        store.delete(KEYS[:1])
+    with suppress(StoreError):
+        store.close()
+
+
+def test_after_a_commit_that_failed_in_its_last_step_blocks_are_misses(tier, monkeypatch):
+    @contextmanager
+    def panicking(self):
+        with explained(self._env.path):
+            raise lmdb.PanicError("what LMDB says then, always")
+        yield
+
+    monkeypatch.setattr(DiskTier, "reading", panicking)
+    monkeypatch.setattr(DiskTier, "changing", panicking)
+    assert tier.held(KEYS) == [False] * len(KEYS)
+    assert tier.get(KEYS[0]) is None
+    with pytest.raises(StoreError, match="open the store again"):
+        tier.put(items(KEYS, MODEL))
+    tier.close()
 
 
 @pytest.mark.parametrize("replaced", [False, True])
