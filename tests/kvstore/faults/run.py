@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.kvstore.faults import flips, phases
+from tests.kvstore.faults import broken_io, flips, phases
 from tests.kvstore.faults.state import warm
 
 ROOT = Path(__file__).parents[3]
@@ -17,11 +17,14 @@ CAMPAIGNS = {
     "kill_phases": phases.in_every_phase,
     "kill_outside": phases.from_outside,
     "flips": flips.flip,
+    "broken_io": broken_io.broken,
 }
 
 
 def found_by(name, folder, rounds, seed, **env):
     """What a campaign found, in a process of its own that has no threads."""
+    if name == "broken_io":
+        env["LD_PRELOAD"] = str(broken_io.library(Path(folder)))
     done = subprocess.run(
         [sys.executable, "-m", __name__, name, str(folder), str(rounds), str(seed)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env,
