@@ -1,51 +1,65 @@
-"""One campaign: run.py NAME FOLDER ROUNDS SEED; prints what came of it as one JSON line."""
+"""Campaigns: run.py NAME,NAME.. FOLDER ROUNDS SEED; prints what came of each as a JSON line."""
 
 import json
 import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 
-from tests.kvstore.faults import broken_io, flips, phases
+from tests.kvstore.faults import broken_io, flips, others, phases
 from tests.kvstore.faults.state import warm
 
 ROOT = Path(__file__).parents[3]
+MODULE = "tests.kvstore.faults.run"
 CAMPAIGNS = {
     "kill_phases": phases.in_every_phase,
     "kill_outside": phases.from_outside,
     "flips": flips.flip,
     "broken_io": broken_io.broken,
+    "readers_killed": others.readers_killed,
+    "two_writers": others.two_writers,
+    "clocks": others.clocks,
+    "removed": others.removed,
 }
 
 
-def found_by(name, folder, rounds, seed, **env):
-    """What a campaign found, in a process of its own that has no threads."""
-    if name == "broken_io":
+def found_by(names, folder, rounds, seed):
+    """What campaigns found, by name, in a process of its own that has no threads."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if "broken_io" in names:
         env["LD_PRELOAD"] = str(broken_io.library(Path(folder)))
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, name, str(folder), str(rounds), str(seed)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env,
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-m", MODULE, ",".join(names), str(folder), str(rounds), str(seed)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
-
-
-def campaign(name, folder, rounds, seed, **env):
-    """What it found; an AssertionError where that is not right."""
-    found = found_by(name, folder, rounds, seed, **env)
-    assert found["is_right"], (found, found["stderr"][-3000:])
+    found = dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True))
+    print(done.stderr, file=sys.stderr, end="")
     return found
 
 
-def main(name, folder, rounds, seed):
+def campaigns(names, folder, rounds, seed):
+    """What each found; an AssertionError where that is not right."""
+    found = found_by(names, folder, rounds, seed)
+    for name, each in found.items():
+        assert each["is_right"], (name, each)
+    return found
+
+
+def campaign(name, folder, rounds, seed):
+    return campaigns([name], folder, rounds, seed)[name]
+
+
+def main(names, folder, rounds, seed):
     torch.set_num_threads(1)
     logging.disable()
     warm()
-    print(json.dumps(CAMPAIGNS[name](Path(folder), rounds, seed).asdict()))
+    for name in names.split(","):
+        (Path(folder) / name).mkdir(exist_ok=True)
+        began, count = time.monotonic(), CAMPAIGNS[name](Path(folder) / name, rounds, seed)
+        print(json.dumps(count.asdict() | {"seconds": round(time.monotonic() - began, 1)}))
 
 
 if __name__ == "__main__":
