@@ -22,6 +22,7 @@ from kvstore.errors import StoreError
 from tests.kvstore.crash import BLOCKS, MODEL, forked, keys_of, opened
 from tests.kvstore.make import items, right
 
+SOURCE = Path(__file__).with_name("write_log.c")
 SECTOR, PAGE = 512, 4096
 CHAINS = 10
 RIGHT, REFUSED, WRONG, LOST = range(4)

@@ -62,13 +62,13 @@ class Fault(NamedTuple):
         return calls
 
 
-def library(folder):
+def compiled(folder, source=SOURCE):
     """The compiled source, to be loaded before libc."""
-    made = folder / "broken_io.so"
+    made = folder / f"{source.stem}.so"
     compiler = shutil.which("cc") or shutil.which("gcc")
     assert compiler, "a C compiler is needed to break what the store calls"
     flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Werror"]
-    subprocess.run([compiler, *flags, "-o", made, SOURCE, "-ldl"], check=True)
+    subprocess.run([compiler, *flags, "-o", made, source, "-ldl"], check=True)
     return made
 
 

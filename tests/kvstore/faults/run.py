@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tests.kvstore.faults import broken_io, flips, others, phases
+from tests.kvstore.faults import broken_io, files, flips, others, phases, remote
 from tests.kvstore.faults.state import warm
 
 ROOT = Path(__file__).parents[3]
@@ -24,6 +24,10 @@ CAMPAIGNS = {
     "two_writers": others.two_writers,
     "clocks": others.clocks,
     "removed": others.removed,
+    "cuts": files.cuts,
+    "power_cuts": files.power_cuts,
+    "remote_kill": remote.senders_killed,
+    "remote_tampering": remote.tampered,
 }
 
 
@@ -31,7 +35,7 @@ def found_by(names, folder, rounds, seed):
     """What campaigns found, by name, in a process of its own that has no threads."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if "broken_io" in names:
-        env["LD_PRELOAD"] = str(broken_io.library(Path(folder)))
+        env["LD_PRELOAD"] = str(broken_io.compiled(Path(folder)))
     command = [sys.executable, "-m", MODULE, ",".join(names), str(folder), str(rounds), str(seed)]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

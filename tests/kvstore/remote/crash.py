@@ -80,13 +80,18 @@ def round_of(url, first, dice):
     return begun
 
 
-def main(url, rounds, seed):
-    torch.set_num_threads(1)
+def campaign(url, rounds, seed):
+    """How many chains were begun, and what is there of them. AssertionError if that is wrong."""
     dice, first = random.Random(seed), 0
     for _ in range(rounds):
         first += round_of(url, first, dice)
     found = check(url, first)
-    print(json.dumps({"chains": len(found), "whole": found.count(BLOCKS), "blocks": sum(found)}))
+    return {"chains": len(found), "whole": found.count(BLOCKS), "blocks": sum(found)}
+
+
+def main(url, rounds, seed):
+    torch.set_num_threads(1)
+    print(json.dumps(campaign(url, rounds, seed)))
 
 
 if __name__ == "__main__":
