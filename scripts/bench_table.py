@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from faulting.table import faults
 from serve_bench import tables as serve
 from store_bench import tables as store_bench
 
@@ -363,6 +364,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "serve_long": serve.long,
     "serve_interference": serve.interference,
     "serve_shared": serve.shared,
+    "faults": faults,
 }
 TITLES = {
     "remote": "Shared tier over Redis",
@@ -374,6 +376,7 @@ TITLES = {
     "serve_long": "Server with long prompts",
     "serve_interference": "Server: streams while prompts are read",
     "serve_shared": "Server beside transformers serve",
+    "faults": "Faults put into stores",
 }
 
 
