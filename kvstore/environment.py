@@ -31,6 +31,9 @@ FORMAT = b"headrace store 2"
 MIN_MAP_BYTES = 1 << 40  # address space, not memory or disk
 START_ANEW = "delete the folder (blocks are a cache and will be computed again)"
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TABLE_ERRORS = (
+    lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError, lmdb.BadDbiError,
+)  # fmt: skip
 _LITTLE_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
@@ -257,7 +260,7 @@ def explained(path: Path) -> Iterator[None]:
             f"an earlier write to {path} failed in its last step ({error}); what was stored before "
             "is intact: open the store again"
         ) from error
-    except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError) as error:
+    except _TABLE_ERRORS as error:
         raise CorruptRecord(f"the tables in {path} are damaged ({error}); {START_ANEW}") from error
     except (lmdb.Error, OSError) as error:
         raise _explain(path, error) from error

@@ -138,6 +138,14 @@ def test_after_a_commit_that_failed_in_its_last_step_blocks_are_misses(tier, mon
     tier.close()
 
 
+def test_tables_that_a_cut_made_unknown_are_misses(tier, monkeypatch):
+    def gone(*_):
+        raise lmdb.BadDbiError("what LMDB says of a table whose record it does not find")
+
+    monkeypatch.setattr(tier.ledger, "get", gone)
+    assert tier.get(KEYS[0]) is None
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_folder_deleted_while_open_serves_what_is_open_and_refuses_more(tier, tmp_path, replaced):
     shutil.rmtree(tmp_path / "store")
