@@ -53,18 +53,22 @@ def step(say, store, dice, *, deletes):
     state = held(store)
     number = dice.choice([n for n in range(CHAINS) if deletes or not state[n]])
     leaves = deletes and bool(state[number])
-    say({"state": state, "number": number, "becomes": 0 if leaves else BLOCKS})
+    becomes = 0 if leaves else BLOCKS
+    say({"state": state, "number": number, "becomes": becomes})
     if leaves:
         store.delete(keys_of(number)[:1])
     else:
         store.put(items_of(number))
         store.flush()
+    assert held(store)[number] == becomes, "it was acknowledged"
 
 
 def compacting(say, folder, phase, seed):
     dice = random.Random(seed)
     with opened(folder) as store:
         for _ in range(dice.randrange(4)):
+            step(say, store, dice, deletes=True)
+        while not any(held(store)):  # there must be something to compact
             step(say, store, dice, deletes=True)
         say({"state": held(store)})
     phase.point.arm(dice)
