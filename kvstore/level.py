@@ -3,12 +3,13 @@
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from kvstore.admission import AdmissionName, SecondSight
 from kvstore.audit import AuditReport, audit_tier
 from kvstore.block import BlockKey
-from kvstore.errors import DeviceFull, MissingParent, TierFull
+from kvstore.errors import DeviceFull, MissingParent, StoreError, TierFull
 from kvstore.eviction import PolicyName
 from kvstore.quotas import Lack, Quotas
 from kvstore.ranks import Ranks
@@ -151,12 +152,14 @@ class Level:
             return report
 
     def snapshot(self) -> TierStats:
+        """The numbers now. A tier that cannot be asked holds what it held; lookups log why."""
         with self._lock:
+            with suppress(StoreError):
+                self.stats.used_bytes, self.stats.groups = self.tier.used_bytes, self.tier.groups()
             return replace(
-                self.stats, used_bytes=self.tier.used_bytes, blocks=len(self._ranks),
+                self.stats, blocks=len(self._ranks),
                 corrupt=self.tier.corrupt, quarantined=self.tier.quarantined,
-                groups=self.tier.groups(), hits_of=Counter(self.stats.hits_of),
-                misses_of=Counter(self.stats.misses_of),
+                hits_of=Counter(self.stats.hits_of), misses_of=Counter(self.stats.misses_of),
             )  # fmt: skip
 
     def _with_rest(self, keys: Sequence[BlockKey | bytes]) -> list[bytes]:

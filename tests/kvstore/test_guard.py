@@ -113,6 +113,19 @@ def test_a_trouble_of_all_blocks_is_said_once(tier, tmp_path, caplog):
     assert len([x for x in caplog.records if "all blocks" in x.message]) == 1
 
 
+def test_numbers_of_a_store_whose_file_was_cut_are_the_last_ones(tier, tmp_path):
+    store = TieredStore([tier])
+    before = store.stats().tiers["disk"]
+    os.truncate(tmp_path / "store" / "data.mdb", 0)
+    assert store.lookup(KEYS) == 0
+    after = store.stats().tiers["disk"]
+    assert after.used_bytes == before.used_bytes > 0
+    assert after.groups == before.groups
+    assert after.misses > before.misses
+    with suppress(StoreError):
+        store.close()
+
+
 def test_blocks_that_cannot_be_looked_for_are_not_said_to_be_deleted(tier, tmp_path):
     store = TieredStore([tier])
     os.truncate(tmp_path / "store" / "data.mdb", 0)
