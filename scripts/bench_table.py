@@ -54,22 +54,26 @@ def decode(record: dict[str, Any]) -> str:
     return "\n".join([about, "", *rows, "", *ratios])
 
 
+STORE_SUMMARY = (
+    "hot_get_gbps", "hot_get_vs_pread", "cold_get_vs_odirect", "cold_get_vs_pread",
+    "cold_segment_vs_odirect", "put_vs_files", "put_vs_segment", "hidden_512", "hidden_64",
+)  # fmt: skip
+
+
 def store(record: dict[str, Any]) -> str:
     """GB/s of the disk tier beside plain files and the raw disk."""
     rows = ["| GB/s | median | least | most |", "| --- | --- | --- | --- |"]
     for name, values in record["rounds"].items():
         middle = sorted(values)[len(values) // 2]
         rows.append(f"| {name} | {middle:.2f} | {min(values):.2f} | {max(values):.2f} |")
-    summary = [
-        f"- {name}: **{record[name]:.2f}**"
-        for name in ("hot_get_gbps", "hot_get_vs_pread", "cold_get_vs_pread", "put_vs_files")
-        if name in record
-    ]
+    summary = [f"- {name}: **{record[name]:.2f}**" for name in STORE_SUMMARY if name in record]
     about = (
         "The disk tier (LMDB) beside plain files and the raw disk: "
-        f"{record['total_bytes'] / 2**30:.0f} GiB in values of {record['value_bytes'] / 2**20:.0f} "
+        f"{record['total_bytes'] / 2**20:.0f} MiB in values of {record['value_bytes'] / 2**20:.0f} "
         "MiB.\nA get ends in tensors, copied and verified; fresh means into memory that was never "
-        "touched.\n1T, 2T, 4T: threads. `scripts/bench_store.py`"
+        "touched.\n1T, 2T, 4T: threads; raw: O_DIRECT reads of the same pages, and nothing else; segment: "
+        "values in a file beside LMDB.\nhidden_N: share of the smaller of loading and computing, layer by "
+        "layer, that the other hides, in blocks of N tokens.\n`scripts/bench_store.py`"
     )
     return "\n".join([about, "", *rows, "", *summary])
 
