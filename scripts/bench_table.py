@@ -13,6 +13,7 @@ from typing import Any
 
 from faulting.table import faults
 from serve_bench import tables as serve
+from soaking.table import soak
 from store_bench import tables as store_bench
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -370,6 +371,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "serve_interference": serve.interference,
     "serve_shared": serve.shared,
     "faults": faults,
+    "soak": soak,
 }
 TITLES = {
     "remote": "Shared tier over Redis",
@@ -382,6 +384,7 @@ TITLES = {
     "serve_interference": "Server: streams while prompts are read",
     "serve_shared": "Server beside transformers serve",
     "faults": "Faults put into stores",
+    "soak": "A store at its budget",
 }
 
 

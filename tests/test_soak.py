@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
-from soaking.watch import Window, verdict  # noqa: E402  (needs the path)
+from soaking.table import soak  # noqa: E402  (needs the path)
+from soaking.watch import Window, verdict  # noqa: E402
 
 BUDGET = 1 << 30
 
@@ -41,6 +42,17 @@ def test_what_grows_is_told(last, wrong, said):
 
 def test_a_run_that_is_too_short_is_no_proof():
     assert "too few" in verdict(windows()[:2], BUDGET, 0)[0]
+
+
+def test_thirds_stand_beside_each_other_in_the_table():
+    record = {"budget_bytes": BUDGET, "minutes": 1.0, "blocks_read": 5000, "blocks_put": 4}
+    record |= {"evictions": 3, "wrong": ["memory grew by 3.0%"]}
+    record["windows"] = [w._asdict() for w in windows(p50_s=7e-3, file_bytes=2 * BUDGET)]
+    shown = soak(record)
+    assert "| first | 1.000 | 0 | 1.00 | 2.00 |" in shown
+    assert "| last | 2.000 | 0 | 7.00 | 2.00 |" in shown
+    assert "5,000 blocks" in shown
+    assert "- memory grew by 3.0%" in shown
 
 
 @pytest.mark.slow
