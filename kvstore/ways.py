@@ -28,8 +28,9 @@ class Ways:
         """`mapped_at`: the address of a map of the file that is safe to read; 0 for none."""
         self._file, self._page_bytes, self._mapped_at = file, page_bytes, mapped_at
         self._direct = -1
-        with suppress(OSError):  # not on this file system
-            self._direct = os.open(f"/proc/self/fd/{file.handle}", os.O_RDONLY | os.O_DIRECT)
+        if hasattr(os, "O_DIRECT"):  # not on every system
+            with suppress(OSError):  # nor on every file system
+                self._direct = os.open(f"/proc/self/fd/{file.handle}", os.O_RDONLY | os.O_DIRECT)
         self._once: dict[int, None] = {}  # pages of records read around the cache, oldest first
         self._scratch = threading.local()
 
