@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from engine.engine import Engine
 from engine.serve.config import KeyConfig
 from engine.serve.desk import THREADS
+from engine.serve.limits import Place
 from engine.serve.token_text import longest
 from tests.engine.serve.scripted import Scripted
 from tests.engine.serve.server import LIMIT_S, running
@@ -17,13 +18,20 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: appli
 
 
 def test_who_leaves_keeps_its_place_until_no_thread_works_for_it(monkeypatch):
-    reads, goes_on = threading.Event(), threading.Event()
+    reads, goes_on, freed = threading.Event(), threading.Event(), threading.Semaphore(0)
+    free = Place._free
+
+    def noted(place: Place) -> None:
+        free(place)
+        if place._over and not place._working:
+            freed.release()
 
     def slow(engine: Engine, text: str) -> list[int]:
         reads.set()
         assert goes_on.wait(LIMIT_S)
         return [5]
 
+    monkeypatch.setattr(Place, "_free", noted)
     monkeypatch.setattr(Engine, "tokenize", slow)
     keys = {"one": KeyConfig(key="one", max_concurrent=1)}
     with running(make=Scripted, keys=keys) as server, server.http("one") as client:
@@ -39,6 +47,8 @@ def test_who_leaves_keeps_its_place_until_no_thread_works_for_it(monkeypatch):
             goes_on.set()
         server.service.next()  # that of who left, which is cancelled at once
         server.service.cancelled.get(timeout=LIMIT_S)
+        for _ in ("refused", "left"):
+            assert freed.acquire(timeout=LIMIT_S)
         with ThreadPoolExecutor() as threads:
             done = threads.submit(client.post, "/v1/completions", json=ASKED)
             server.service.next().end("fine")
