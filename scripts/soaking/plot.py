@@ -25,9 +25,10 @@ def plot(record: dict[str, Any], path: Path) -> None:
             panel.plot(minutes, values, label=label, linewidth=1.4)
         panel.set_title(title)
         panel.set_xlabel("minutes")
-        panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
     panels[0].axhline(1.05, color="0.5", linestyle="--", linewidth=1)
+    for panel in panels:
+        panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
     panels[2].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
