@@ -11,6 +11,7 @@ from typing import BinaryIO
 import msgspec
 
 from engine.errors import EngineError
+from native.folders import sync_folder
 
 VERSION = 1
 
@@ -239,7 +240,7 @@ class Catalogue:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, self._path)
-        _sync(self._path.parent)
+        sync_folder(self._path.parent)
         self._generation, self._read = head.generation, len(lines)
 
     def _head(self, line: bytes) -> Head:
@@ -271,11 +272,3 @@ def _alone(path: Path) -> Iterator[None]:
 
 def _lines(rows: Iterable[Row]) -> bytes:
     return b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -15,6 +15,7 @@ from kvstore.environment import DATA_FILE, MIN_MAP_BYTES, UNFINISHED, explained,
 from kvstore.errors import CorruptRecord, StoreError
 from kvstore.extent import first_page
 from kvstore.ledger import name
+from native.folders import sync_folder
 
 _AT_ONCE = 256  # entries in a transaction
 
@@ -41,7 +42,7 @@ def compact(path: Path) -> tuple[int, int]:
                 _place(new)
                 new.sync(True)
             os.replace(Path(made) / DATA_FILE, file)
-        _sync(path)
+        sync_folder(path)
         return before, file.stat().st_size
 
 
@@ -81,11 +82,3 @@ def _nobody_else(path: Path) -> Iterator[None]:
                 f"{path} is open in another process: end it, then compact the store"
             ) from None
         yield
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -20,6 +20,7 @@ from kvstore.errors import CorruptRecord, DeviceFull, StoreError, StoreFormatErr
 from kvstore.extent import DataFile
 from kvstore.guard import Guard
 from kvstore.ways import Ways
+from native.folders import sync_folder
 
 if TYPE_CHECKING:
     from lmdb import _Database
@@ -135,8 +136,7 @@ def _create(path: Path) -> None:
             txn.put(b"format", FORMAT, db=env.open_db(b"info", txn))
         with suppress(FileExistsError):  # another process was faster
             os.link(Path(made) / DATA_FILE, path / DATA_FILE)
-    with _handle(path) as folder:
-        os.fsync(folder)
+    sync_folder(path)
 
 
 def _clean(path: Path) -> None:
@@ -153,18 +153,12 @@ def _clean(path: Path) -> None:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """In which no other process creates the store, or cleans up."""
-    with _handle(path) as folder:
+    folder = os.open(path, os.O_RDONLY)
+    try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         yield
-
-
-@contextmanager
-def _handle(folder: Path) -> Iterator[int]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        yield handle
     finally:
-        os.close(handle)
+        os.close(folder)
 
 
 def _prepare(path: Path, env: lmdb.Environment, guard: Guard) -> Environment:

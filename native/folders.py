@@ -1,4 +1,4 @@
-"""Where files live that only save time."""
+"""Folders: where files live that only save time, and when names in one last."""
 
 import os
 import tempfile
@@ -13,3 +13,12 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "headrace"
     except RuntimeError:  # a user without a home, as in some containers
         return Path(tempfile.gettempdir()) / f"headrace-{os.getuid()}"
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the names in a folder, as they are now, outlast a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
