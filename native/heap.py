@@ -19,8 +19,8 @@ def keep_freed(nbytes: int) -> None:
     """Let a heap keep so much memory at its end that was freed, where the C library is glibc.
 
     It would return it to the system, and fault it in again for the next use of as much: zeroed,
-    page by page, at 1 to 2 GB/s on a virtual machine. For work in rounds of many allocations of up
-    to 32 MiB, as LMDB's transactions are. `give_back` still returns it.
+    page by page. For work in rounds of many allocations of up to 32 MiB, as LMDB's transactions
+    are. `give_back` still returns it.
     """
     _adjust(M_MMAP_THRESHOLD, LARGEST)
     _adjust(M_TRIM_THRESHOLD, nbytes)

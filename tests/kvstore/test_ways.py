@@ -138,6 +138,16 @@ def test_a_file_system_without_direct_reads_is_read_through_its_cache(
     assert set(taken) == {CACHED}
 
 
+def test_a_system_without_direct_reads_reads_through_its_cache(tmp_path, monkeypatch, taken):
+    if is_in_memory(tmp_path):
+        pytest.skip("the temporary folder is in memory")
+    monkeypatch.delattr(os, "O_DIRECT")
+    tier = reopened(tmp_path, put=True)
+    assert not read(tier)
+    tier.close()
+    assert taken[DIRECT] == 0 < taken[CACHED]
+
+
 def test_what_is_remembered_is_bounded(tier, monkeypatch):
     monkeypatch.setattr(ways, "REMEMBERED", 3)
     for page in range(2, 10):
