@@ -1,0 +1,46 @@
+"""A file that takes another one's place is there after a power cut: its folder was synced since."""
+
+import os
+
+import pytest
+
+from engine.catalogue import Catalogue, Document, Origin
+from kvstore.compact import compact
+from kvstore.disk import DiskTier
+from native.folders import sync_folder
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """The folders that were synced, and the files that were in each by then."""
+    seen, sync = {}, os.fsync
+
+    def noted(handle):
+        folder = os.readlink(f"/proc/self/fd/{handle}")
+        if os.path.isdir(folder):
+            seen[folder] = {entry.name: entry.inode() for entry in os.scandir(folder)}
+        sync(handle)
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("which file is synced is not told here")
+    monkeypatch.setattr(os, "fsync", noted)
+    return seen
+
+
+def test_a_folder_is_synced(tmp_path, synced):
+    sync_folder(tmp_path)
+    assert set(synced) == {str(tmp_path)}
+
+
+def test_a_store_is_synced_when_it_is_made_and_when_it_is_compacted(tmp_path, synced):
+    path = tmp_path / "store"
+    for change in (lambda: DiskTier(path, 1 << 30).close(), lambda: compact(path)):
+        synced.clear()
+        change()
+        assert synced[str(path)]["data.mdb"] == (path / "data.mdb").stat().st_ino
+
+
+def test_a_catalogue_is_synced_when_it_is_written_anew(tmp_path, synced):
+    path = tmp_path / "rag.jsonl"
+    Catalogue(path).add([Document("one", "title", ())], Origin((1, 2), 64))
+    assert synced[str(tmp_path)][path.name] == path.stat().st_ino
