@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from engine.kernels.rotate import rotate_native, rotate_torch, serves
+
 
 class RopeTable(NamedTuple):
     """Cosines and sines of the angles of T positions, times the model's attention scaling."""
@@ -58,15 +60,8 @@ class Rope:
 
     def rotate(self, x: Float[Tensor, "H T D"], table: RopeTable) -> Float[Tensor, "H T D"]:
         """Rotate token t of every head by row t of `table`; in float32, rounded once."""
-        half = len(self.inv_freq)
-        turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-        if self.interleaved:
-            a, b = turned[..., 0::2], turned[..., 1::2]
-        else:
-            a, b = turned[..., :half], turned[..., half:]
-        parts = a * table.cos - b * table.sin, b * table.cos + a * table.sin
-        turned = torch.stack(parts, -1).flatten(-2) if self.interleaved else torch.cat(parts, -1)
-        return torch.cat([turned.to(x.dtype), rest], -1) if rest.shape[-1] else turned.to(x.dtype)
+        turn = rotate_native if serves(x, table.cos) else rotate_torch
+        return turn(x, *table, interleaved=self.interleaved)
 
 
 class FarTable:
