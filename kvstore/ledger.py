@@ -28,7 +28,8 @@ from kvstore.tally import Groups, Tally, counted, of_tenants
 from kvstore.tier import Tier, full
 
 PAGE_BYTES = 4096
-_USED = struct.Struct("<QQ")  # bytes, and their complement as a check
+_CHECKED = struct.Struct("<QQ")  # a number, and its complement as a check
+_ONES = (1 << 64) - 1
 
 
 def entry_cost(data: Tensor, codec: Codec = RAW) -> int:
@@ -104,12 +105,8 @@ class Ledger:
         self._unpack = lru_cache(maxsize=4096)(entries.unpack)
 
     def used(self, txn: lmdb.Transaction) -> int:
-        stored = txn.get(b"used", db=self.env.info)
-        if stored is not None and len(stored) == _USED.size:
-            used, check = _USED.unpack(stored)
-            if used ^ check == (1 << 64) - 1:
-                return int(used)
-        return sum(entry.nbytes for entry in self.entries(txn))
+        used = self._checked(txn, b"used")
+        return sum(entry.nbytes for entry in self.entries(txn)) if used is None else used
 
     def groups(self, txn: lmdb.Transaction) -> Groups:
         """How much belongs to whom."""
@@ -151,7 +148,7 @@ class Ledger:
         pages = self._add_records(txn, block)
         new = Entry(
             key, data.dtype, data.shape, len(groups_of(data)[0]), block.codec, block.cost,
-            time.time_ns(), 0, pages, tuple(payload.nbytes for payload in block.payloads),
+            self._ticks(txn, 1), 0, pages, tuple(payload.nbytes for payload in block.payloads),
         )  # fmt: skip
         self._count(txn, new, 1)
         self._put(txn, new)
@@ -234,10 +231,12 @@ class Ledger:
 
     def stamp(self, txn: lmdb.Transaction, digests: Sequence[bytes]) -> None:
         """Note uses, least recent first."""
-        now = time.time_ns()
+        if not digests:
+            return
+        first = self._ticks(txn, len(digests))
         for i, digest in enumerate(digests):
             if (entry := self.sound(txn, digest)) is not None:
-                self._put(txn, replace(entry, stamp=now + i))
+                self._put(txn, replace(entry, stamp=first + i))
 
     def clear(self, txn: lmdb.Transaction) -> None:
         for table in (self.env.data, self.env.entries):
@@ -278,5 +277,22 @@ class Ledger:
         self._set_used(txn, self.used(txn) + blocks * entry.nbytes)
         self._tally.change(txn, entry.group, blocks * entry.nbytes, blocks)
 
+    def _ticks(self, txn: lmdb.Transaction, count: int) -> int:
+        """The first of `count` stamps: the time, but behind all before, where it was set back."""
+        first = max(time.time_ns(), (self._checked(txn, b"last stamp") or 0) + 1)
+        self._set_checked(txn, b"last stamp", first + count - 1)
+        return first
+
     def _set_used(self, txn: lmdb.Transaction, used: int) -> None:
-        txn.put(b"used", _USED.pack(used, used ^ ((1 << 64) - 1)), db=self.env.info)
+        self._set_checked(txn, b"used", used)
+
+    def _checked(self, txn: lmdb.Transaction, name: bytes) -> int | None:
+        """A number of the whole store; None if it is absent or damaged."""
+        stored = txn.get(name, db=self.env.info)
+        if stored is None or len(stored) != _CHECKED.size:
+            return None
+        number, check = _CHECKED.unpack(stored)
+        return int(number) if number ^ check == _ONES else None
+
+    def _set_checked(self, txn: lmdb.Transaction, name: bytes, number: int) -> None:
+        txn.put(name, _CHECKED.pack(number, number ^ _ONES), db=self.env.info)

@@ -46,7 +46,7 @@ def test_damage_is_a_miss_counted_and_logged_once_and_repaired(store, caplog):
 DAMAGES = {
     "payload": ("data", lambda stored: stored[:-1] + bytes([stored[-1] ^ 1])),
     "entry": ("entries", lambda stored: bytes([stored[0] ^ 1]) + stored[1:]),
-    "used": ("info", lambda stored: ledger._USED.pack(10**6, 2**64 - 1 - 10**6)),
+    "used": ("info", lambda stored: ledger._CHECKED.pack(10**6, 2**64 - 1 - 10**6)),
     "record": ("data", None),
     "block": ("entries", None),
 }  # fmt: skip

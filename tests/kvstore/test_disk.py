@@ -5,7 +5,8 @@ import os
 import resource
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+import time
+from contextlib import closing, contextmanager, suppress
 from types import SimpleNamespace
 
 import lmdb
@@ -50,6 +51,19 @@ def test_put_is_all_or_nothing(tier):
     with pytest.raises(MissingParent):
         tier.put([other[0], other[2]])
     assert other[0][0] not in tier
+
+
+def test_uses_keep_their_order_over_a_clock_that_is_set_back(tier, path, monkeypatch):
+    alone = [chain(range(1000 * i, 1000 * i + 4))[0] for i in range(4)]
+    now = time.time_ns()
+    for hours, key in zip((0, 30, -50, -90), alone, strict=True):  # two of them "before" the first
+        monkeypatch.setattr(time, "time_ns", lambda hours=hours: now + hours * 3600 * 10**9)
+        tier.put(items([key]))
+    tier.touched([alone[1].digest, alone[0].digest])
+    tier.close()
+    with closing(DiskTier(path, 10 * COST)) as again:
+        used = [resident.digest for resident in again.residents()]
+    assert used == [alone[i].digest for i in (2, 3, 1, 0)]
 
 
 def test_only_as_many_victims_go_as_are_needed(tier):
