@@ -2,7 +2,8 @@
 
 Writes OUT/model, OUT/log.jsonl and OUT/checkpoint.pt every few minutes. Facts are hidden in the
 reference pages of the Python that runs this, and in the texts that are given: for the model that
-comes with the project, Project Gutenberg's War and Peace (number 2600).
+comes with the project, Project Gutenberg's War and Peace (number 2600). With --refine a model that
+was trained so is trained on, by a recipe of what comes hardest.
 """
 
 import argparse
@@ -18,8 +19,8 @@ from evals.ruler.templates import NEEDLE, NIAH, TRACING, singular
 from evals.training.corpus import Corpus, load_corpus
 from evals.training.exam import Exam
 from evals.training.keys import HAYSTACK_KEYS
-from evals.training.network import export
-from evals.training.recipe import REFERENCE, TINY
+from evals.training.network import export, load
+from evals.training.recipe import REFERENCE, REFINED, TINY
 from evals.training.run import Training, train, write_line
 from evals.training.vocabulary import build_tokenizer
 from evals.training.windows import Windows
@@ -55,6 +56,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of the training ({STEPS})")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--refine", type=Path, metavar="MODEL", help="start from this model")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
     parser.add_argument(
         "--compile",
@@ -68,17 +70,21 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     corpus = load_corpus(args.text)
-    tokenizer = tokenizer_of(args.out / "model", corpus)
+    tokenizer = tokenizer_of(args.refine or args.out / "model", corpus)
+    recipe = TINY if args.tiny else REFINED if args.refine else REFERENCE
     training = Training(
-        (TINY if args.tiny else REFERENCE).on(args.device),
+        recipe.on(args.device),
         Windows(corpus, tokenizer),
         seed=args.seed,
         device=args.device,
         compiled=args.compile,
     )
+    if args.refine:
+        training.start_from(load(args.refine))
     if args.resume:
         training.load(args.out / "checkpoint.pt")
     exam = Exam(corpus, tokenizer)
+    args.out.mkdir(parents=True, exist_ok=True)
 
     def report(line: dict[str, Any]) -> None:
         marks = exam.mark(training.network, *EXAM[args.tiny])

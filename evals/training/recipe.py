@@ -82,6 +82,24 @@ REFERENCE = Recipe(
     ),
 )
 
+# What comes hardest, from the weights that REFERENCE gives: all values of a key, and one key among
+# hundreds. Where values are few and near they are learned first.
+VALUES = TASK_WEIGHTS | {"multi_value": 8.0}
+MANY = TASK_WEIGHTS | {"multi_value": 5.0, "multi_query": 2.0, "single_uuid": 1.5, "two_hops": 5.0}
+
+REFINED = Recipe(
+    shape=REFERENCE.shape,
+    phases=(
+        Phase(0.2, {256: 0.6, 512: 0.4}, Mix(VALUES, copies=0.02, lines=0.35)),
+        Phase(
+            1.0, {512: 0.35, 1024: 0.2, 2048: 0.25, 4096: 0.2}, Mix(MANY, copies=0.02, lines=0.4)
+        ),
+    ),
+    muon_rate=0.004,
+    adam_rate=0.001,
+    steady=0.4,
+)
+
 # the same in seconds, to see that the parts fit together
 TINY = Recipe(
     shape=Shape(layers=5, mlp=64),

@@ -58,6 +58,10 @@ class Training:
         self.step = self.tokens = 0
         self.seconds = 0.0
 
+    def start_from(self, network: Network) -> None:
+        """Begin with the weights of a network of the same shape."""
+        self.network.load_state_dict(network.state_dict())
+
     def train_step(self, progress: float) -> Losses:
         """One step at `progress` of the training; its data depend on seed and step alone."""
         rng = np.random.default_rng([self.seed, self.step])
