@@ -19,7 +19,7 @@ LEAST_BYTES = 1 << 20  # what is shorter is not worth a call, and may well be re
 ARGUMENTS = [c_void_p, c_void_p, c_long]
 
 
-def copy_around(out: UInt8[np.ndarray, " n"], data: UInt8[np.ndarray, " n"]) -> None:
+def copy_around(out: UInt8[np.ndarray, " n"], data: UInt8[np.ndarray, " _"]) -> None:
     """Copy bytes that lie in a row to others, which they must not overlap.
 
     Raises:
