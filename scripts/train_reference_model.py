@@ -70,6 +70,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     corpus = load_corpus(args.text)
+    start = load(args.refine) if args.refine else None
     tokenizer = tokenizer_of(args.refine or args.out / "model", corpus)
     recipe = TINY if args.tiny else REFINED if args.refine else REFERENCE
     training = Training(
@@ -79,8 +80,8 @@ def run(args: argparse.Namespace) -> None:
         device=args.device,
         compiled=args.compile,
     )
-    if args.refine:
-        training.start_from(load(args.refine))
+    if start is not None:
+        training.start_from(start)
     if args.resume:
         training.load(args.out / "checkpoint.pt")
     exam = Exam(corpus, tokenizer)

@@ -59,7 +59,15 @@ class Training:
         self.seconds = 0.0
 
     def start_from(self, network: Network) -> None:
-        """Begin with the weights of a network of the same shape."""
+        """Begin with the weights of another network.
+
+        Raises:
+            ConfigError: it has another shape.
+        """
+        if network.shape != self.recipe.shape:
+            raise ConfigError(
+                f"no model of the recipe's shape: it has {network.shape}, not {self.recipe.shape}"
+            )
         self.network.load_state_dict(network.state_dict())
 
     def train_step(self, progress: float) -> Losses:

@@ -9,6 +9,7 @@ import torch
 
 from engine.engine import Engine
 from evals.training.__main__ import main as examine
+from evals.training.network import load
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "train_reference_model.py"
 
@@ -45,6 +46,27 @@ def test_a_training_that_is_complete_has_nothing_to_go_on_with(script, out):
     before = (out / "log.jsonl").read_text()
     assert script.main(["--out", str(out), "--tiny", "--resume"]) == 0
     assert (out / "log.jsonl").read_text() == before
+
+
+def test_a_model_is_trained_on_from_its_weights(script, out, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "TINY_STEPS", 1)
+    assert script.main(["--out", str(tmp_path), "--tiny", "--refine", str(out / "model")]) == 0
+    before, after = (load(folder / "model").state_dict() for folder in (out, tmp_path))
+    moved = torch.cat([(after[name] - before[name]).flatten() for name in before])
+    anew = load(out / "model")
+    torch.manual_seed(0)
+    fresh = type(anew)(anew.shape).state_dict()
+    apart = torch.cat([(fresh[name] - before[name]).flatten() for name in before])
+    assert 0 < moved.norm() < 0.1 * apart.norm()
+    tokenizers = [(folder / "model" / "tokenizer.json").read_bytes() for folder in (out, tmp_path)]
+    assert tokenizers[0] == tokenizers[1]
+
+
+@pytest.mark.parametrize("folder", ["none", "reference"])
+def test_a_model_that_cannot_be_trained_on_is_one_line(script, tmp_path, folder, capsys):
+    model = SCRIPT.parents[1] / "models" / folder
+    assert script.main(["--out", str(tmp_path), "--tiny", "--refine", str(model)]) == 1
+    assert capsys.readouterr().err.startswith("train_reference_model: no model")
 
 
 def test_what_it_wrote_can_be_examined_again(out, capsys):
