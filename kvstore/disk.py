@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from kvstore.environment import explained, open_environment
 from kvstore.errors import CorruptRecord, StoreError
 from kvstore.extent import UNKNOWN
 from kvstore.fetch import SOURCE, Part, Read, copy, planned
-from kvstore.ledger import Ledger, entry_cost, packed
+from kvstore.ledger import Ledger, Packed, entry_cost, packed
 from kvstore.quotas import Limits
 from kvstore.readers import Readers
 from kvstore.tally import Groups
@@ -30,6 +31,7 @@ from kvstore.writer import BATCH_BYTES
 from native.heap import keep_freed
 from native.library import library
 
+ENCODE_THREADS = 4
 READ_BYTES = 8 << 20  # at once of several blocks: how long a transaction keeps pages from use
 _log = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class DiskTier:
         self._moved: set[bytes] = set()  # not where their entries say: in a compacted copy
         self._stamps: dict[bytes, None] = {}  # uses not yet written, least recent first
         self._writer = threading.Lock()
+        self._encoders = ThreadPoolExecutor(ENCODE_THREADS, "headrace-encoder")
         self._trouble = ""  # of all blocks, when last one was looked for
 
     @property
@@ -92,7 +95,7 @@ class DiskTier:
         """As Tier.put. Raises MissingParent for a block that no lookup could reach."""
         there = self.held([key for key, _ in blocks])  # damaged ones are not, and replaced
         new = {key.digest: (key, b) for (key, b), is_ in zip(blocks, there, strict=True) if not is_}
-        made = [packed(key, block, self._codec) for key, block in new.values()]
+        made = list(self._encoders.map(self._packed, new.values()))
         with self.changing() as txn:
             fresh = [block for block in made if self.ledger.get(txn, block.key.digest) is None]
             lack = self.ledger.lack(txn, fresh, self.capacity_bytes, limits or {})
@@ -160,6 +163,7 @@ class DiskTier:
             self.ledger.clear(txn)
 
     def close(self) -> None:
+        self._encoders.shutdown()
         try:
             if (self._stamps or self._bad) and self._env.is_writable():
                 with suppress(CorruptRecord), self.changing():  # else uses and damage are forgotten
@@ -175,6 +179,9 @@ class DiskTier:
                 return key is not None and self.ledger.get(txn, key) is not None
         except CorruptRecord:
             return False
+
+    def _packed(self, item: Item) -> Packed:
+        return packed(*item, self._codec)
 
     def _one(self, key: BlockKey, layers: range | None, out: Tensor | None) -> Tensor | None:
         found, rows = self._load([key], layers, None if out is None else out[None])
