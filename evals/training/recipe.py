@@ -83,16 +83,21 @@ REFERENCE = Recipe(
 )
 
 # What comes hardest, from the weights that REFERENCE gives: all values of a key, and one key among
-# hundreds. Where values are few and near they are learned first.
-VALUES = TASK_WEIGHTS | {"multi_value": 8.0}
-MANY = TASK_WEIGHTS | {"multi_value": 5.0, "multi_query": 2.0, "single_uuid": 1.5, "two_hops": 5.0}
+# hundreds of its kind. Where values are few and near they are learned first.
+HARD = {
+    "single": 2.0, "single_uuid": 1.5, "values": 4.0, "last_value": 3.0, "multi_query": 2.0,
+    "plain": 1.0, "two_hops": 5.0, "tracing": 1.0,
+}  # fmt: skip
+FEW = Mix(HARD | {"values": 6.0, "last_value": 5.0}, copies=0.02, lines=0.3, alone=0.1)
 
 REFINED = Recipe(
     shape=REFERENCE.shape,
     phases=(
-        Phase(0.2, {256: 0.6, 512: 0.4}, Mix(VALUES, copies=0.02, lines=0.35)),
+        Phase(0.25, {256: 0.6, 512: 0.4}, FEW),
         Phase(
-            1.0, {512: 0.35, 1024: 0.2, 2048: 0.25, 4096: 0.2}, Mix(MANY, copies=0.02, lines=0.4)
+            1.0,
+            {512: 0.35, 1024: 0.2, 2048: 0.2, 4096: 0.25},
+            Mix(HARD, copies=0.02, lines=0.4, alone=0.3),
         ),
     ),
     muon_rate=0.004,

@@ -78,6 +78,32 @@ def multi_value(names: Names, rng: np.random.Generator) -> Facts:
     return _facts(NIAH, needles, " " + ", ".join(values), ".", **about)
 
 
+def values(names: Names, rng: np.random.Generator) -> Facts:
+    """Two to four values, some of them said already, the others in any order.
+
+    Any order is right to RULER, and asking for that of the text teaches less: who said the last
+    one first then takes nothing to be left.
+    """
+    count = int(rng.integers(2, 5))
+    return _values(names, rng, count, said=int(rng.integers(0, count)))
+
+
+def last_value(names: Names, rng: np.random.Generator) -> Facts:
+    """The one of two to four values that was not said yet."""
+    count = int(rng.integers(2, 5))
+    return _values(names, rng, count, said=count - 1)
+
+
+def _values(names: Names, rng: np.random.Generator, count: int, *, said: int) -> Facts:
+    key, stated = names.pair(), [names.number(7) for _ in range(count)]
+    needles = _needles("numbers", [(key, value) for value in stated])
+    facts = _facts(NIAH, needles, "", ".", **{"type_needle_v": "numbers", "query": key})
+    order = [stated[i] for i in rng.permutation(count)]
+    asked, before = facts.questions[0], "".join(f" {value}," for value in order[:said])
+    answer = " " + ", ".join(order[said:])
+    return replace(facts, questions=[replace(asked, prefix=asked.prefix + before, answer=answer)])
+
+
 def multi_query(names: Names, rng: np.random.Generator) -> Facts:
     """Two to four keys in one question, each answered with its value (niah_multiquery)."""
     pairs = [(names.pair(), names.number(7)) for _ in range(rng.integers(2, 5))]
@@ -135,5 +161,8 @@ def _chain(names: Names, rng: np.random.Generator, *, letters: int) -> Facts:
 
 TASKS: dict[str, Task] = {
     task.__name__: task
-    for task in (single, single_uuid, multi_value, multi_query, plain, two_hops, tracing)
-}
+    for task in (
+        single, single_uuid, multi_value, values, last_value, multi_query, plain, two_hops, tracing,
+    )
+}  # fmt: skip
+EXAMINED = tuple(name for name in TASKS if name != "values")  # its answers are in any order

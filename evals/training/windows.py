@@ -39,6 +39,7 @@ class Mix:
         copies: share of windows that repeat random tokens instead.
         lines: share of windows of statements alone, one a line (RULER's needle haystack).
         noise: share of windows whose text is RULER's noise.
+        alone: share of windows whose facts are all of one task, and so mistaken for each other.
         gaps: share of windows whose positions have gaps (PoSE, Zhu et al. 2023).
         reach: the largest position.
     """
@@ -50,6 +51,7 @@ class Mix:
     copies: float = 0.05
     lines: float = 0.15
     noise: float = 0.1
+    alone: float = 0.0
     gaps: float = 0.5
     reach: int = 32_768
 
@@ -96,6 +98,8 @@ class Windows:
         """As many as fit `room` tokens with their questions; at least one."""
         names = Names(self._corpus.words, self._short, rng)
         kinds, weights = list(mix.tasks), np.array(list(mix.tasks.values()))
+        if mix.alone and rng.random() < mix.alone:
+            kinds, weights = [kinds[rng.choice(len(kinds), p=weights / weights.sum())]], np.ones(1)
         facts: list[Facts] = []
         while True:
             new = TASKS[kinds[rng.choice(len(kinds), p=weights / weights.sum())]](names, rng)

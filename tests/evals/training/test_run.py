@@ -10,7 +10,7 @@ import torch
 from engine.errors import ConfigError
 from evals.training.batches import collate, draw_batch
 from evals.training.exam import Exam
-from evals.training.recipe import REFERENCE, TASK_WEIGHTS, TINY
+from evals.training.recipe import REFERENCE, REFINED, TINY
 from evals.training.run import Training, train
 from evals.training.tasks import TASKS
 from evals.training.windows import ANSWER, LANGUAGE
@@ -86,7 +86,8 @@ def test_rates_rise_stay_and_fall():
 
 
 def test_every_phase_has_windows_and_every_task_a_weight():
-    assert set(TASK_WEIGHTS) == set(TASKS)
+    phases = [*REFERENCE.phases, *REFINED.phases]
+    assert {task for phase in phases for task in phase.mix.tasks} == set(TASKS)
     assert [REFERENCE.phase(at).until for at in (0.0, 0.999, 1.0)][1:] == [1.0, 1.0]
     assert max(max(phase.lengths) for phase in REFERENCE.phases) == 4096
 

@@ -30,9 +30,8 @@ def test_every_value_of_an_answer_is_stated(corpus, task, seed):
     for question in facts.questions:
         assert values(question.answer)
         assert all(value in stated for value in values(question.answer))
-        assert not any(
-            value in question.text + question.prefix for value in values(question.answer)
-        )
+        asked = question.text + question.prefix
+        assert not any(value in asked for value in values(question.answer))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -40,6 +39,27 @@ def test_values_of_one_key_are_listed_in_the_order_of_the_text(corpus, seed):
     facts = draw(corpus, "multi_value", seed)
     stated = [values(statement.text)[0] for statement in facts.statements]
     assert values(facts.questions[0].answer) == stated
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("task", ["values", "last_value"])
+def test_values_that_were_said_are_not_said_again_and_no_other_is_missing(corpus, task, seed):
+    facts = draw(corpus, task, seed)
+    stated = [values(statement.text)[0] for statement in facts.statements]
+    said, left = (values(part) for part in (facts.questions[0].prefix, facts.questions[0].answer))
+    assert sorted(said + left) == sorted(stated)
+    assert left
+    assert task == "values" or len(left) == 1
+    assert facts.questions[0].prefix.endswith("," if said else "are")
+
+
+def test_any_order_of_values_is_asked_for(corpus):
+    ranks = set()
+    for seed in range(60):
+        facts = draw(corpus, "values", seed)
+        stated = [values(statement.text)[0] for statement in facts.statements]
+        ranks |= {stated.index(values(facts.questions[0].answer)[0])}
+    assert ranks == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -98,3 +98,15 @@ def test_no_sentence_is_held_out(corpus, tokenizer):
     source = Windows(marked, tokenizer)
     texts = [tokenizer.decode(draw(source, "plain", seed).ids) for seed in range(20)]
     assert not any("HELD OUT" in text for text in texts)
+
+
+@pytest.mark.parametrize("alone", [0.0, 1.0])
+def test_facts_of_one_task_may_be_alone_in_a_window(windows, tokenizer, alone):
+    mix = Mix({"plain": 1.0, "single_uuid": 1.0}, alone=alone, **PLAIN)
+    kinds = set()
+    for seed in range(12):
+        text = tokenizer.decode(windows.draw(mix, 1024, np.random.default_rng(seed)).ids)
+        kinds.add(("The special magic number for" in text, "uuids" in text))
+    mixed = (True, True) in kinds
+    assert mixed == (not alone)
+    assert alone == 0.0 or kinds == {(True, False), (False, True)}
