@@ -1,6 +1,7 @@
 """A child that reads and writes a store whose file is cut under it: cut.py FOLDER ROUNDS SEED.
 
-Prints as JSON how its children ended: 0 is well, 1 is wrong KV, -7 is SIGBUS.
+Prints as JSON how its children ended: 0 is well, 1 is wrong KV, 2 is an error of a read, -7 is
+SIGBUS.
 """
 
 import json
@@ -8,7 +9,9 @@ import os
 import random
 import sys
 import threading
+import traceback
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,10 +41,10 @@ def work(folder, dice):
                 wrong.extend(k for k, block in found if block and not right(block, k, MODEL))
                 started.set()
 
-    readers = [threading.Thread(target=read) for _ in range(2)]
-    for reader in readers:
-        reader.start()
-    started.wait()
+    pool = ThreadPoolExecutor(2)
+    readers = [pool.submit(read) for _ in range(2)]
+    while not started.wait(0.01) and not all(reader.done() for reader in readers):
+        pass
     for _ in range(dice.randrange(50)):
         store.lookup(chains[1])
     os.truncate(data, dice.randrange(size))
@@ -49,11 +52,12 @@ def work(folder, dice):
         store.delete(chains[2])
         store.put(blocks)
         store.flush()
-    for reader in readers:
-        reader.join()
+    failed = [reader.exception() for reader in readers if reader.exception() is not None]
+    for error in failed:
+        traceback.print_exception(error)
     with suppress(StoreError):
         store.close()
-    os._exit(1 if wrong else 0)
+    os._exit(1 if wrong else 2 if failed else 0)
 
 
 def main(folder, rounds, seed):

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -181,8 +182,8 @@ def bereaved(say, folder, fate, seed):
         while not over.is_set():
             wrong[0] += wrong_in(store)
 
-    reader = threading.Thread(target=read)
-    reader.start()
+    pool = ThreadPoolExecutor(1)
+    reader = pool.submit(read)
     for turn in range(CHANGES):
         if turn == CHANGES // 2:
             time.sleep(dice.random() * 0.01)  # the random moment is the point
@@ -190,10 +191,10 @@ def bereaved(say, folder, fate, seed):
         with suppress(StoreError):
             store.delete(keys_of(turn % CHAINS)) if turn % 3 else put(store, turn % CHAINS)
     over.set()
-    reader.join()
+    error = reader.exception()
     with suppress(StoreError):
         store.close()
-    say({"wrong": wrong[0], "problems": []})
+    say({"wrong": wrong[0], "problems": [] if error is None else [f"a reader: {error!r}"]})
 
 
 def as_nobody(say, work, *args):
