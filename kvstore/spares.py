@@ -12,8 +12,10 @@ from torch import Tensor
 from kvstore.block import KVBlock
 from kvstore.codecs.codec import Payload, byte_view
 from native.around import copy_around
+from native.pages import own_pages
 
 SPARE_BYTES = 128 << 20
+LEAST_PAGES_BYTES = 1 << 20  # below it, so many mappings would cost more than holes
 
 
 class Spares:
@@ -21,7 +23,8 @@ class Spares:
 
     The first touch of a page is a fault and has it zeroed: on a 2-core VM a copy into fresh memory
     goes at 1.2 GB/s, huge pages or not, and at 16 into memory that was used before. At most
-    `limit_bytes` wait for their next use; what is more goes back to the system.
+    `limit_bytes` wait for their next use; what is more goes back to the system. Blocks stay long:
+    in a heap they would keep holes between what comes and goes, so large ones have their own pages.
     """
 
     def __init__(self, limit_bytes: int = SPARE_BYTES) -> None:
@@ -39,7 +42,7 @@ class Spares:
             memory = self._take(nbytes)
         self._sort()
         if memory is None:
-            memory = torch.empty(nbytes, dtype=torch.uint8).numpy()
+            memory = _fresh(nbytes)
         lease = memory.view()  # this object lives as long as the tensor's storage
         weakref.finalize(lease, self._come_back, memory).atexit = False
         return torch.from_numpy(lease).view(dtype).view(torch.Size(shape))
@@ -91,3 +94,9 @@ class Spares:
             self.nbytes -= size
             if not self._free[size]:
                 del self._free[size]
+
+
+def _fresh(nbytes: int) -> Payload:
+    if nbytes < LEAST_PAGES_BYTES:
+        return torch.empty(nbytes, dtype=torch.uint8).numpy()
+    return own_pages((nbytes,), torch.uint8).numpy()

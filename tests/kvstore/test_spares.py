@@ -1,17 +1,20 @@
 import gc
 import threading
 import weakref
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.block import KVBlock
-from kvstore.spares import Spares
+from kvstore.spares import LEAST_PAGES_BYTES, Spares
 from kvstore.store import TieredStore
 from kvstore.tier import HostTier
 from tests.kvstore.make import chain, content, identity, right, same
 
+MAPS = Path("/proc/self/maps")
 SHAPE = (3, 2, 2, 4, 8)
 NBYTES = 3 * 2 * 2 * 4 * 8 * 2
 
@@ -135,3 +138,19 @@ def test_a_full_store_puts_into_the_memory_of_what_it_evicts():
             assert same(found.data, row)
             del found
         assert len(seen) == 3  # two that are stored, and one on its way in
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="needs /proc")
+def test_large_memory_goes_back_to_the_system_when_it_is_not_kept():
+    spares = Spares(limit_bytes=0)
+    one = spares.empty((4 * LEAST_PAGES_BYTES,), torch.uint8)
+    inside = one.data_ptr() + one.nbytes // 2
+    one.fill_(1)
+    assert is_mapped(inside)
+    del one
+    assert not is_mapped(inside)
+
+
+def is_mapped(address):
+    ranges = (line.split()[0].split("-") for line in MAPS.read_text().splitlines())
+    return any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
