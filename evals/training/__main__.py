@@ -11,7 +11,7 @@ from engine.errors import EngineError
 from evals.training.corpus import load_corpus
 from evals.training.exam import Exam
 from evals.training.network import load
-from evals.training.tasks import EXAMINED
+from evals.training.tasks import TASKS
 
 
 def main(words: list[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m evals.training", description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, action="append", default=[], help="as in the training")
-    parser.add_argument("--tasks", nargs="+", choices=EXAMINED, default=EXAMINED)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096])
     parser.add_argument("--windows", type=int, default=20, help="of each task and length")
     return parser.parse_args(words)

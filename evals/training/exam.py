@@ -8,7 +8,7 @@ import torch
 
 from evals.training.corpus import Corpus
 from evals.training.network import Network
-from evals.training.tasks import EXAMINED
+from evals.training.tasks import TASKS
 from evals.training.windows import ANSWER, Mix, Windows
 
 PLAIN = Mix({}, copies=0.0, lines=0.0, noise=0.0, gaps=0.0, intros=1.0, questions=1.0)
@@ -26,7 +26,7 @@ class Exam:
 
     corpus: Corpus
     tokenizer: Any
-    tasks: tuple[str, ...] = EXAMINED
+    tasks: tuple[str, ...] = tuple(TASKS)
     room: int = 400
 
     @torch.no_grad()

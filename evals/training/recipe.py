@@ -85,10 +85,10 @@ REFERENCE = Recipe(
 # What comes hardest, from the weights that REFERENCE gives: all values of a key, and one key among
 # hundreds of its kind. Where values are few and near they are learned first.
 HARD = {
-    "single": 2.0, "single_uuid": 1.5, "values": 4.0, "last_value": 3.0, "multi_query": 2.0,
+    "single": 2.0, "single_uuid": 1.5, "multi_value": 5.0, "last_value": 1.0, "multi_query": 2.0,
     "plain": 1.0, "two_hops": 5.0, "tracing": 1.0,
 }  # fmt: skip
-FEW = Mix(HARD | {"values": 6.0, "last_value": 5.0}, copies=0.02, lines=0.3, alone=0.1)
+FEW = Mix(HARD | {"multi_value": 8.0}, copies=0.02, lines=0.3, alone=0.1)
 
 REFINED = Recipe(
     shape=REFERENCE.shape,

@@ -78,30 +78,16 @@ def multi_value(names: Names, rng: np.random.Generator) -> Facts:
     return _facts(NIAH, needles, " " + ", ".join(values), ".", **about)
 
 
-def values(names: Names, rng: np.random.Generator) -> Facts:
-    """Two to four values, some of them said already, the others in any order.
-
-    Any order is right to RULER, and asking for that of the text teaches less: who said the last
-    one first then takes nothing to be left.
-    """
-    count = int(rng.integers(2, 5))
-    return _values(names, rng, count, said=int(rng.integers(0, count)))
-
-
 def last_value(names: Names, rng: np.random.Generator) -> Facts:
-    """The one of two to four values that was not said yet."""
-    count = int(rng.integers(2, 5))
-    return _values(names, rng, count, said=count - 1)
-
-
-def _values(names: Names, rng: np.random.Generator, count: int, *, said: int) -> Facts:
-    key, stated = names.pair(), [names.number(7) for _ in range(count)]
+    """The one of two to four values that was not said yet, the others in any order."""
+    key, stated = names.pair(), [names.number(7) for _ in range(rng.integers(2, 5))]
     needles = _needles("numbers", [(key, value) for value in stated])
-    facts = _facts(NIAH, needles, "", ".", **{"type_needle_v": "numbers", "query": key})
-    order = [stated[i] for i in rng.permutation(count)]
-    asked, before = facts.questions[0], "".join(f" {value}," for value in order[:said])
-    answer = " " + ", ".join(order[said:])
-    return replace(facts, questions=[replace(asked, prefix=asked.prefix + before, answer=answer)])
+    *said, left = (stated[i] for i in rng.permutation(len(stated)))
+    about = {"type_needle_v": "numbers", "query": key}
+    facts = _facts(NIAH, needles, f" {left}", ".", **about)
+    asked = facts.questions[0]
+    before = "".join(f" {value}," for value in said)
+    return replace(facts, questions=[replace(asked, prefix=asked.prefix + before)])
 
 
 def multi_query(names: Names, rng: np.random.Generator) -> Facts:
@@ -162,7 +148,6 @@ def _chain(names: Names, rng: np.random.Generator, *, letters: int) -> Facts:
 TASKS: dict[str, Task] = {
     task.__name__: task
     for task in (
-        single, single_uuid, multi_value, values, last_value, multi_query, plain, two_hops, tracing,
+        single, single_uuid, multi_value, last_value, multi_query, plain, two_hops, tracing,
     )
 }  # fmt: skip
-EXAMINED = tuple(name for name in TASKS if name != "values")  # its answers are in any order
