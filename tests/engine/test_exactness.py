@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from engine.cache import SequenceCache
 from engine.hf import HFModel
 from engine.prefill import prefill
+from engine.rope import Rope, RopeTable
 from tests.engine import oracle, reader
 from tests.engine.families import CASES, build, prompt
 
 LONGEST = 600
-FAR = 4 * oracle.TOLERANCE  # transformers takes angles in fp32: off by 2e-5 rad at 400 tokens
 LENGTHS = [1, 37, 130, 211]
 NEW = 200
 
@@ -35,6 +35,22 @@ def long_logits(module):
     return oracle.logits(module, prompt(LONGEST))
 
 
+@pytest.fixture
+def their_angles():
+    """Angles in fp32, as transformers takes them: off by 2e-5 rad at 400 tokens.
+
+    Gemma 3n makes 1.6e-4 of that in logits, more than a loop that is right may differ by.
+    """
+
+    def table(self, positions):
+        angle = positions.float()[:, None] * self.inv_freq.float()
+        return RopeTable(angle.cos() * self.scaling, angle.sin() * self.scaling)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rope, "table", table)
+        yield
+
+
 @pytest.fixture(scope="module")
 def new_process():
     """A process that shares nothing with this one but the disk."""
@@ -44,7 +60,9 @@ def new_process():
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_logits_equal_transformers_for_any_length_and_chunking(module, long_logits, data):
+def test_logits_equal_transformers_for_any_length_and_chunking(
+    module, long_logits, their_angles, data
+):
     length = data.draw(st.integers(1, LONGEST) | st.sampled_from([1, 2, 16, 127, LONGEST]))
     cuts = sorted(data.draw(st.sets(st.integers(1, LONGEST), max_size=3)) - {length})
     chunk = data.draw(st.sampled_from([1 + length // 3, 64, 512, 1000]))
@@ -55,7 +73,7 @@ def test_logits_equal_transformers_for_any_length_and_chunking(module, long_logi
             part = tokens[start : min(stop, length)]
             got = prefill(model, cache, part, chunk=chunk)
             want = long_logits[min(stop, length) - 1]
-            torch.testing.assert_close(got, want, rtol=0, atol=FAR)
+            torch.testing.assert_close(got, want, rtol=0, atol=oracle.TOLERANCE)
 
 
 def test_200_greedy_tokens_equal_generate_and_again_from_lmdb_in_a_new_process(
