@@ -35,16 +35,17 @@ def work(folder, dice):
     wrong = []
 
     def read():
-        for _ in range(2):
-            for keys in chains:
+        try:
+            for keys in [*chains, *chains]:
                 found = [(key, store.get(key)) for key in keys]
                 wrong.extend(k for k, block in found if block and not right(block, k, MODEL))
                 started.set()
+        finally:
+            started.set()
 
     pool = ThreadPoolExecutor(2)
     readers = [pool.submit(read) for _ in range(2)]
-    while not started.wait(0.01) and not all(reader.done() for reader in readers):
-        pass
+    started.wait()
     for _ in range(dice.randrange(50)):
         store.lookup(chains[1])
     os.truncate(data, dice.randrange(size))
