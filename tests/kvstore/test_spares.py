@@ -1,4 +1,5 @@
 import gc
+import mmap
 import threading
 import weakref
 from pathlib import Path
@@ -144,6 +145,7 @@ def test_a_full_store_puts_into_the_memory_of_what_it_evicts():
 def test_large_memory_goes_back_to_the_system_when_it_is_not_kept():
     spares = Spares(limit_bytes=0)
     one = spares.empty((4 * LEAST_PAGES_BYTES,), torch.uint8)
+    assert one.data_ptr() % mmap.PAGESIZE == 0, "a heap's memory begins behind its own notes"
     inside = one.data_ptr() + one.nbytes // 2
     one.fill_(1)
     assert is_mapped(inside)
