@@ -71,23 +71,26 @@ def _single(kind: str, key: str, value: str) -> Facts:
 
 
 def multi_value(names: Names, rng: np.random.Generator) -> Facts:
-    """A key with two to four values, answered in the order of the text (niah_multivalue)."""
-    key, values = names.pair(), [names.number(7) for _ in range(rng.integers(2, 5))]
+    """A key with two to four values, mostly four, answered in the order of the text."""
+    return _values(names, rng, said=0)
+
+
+def other_values(names: Names, rng: np.random.Generator) -> Facts:
+    """The values of a key that were not said yet, in their order; the others in any order."""
+    return _values(names, rng, said=int(rng.integers(1, 4)))
+
+
+def _values(names: Names, rng: np.random.Generator, *, said: int) -> Facts:
+    """RULER's niah_multivalue, after an answer that began with `said` of the values or fewer."""
+    key, values = names.pair(), [names.number(7) for _ in range(rng.choice((2, 3, 4, 4, 4)))]
     needles = _needles("numbers", [(key, value) for value in values])
+    before = rng.permutation(values)[: min(said, len(values) - 1)].tolist()
+    left = [value for value in values if value not in before]
     about = {"type_needle_v": "numbers", "query": key}
-    return _facts(NIAH, needles, " " + ", ".join(values), ".", **about)
-
-
-def last_value(names: Names, rng: np.random.Generator) -> Facts:
-    """The one of two to four values that was not said yet, the others in any order."""
-    key, stated = names.pair(), [names.number(7) for _ in range(rng.integers(2, 5))]
-    needles = _needles("numbers", [(key, value) for value in stated])
-    *said, left = (stated[i] for i in rng.permutation(len(stated)))
-    about = {"type_needle_v": "numbers", "query": key}
-    facts = _facts(NIAH, needles, f" {left}", ".", **about)
+    facts = _facts(NIAH, needles, " " + ", ".join(left), ".", **about)
     asked = facts.questions[0]
-    before = "".join(f" {value}," for value in said)
-    return replace(facts, questions=[replace(asked, prefix=asked.prefix + before)])
+    begun = "".join(f" {value}," for value in before)
+    return replace(facts, questions=[replace(asked, prefix=asked.prefix + begun)])
 
 
 def multi_query(names: Names, rng: np.random.Generator) -> Facts:
@@ -148,6 +151,6 @@ def _chain(names: Names, rng: np.random.Generator, *, letters: int) -> Facts:
 TASKS: dict[str, Task] = {
     task.__name__: task
     for task in (
-        single, single_uuid, multi_value, last_value, multi_query, plain, two_hops, tracing,
+        single, single_uuid, multi_value, other_values, multi_query, plain, two_hops, tracing,
     )
 }  # fmt: skip
