@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 
 import lmdb
 
-from kvstore import record
 from kvstore.disk import DiskTier
 from kvstore.entry import Entry
 from kvstore.errors import CorruptRecord
-from kvstore.ledger import Ledger, name
+from kvstore.ledger import Ledger
 from kvstore.tally import counted
 from kvstore.tier import HostTier, Tier
 
@@ -54,9 +53,7 @@ def audit_host(tier: HostTier) -> AuditReport:
 def audit_disk(tier: DiskTier, repair: bool) -> AuditReport:
     """Read and verify every record, then compare the books of one moment with each other.
 
-    Bad blocks are quarantined at once; `repair` deletes them, and what no book mentions, and sets
-    the counts right. Records are verified in a transaction per block, so that writers do not
-    have to wait for freed pages.
+    Bad blocks are quarantined at once; `repair` deletes them, and sets counts and free pages right.
     """
     with tier.reading() as txn:
         digests = _digests(tier.ledger, txn)
@@ -76,25 +73,16 @@ def _digests(ledger: Ledger, txn: lmdb.Transaction) -> list[bytes]:
 
 def _check_block(tier: DiskTier, digest: bytes) -> str | None:
     """What is wrong with one block, which is then quarantined."""
-    with tier.reading() as txn:
-        try:
-            entry = tier.ledger.get(txn, digest)
-            if entry is not None:  # else evicted since
-                _check_records(tier.ledger, txn, entry)
-        except CorruptRecord as error:
-            tier.quarantine(digest, str(error))
-            return f"block {digest.hex()}: {error}"
+    try:
+        tier.records(digest)  # None: evicted since
+    except CorruptRecord as error:
+        tier.quarantine(digest, str(error))
+        return f"block {digest.hex()}: {error}"
     return None
 
 
-def _check_records(ledger: Ledger, txn: lmdb.Transaction, entry: Entry) -> None:
-    for number, layers in enumerate(entry.groups):
-        value = ledger.record(txn, entry.key.digest, number)
-        record.verify(value, entry.key, layers, entry.shape, entry.dtype)
-
-
 def _check_books(ledger: Ledger, txn: lmdb.Transaction, good: list[Entry]) -> Iterator[str]:
-    """Do entries, records and counters agree? All within one transaction."""
+    """Do entries, free pages and counters agree? All within one transaction."""
     known = {entry.key.digest for entry in good}
     children = Counter(entry.key.parent for entry in good)
     for entry in good:
@@ -102,20 +90,12 @@ def _check_books(ledger: Ledger, txn: lmdb.Transaction, good: list[Entry]) -> It
             yield f"block {entry.key.digest.hex()} is without its parent"
         if entry.children != children[entry.key.digest]:
             yield f"block {entry.key.digest.hex()} miscounts its children"
-    for stray in _strays(ledger, txn, good):
-        yield f"record {stray.hex()} belongs to no block"
+    yield from ledger.space.problems(txn, [entry.extent for entry in good])
     used, total = ledger.used(txn), sum(entry.nbytes for entry in good)
     if used != total:
         yield f"disk counts {used} bytes and holds {total}"
     if ledger.groups(txn) != counted((entry.group, entry.nbytes) for entry in good):
         yield "disk miscounts what belongs to whom"
-
-
-def _strays(ledger: Ledger, txn: lmdb.Transaction, good: list[Entry]) -> list[bytes]:
-    """Names of records that no entry mentions."""
-    named = {name(e.key.digest, i) for e in good for i in range(len(e.groups))}
-    stored = txn.cursor(ledger.env.data).iternext(keys=True, values=False)
-    return [bytes(key) for key in stored if bytes(key) not in named]
 
 
 def _repair(tier: DiskTier) -> None:
@@ -125,7 +105,5 @@ def _repair(tier: DiskTier) -> None:
         tier.ledger.remove_trees(
             txn, [e.key.digest for e in good if e.key.parent not in known | {None}]
         )
-        good = list(tier.ledger.entries(txn))
-        for stray in _strays(tier.ledger, txn, good):
-            txn.delete(stray, db=tier.ledger.env.data)
-        tier.ledger.recount(txn, [entry.key.digest for entry in good])
+        digests = [entry.key.digest for entry in tier.ledger.entries(txn)]
+        tier.ledger.recount(txn, digests)

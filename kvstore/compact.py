@@ -1,79 +1,128 @@
-"""A store's file made as small as what it holds."""
+"""A store's files made as small as what it holds."""
 
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
 import lmdb
 
 from kvstore import entry as entries
-from kvstore.environment import DATA_FILE, MIN_MAP_BYTES, UNFINISHED, explained, verify_file
+from kvstore.entry import Entry
+from kvstore.environment import (
+    DATA_FILE,
+    MIN_MAP_BYTES,
+    UNFINISHED,
+    VALUES,
+    checked_format,
+    explained,
+    files_bytes,
+    new_values,
+    verify_file,
+)  # fmt: skip
 from kvstore.errors import CorruptRecord, StoreError
-from kvstore.extent import first_page
-from kvstore.ledger import name
+from kvstore.space import Extent, Space
+from kvstore.values import PAGE_BYTES
 from native.folders import sync_folder
 
-_AT_ONCE = 256  # entries in a transaction
+_AT_ONCE = 8 << 20  # bytes
 
 
 def compact(path: Path) -> tuple[int, int]:
-    """Bytes of the data file before and after. For a store that nobody has open.
+    """Bytes of the store's files before and after. For a store that nobody has open.
 
-    LMDB's file never shrinks by itself: freed pages are used again, so it is as large as what it
-    ever held at one time. The copy is whole and synced before it takes the file's place, in one
-    step; a crash leaves one or the other, and maybe a part of a copy, which goes when the store is
-    opened next. Whoever opens the store meanwhile waits.
+    The files never shrink by themselves: freed pages are used again, so they are as large as what
+    they ever held at one time. Copies of both are whole and synced before LMDB's, which names the
+    other, takes its place, in one step; a crash leaves the old store or the new one, and maybe
+    files of the other, which go when the store is opened next. Whoever opens the store meanwhile
+    waits.
 
     Raises:
         StoreError: some process has it open, it is damaged, or there is no room for a copy.
     """
-    file = path / DATA_FILE
     with explained(path), _nobody_else(path):
         verify_file(path)
-        before = file.stat().st_size
+        before = files_bytes(path)
         with TemporaryDirectory(dir=path, prefix=UNFINISHED) as made:
             with _opened(path, readonly=True) as old:
                 old.copy(made, compact=True)
-            with _opened(Path(made), readonly=False) as new:
-                _place(new)
-                new.sync(True)
-            os.replace(Path(made) / DATA_FILE, file)
+            with _opened(Path(made), readonly=True) as new:
+                old_values = path / checked_format(path, new)
+            with _gone_if_this_fails(path, new_values(path)) as values:
+                with _opened(Path(made), readonly=False) as new:
+                    _copy_values(old_values, values, new)
+                    new.sync(True)
+                sync_folder(path)  # there before it is named
+                os.replace(Path(made) / DATA_FILE, path / DATA_FILE)
         sync_folder(path)
-        return before, file.stat().st_size
+        old_values.unlink()
+        return before, files_bytes(path)
 
 
 def _opened(path: Path, *, readonly: bool) -> lmdb.Environment:
     """Without LMDB's lock file: closing that would give up the lock on it."""
     return lmdb.open(
-        str(path), map_size=MIN_MAP_BYTES, max_dbs=3, lock=False, readonly=readonly, mode=0o600
+        str(path), map_size=MIN_MAP_BYTES, max_dbs=2, lock=False, readonly=readonly, mode=0o600
     )
 
 
-def _place(env: lmdb.Environment) -> None:
-    """Let every entry name the pages that its records lie on by now."""
-    data, books = (env.open_db(table, create=False) for table in (b"data", b"entries"))
-    page_bytes = env.stat()["psize"]
-    with env.begin(db=books) as txn:
-        digests = [bytes(key) for key in txn.cursor().iternext(keys=True, values=False)]
-    for first in range(0, len(digests), _AT_ONCE):
-        with env.begin(write=True, buffers=True) as txn:
-            for digest in digests[first : first + _AT_ONCE]:
-                try:
-                    entry = entries.unpack(digest, bytes(txn.get(digest, b"", db=books)))
-                except CorruptRecord:
-                    continue  # a read quarantines it
-                records = [txn.get(name(digest, i), db=data) for i in range(len(entry.groups))]
-                pages = tuple(0 if r is None else first_page(r, page_bytes) for r in records)
-                txn.put(digest, replace(entry, pages=pages).pack(), db=books)
+@contextmanager
+def _gone_if_this_fails(path: Path, values: Path) -> Iterator[Path]:
+    """There may be little room: what is in it goes at once, unless the store names it by then."""
+    try:
+        yield values
+    except BaseException:
+        with _opened(path, readonly=True) as env:
+            if checked_format(path, env) != values.name:
+                values.unlink()
+        raise
+
+
+def _copy_values(old: Path, made: Path, env: lmdb.Environment) -> None:
+    """Let the entries name pages of a new file that has no others.
+
+    An entry that is damaged has no pages any more: a read finds that out.
+    """
+    books, info = (env.open_db(table, create=False) for table in (b"entries", b"info"))
+    with env.begin(write=True) as txn, old.open("rb") as source, made.open("wb") as target:
+        extents = []
+        for entry in sorted(_sound(txn.cursor(books)), key=lambda entry: entry.page):
+            extents.append(Extent(target.tell() // PAGE_BYTES, entry.extent.pages))
+            _copy(source, target, entry.extent)
+            moved = replace(entry, page=extents[-1].start)
+            txn.put(entry.key.digest, moved.pack(), db=books)
+        target.flush()
+        os.fsync(target.fileno())
+        space = Space(info)
+        space.doubt()
+        space.settle(txn, extents)
+        txn.put(VALUES, made.name.encode(), db=info)
+
+
+def _sound(cursor: lmdb.Cursor) -> Iterator[Entry]:
+    """The entries that are whole."""
+    for digest, stored in cursor:
+        with suppress(CorruptRecord):
+            yield entries.unpack(bytes(digest), stored)
+
+
+def _copy(source: BinaryIO, target: BinaryIO, extent: Extent) -> None:
+    """Copy pages; those that the file lacks become zeros, which a read finds out."""
+    source.seek(extent.start * PAGE_BYTES)
+    end = target.tell() + extent.pages * PAGE_BYTES
+    while (left := end - target.tell()) > 0:
+        part = source.read(min(left, _AT_ONCE))
+        target.write(part or bytes(left))
 
 
 @contextmanager
 def _nobody_else(path: Path) -> Iterator[None]:
     """Hold LMDB's lock as who opens a store first does; the next waits until that is given up."""
+    _opened(path, readonly=True).close()  # not if it is open here: closing `lock` gave up its lock
     with (path / "lock.mdb").open("r+b") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)

@@ -1,10 +1,10 @@
-"""Blocks in LMDB."""
+"""Blocks on disk: their KV in a file of values, what is known of them in LMDB."""
 
 import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,9 +20,8 @@ from kvstore.codecs.known import LOSSLESS, RAW
 from kvstore.entry import Entry, check_is_for, matches
 from kvstore.environment import explained, open_environment
 from kvstore.errors import CorruptRecord, StoreError
-from kvstore.extent import UNKNOWN
-from kvstore.fetch import SOURCE, Part, Read, copy, planned
-from kvstore.ledger import Ledger, Packed, entry_cost, packed
+from kvstore.fetch import SOURCE, Read, copy, planned
+from kvstore.ledger import Ledger, Packed, entry_cost, packed, write
 from kvstore.quotas import Limits
 from kvstore.readers import Readers
 from kvstore.tally import Groups
@@ -31,22 +30,22 @@ from kvstore.writer import BATCH_BYTES
 from native.heap import keep_freed
 from native.library import library
 
-ENCODE_THREADS = 4
-READ_BYTES = 8 << 20  # at once of several blocks: how long a transaction keeps pages from use
+WRITE_THREADS = 4
+READ_BYTES = 8 << 20  # at once of several blocks: how long a transaction keeps LMDB's pages
 _log = logging.getLogger(__name__)
 
 
 class DiskTier:
-    """Blocks in an LMDB folder, which several processes may share.
+    """Blocks in a folder, which several processes may share.
 
-    A block, all its records and its entry, is written in one transaction, so it is there whole or
-    not at all. The budget counts live pages, of what the codec made; freed ones are used again two
-    commits later, so the file grows to the budget and about three batches more.
+    Within one write transaction of LMDB, free pages are taken, the KV of all blocks is written
+    there by several threads and flushed, and their entries are committed: a block is there whole
+    or not at all. The budget counts live pages, of what the codec made; freed ones are used again
+    from the next commit on, so the file grows to the budget and about two batches more.
 
-    Reads verify a copy, made inside a short transaction (which keeps the pages from being reused).
-    Large values come from the pages that their entry names, in the ways of `kvstore.ways`; should
-    the pages be others (a compacted copy), through the map. A sector that cannot be read, or a
-    file cut short, is a miss in each of them.
+    Reads verify a copy, made in the ways of `kvstore.ways`. Where that is not what the entry says,
+    the block may have gone meanwhile, and its pages to another: then it is a miss, else damaged. A
+    sector that cannot be read, or a file cut short, is a miss as well.
     """
 
     name = "disk"
@@ -60,15 +59,14 @@ class DiskTier:
         self._codec = codec  # of exact blocks; the keys of others say theirs
         self.corrupt = 0
         library(SOURCE)  # compiled now: not while a transaction waits
-        keep_freed(2 * BATCH_BYTES)  # LMDB allocates all that a transaction writes
-        self._env = open_environment(path, capacity_bytes)
+        keep_freed(2 * BATCH_BYTES)  # codecs allocate what they make
+        self._env = open_environment(path)
         self.ledger = Ledger(self._env)
         self.readers = Readers(self._env.lmdb)
         self._bad: dict[bytes, str] = {}  # quarantine: digest -> reason
-        self._moved: set[bytes] = set()  # not where their entries say: in a compacted copy
         self._stamps: dict[bytes, None] = {}  # uses not yet written, least recent first
         self._writer = threading.Lock()
-        self._encoders = ThreadPoolExecutor(ENCODE_THREADS, "headrace-encoder")
+        self._threads = ThreadPoolExecutor(WRITE_THREADS, "headrace-disk")
         self._trouble = ""  # of all blocks, when last one was looked for
 
     @property
@@ -95,14 +93,16 @@ class DiskTier:
         """As Tier.put. Raises MissingParent for a block that no lookup could reach."""
         there = self.held([key for key, _ in blocks])  # damaged ones are not, and replaced
         new = {key.digest: (key, b) for (key, b), is_ in zip(blocks, there, strict=True) if not is_}
-        made = list(self._encoders.map(self._packed, new.values()))
+        made = list(self._threads.map(self._packed, new.values()))
         with self.changing() as txn:
             fresh = [block for block in made if self.ledger.get(txn, block.key.digest) is None]
             lack = self.ledger.lack(txn, fresh, self.capacity_bytes, limits or {})
             gone = self.ledger.make_room(txn, lack, victims, self)
-            for block in fresh:
-                self.ledger.add(txn, block)
-        self._moved.difference_update(block.key.digest for block in fresh)
+            self.ledger.shrink(txn, self.capacity_bytes)
+            placed = [(block, self.ledger.place(txn, block)) for block in fresh]
+            self._write(placed)
+            for _, entry in placed:
+                self.ledger.add(txn, entry)
         self.readers.check()
         return gone
 
@@ -163,7 +163,7 @@ class DiskTier:
             self.ledger.clear(txn)
 
     def close(self) -> None:
-        self._encoders.shutdown()
+        self._threads.shutdown()
         try:
             if (self._stamps or self._bad) and self._env.is_writable():
                 with suppress(CorruptRecord), self.changing():  # else uses and damage are forgotten
@@ -182,6 +182,16 @@ class DiskTier:
 
     def _packed(self, item: Item) -> Packed:
         return packed(*item, self._codec)
+
+    def _write(self, placed: Sequence[tuple[Packed, Entry]]) -> None:
+        """Write the KV of blocks to their pages, and flush it."""
+        values = self._env.values
+        writing = [self._threads.submit(write, values, *block) for block in placed]
+        wait(writing)  # for all: after an error nobody may still write to pages that others take
+        for written in writing:
+            written.result()
+        if writing:
+            values.sync()
 
     def _one(self, key: BlockKey, layers: range | None, out: Tensor | None) -> Tensor | None:
         found, rows = self._load([key], layers, None if out is None else out[None])
@@ -202,8 +212,9 @@ class DiskTier:
                 entries = [self._find(txn, key) for key in keys]
                 reads, out = self._planned(entries, layers, out)
                 parts = [part for read in reads if read for part in read.parts]
+                self._env.values_guard.renew()
                 copy(parts, self._env.values, self._env.ways)
-                return [read is not None and self._finish(txn, read) for read in reads], out
+            return [read is not None and self._finish(read) for read in reads], out
         except CorruptRecord as error:  # no block's own: the tables
             if out is not None and len(keys) > 1:
                 pairs = zip(keys, out, strict=True)
@@ -238,31 +249,60 @@ class DiskTier:
             return [None] * len(entries), out
         rows = byte_view(out).reshape(len(entries), -1)
         return [
-            None if entry is None else planned(entry, layers, row, entry.key.digest in self._moved)
+            None if entry is None else planned(entry, layers, row)
             for entry, row in zip(entries, rows, strict=True)
         ], out
 
-    def _finish(self, txn: lmdb.Transaction, read: Read) -> bool:
+    def _finish(self, read: Read) -> bool:
         """Whether all of it is there, verified."""
         try:
+            if not all(part.is_right() for part in read.parts) and not self._is_right_again(read):
+                return False
             for part in read.parts:
-                if part.is_right():
-                    part.decode()
-                else:
-                    self._through_map(txn, read.entry, part)
+                part.decode()
                 part.deliver()
             return True
         except CorruptRecord as error:
             self.quarantine(read.entry.key.digest, str(error))
             return False
 
-    def _through_map(self, txn: lmdb.Transaction, entry: Entry, part: Part) -> None:
-        """Fill a part that is not in pages of its own, or not in those that its entry names."""
-        self._env.check_readable()  # the map must not be touched behind the file's end
-        value = self.ledger.record(txn, entry.key.digest, part.number)
-        record.decode_into(part.tensor(), value, entry.key, part.group, entry.shape[0])
-        if part.page != UNKNOWN:
-            self._moved.add(entry.key.digest)
+    def _is_right_again(self, read: Read) -> bool:
+        """Copy once more what was not right, without the map; False: the block is gone by now.
+
+        Raises:
+            CorruptRecord: it is there, and damaged.
+        """
+        with self.reading() as txn:
+            now = self.ledger.get(txn, read.entry.key.digest)
+            if now is None or now.page != read.entry.page:
+                return False
+            for part in read.parts:
+                part.copy(self._env.values)
+        for part in read.parts:
+            part.check()
+        return True
+
+    def records(self, digest: bytes) -> tuple[Entry, list[memoryview]] | None:
+        """A block as it is stored, every record verified; None if it is not there.
+
+        Raises:
+            CorruptRecord: it is damaged.
+        """
+        entry: Entry | None = None
+        while True:  # as often as it moves
+            with self.reading() as txn:
+                before, entry = entry, self.ledger.get(txn, digest)
+            if entry is None:
+                return None
+            pages = zip(entry.pages, entry.sizes, strict=True)
+            try:
+                found = [self._env.values.record(page, size) for page, size in pages]
+                for layers, value in zip(entry.groups, found, strict=True):
+                    record.verify(value, entry.key, layers, entry.shape, entry.dtype)
+                return entry, found
+            except (CorruptRecord, OSError) as error:
+                if before is not None and before.page == entry.page:
+                    raise CorruptRecord(str(error)) from error
 
     def _has(self, txn: lmdb.Transaction, key: BlockKey) -> bool:
         stored = txn.get(key.digest, db=self._env.entries)
@@ -282,7 +322,7 @@ class DiskTier:
 
     @contextmanager
     def reading(self) -> Iterator[lmdb.Transaction]:
-        """A short read transaction: pages freed while it lasts cannot be used again."""
+        """A short read transaction: LMDB uses none of its pages again that are freed meanwhile."""
         self._check_process()
         with explained(self._env.path), self._env.guard.whole():
             self._env.check_readable()
@@ -296,12 +336,14 @@ class DiskTier:
         with self._writer, explained(self._env.path):
             bad, stamps = list(self._bad), list(self._stamps)
             self._env.check_place()
+            self.ledger.space.forget()
             with self._env.guard.whole() as seen:
                 self._env.check_length()
                 with self._env.lmdb.begin(write=True, buffers=True) as txn:
                     self.ledger.remove_trees(txn, bad)
                     self.ledger.stamp(txn, stamps)
                     yield txn
+                    self.ledger.settle(txn)
                     self._env.guard.check(seen)  # what met a blank page is not committed
             for digest in bad:
                 self._bad.pop(digest, None)

@@ -2,6 +2,7 @@
 
 import struct
 from dataclasses import dataclass
+from itertools import accumulate
 from operator import attrgetter
 
 import torch
@@ -12,16 +13,18 @@ from kvstore.codecs.codec import DTYPE_CODES, DTYPE_OF_CODE, Codec
 from kvstore.codecs.known import CODECS
 from kvstore.errors import CorruptRecord
 from kvstore.layout import runs
+from kvstore.space import Extent
 from kvstore.tally import Group
+from kvstore.values import pages_of
 
 _KEY = struct.Struct("<B32s32s16sIBI8sB")  # the fields of a BlockKey, less the digest
-_REST = struct.Struct("<BHIIIHBQQI")
-_RECORD = struct.Struct("<QQ")
+_REST = struct.Struct("<BHIIIHBQQIQ")
+_SIZE = struct.Struct("<Q")
 _CHECK = struct.Struct("<Q")
 _FIELDS = ("parent", "identity", "token_digest", "num_tokens", "kind", "depth", "tenant",
            "precision")  # fmt: skip
 _described = attrgetter(*_FIELDS)
-_FIXED = _KEY.size + _REST.size  # then where each record lies, and the checksum of all that
+_FIXED = _KEY.size + _REST.size  # then the size of each record, and the checksum of all that
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +39,22 @@ class Entry:
     nbytes: int  # what it takes of the budget
     stamp: int  # of its last use; grows
     children: int  # stored blocks whose parent it is
-    pages: tuple[int, ...]  # where its records lie: see extent.first_page; a hint
+    page: int  # of the values file, where its first record lies; the others follow
     sizes: tuple[int, ...]  # bytes of their payloads
 
     @property
     def groups(self) -> list[range]:
         return runs(self.shape[0], self.group_layers)
+
+    @property
+    def extent(self) -> Extent:
+        """The pages of all its records."""
+        return Extent(self.page, sum(map(pages_of, self.sizes)))
+
+    @property
+    def pages(self) -> list[int]:
+        """The first page of each record."""
+        return list(accumulate(map(pages_of, self.sizes[:-1]), initial=self.page))
 
     @property
     def group(self) -> Group:
@@ -52,9 +65,9 @@ class Entry:
         key, (layers, _, heads, tokens, dim) = self.key, self.shape
         packed = _pack_key(key) + _REST.pack(
             DTYPE_CODES[self.dtype], layers, heads, tokens, dim, self.group_layers, self.codec.code,
-            self.nbytes, self.stamp, self.children,
+            self.nbytes, self.stamp, self.children, self.page,
         )  # fmt: skip
-        packed += b"".join(map(_RECORD.pack, self.pages, self.sizes))
+        packed += b"".join(map(_SIZE.pack, self.sizes))
         return packed + _CHECK.pack(_checksum(key.digest, packed))
 
 
@@ -69,12 +82,10 @@ def unpack(digest: bytes, data: memoryview | bytes) -> Entry:
         raise CorruptRecord(f"checksum of a block entry of {len(data)} bytes does not match")
     has_parent, parent, *rest = _KEY.unpack_from(packed)
     identity, token_digest, num_tokens, kind, depth, tenant, precision = rest
-    dtype, layers, heads, tokens, dim, group_layers, codec, nbytes, stamp, children = (
+    dtype, layers, heads, tokens, dim, group_layers, codec, nbytes, stamp, children, page = (
         _REST.unpack_from(packed, _KEY.size)
     )
-    records = list(_RECORD.iter_unpack(packed[_FIXED:]))
-    pages = tuple(page for page, _ in records)
-    sizes = tuple(size for _, size in records)
+    sizes = tuple(size for (size,) in _SIZE.iter_unpack(packed[_FIXED:]))
     if codec not in CODECS:
         raise CorruptRecord(f"unknown codec {codec}")
     above = parent if has_parent else None
@@ -85,12 +96,12 @@ def unpack(digest: bytes, data: memoryview | bytes) -> Entry:
     shape = torch.Size((layers, 2, heads, tokens, dim))
     entry = Entry(
         key, DTYPE_OF_CODE[dtype], shape, group_layers, CODECS[codec], nbytes, stamp, children,
-        pages, sizes,
+        page, sizes,
     )  # fmt: skip
     if not key.precision.takes(entry.codec.precision):
         raise CorruptRecord(f"{entry.codec.name} KV in a block that is {key.precision.name}")
-    if len(pages) != len(entry.groups):
-        raise CorruptRecord(f"block entry with {len(pages)} pages for {len(entry.groups)} records")
+    if len(sizes) != len(entry.groups):
+        raise CorruptRecord(f"block entry with {len(sizes)} sizes for {len(entry.groups)} records")
     return entry
 
 
@@ -119,7 +130,7 @@ def _pack_key(key: BlockKey) -> bytes:
 def _checked(digest: bytes, data: memoryview | bytes) -> bytes | None:
     """The bytes of an entry before its checksum; None if they are not what was written."""
     end = len(data) - _CHECK.size
-    if end < _FIXED or (end - _FIXED) % _RECORD.size:
+    if end < _FIXED or (end - _FIXED) % _SIZE.size:
         return None
     packed = bytes(data[:end])
     return packed if _CHECK.unpack_from(data, end) == (_checksum(digest, packed),) else None

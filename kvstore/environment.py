@@ -4,7 +4,9 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import resource
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +21,8 @@ from lmdb.verify import VerifyError, verify
 from kvstore.errors import CorruptRecord, DeviceFull, StoreError, StoreFormatError
 from kvstore.extent import DataFile
 from kvstore.guard import Guard
+from kvstore.space import empty
+from kvstore.values import PAGE_BYTES, PREFIX, Values
 from kvstore.ways import Ways
 from native.folders import sync_folder
 
@@ -28,7 +32,8 @@ if TYPE_CHECKING:
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 DATA_FILE = "data.mdb"
 UNFINISHED = "new-"  # prefix of folders in which a data file is made
-FORMAT = b"headrace store 2"
+FORMAT = b"headrace store 3"
+VALUES = b"values"  # in the table of numbers: the name of the file
 MIN_MAP_BYTES = 1 << 40  # address space, not memory or disk
 START_ANEW = "delete the folder (blocks are a cache and will be computed again)"
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -41,18 +46,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Environment:
-    """An open LMDB environment and its three tables."""
+    """An open LMDB environment with its two tables, and the file of all KV beside it."""
 
     path: Path
     lmdb: lmdb.Environment
-    data: "_Database"  # digest and group number (u16, big-endian) -> record
     entries: "_Database"  # digest -> Entry
-    info: "_Database"  # names -> numbers of the whole store
+    info: "_Database"  # names -> what is known of the whole store
     pid: int
-    page_bytes: int
-    values: DataFile  # reads around the map
-    guard: Guard  # of the map
-    ways: Ways  # for large values
+    tables: DataFile  # LMDB's file
+    guard: Guard  # of its map
+    values: Values
+    values_guard: Guard  # of their map
+    ways: Ways  # to them
     damage: str = ""  # of the tables: what is wrong, once that is known
 
     def check_readable(self) -> None:
@@ -64,7 +69,7 @@ class Environment:
         """Mend the data file if somebody has cut it short since: see `mend_length`. 2 us."""
         if self.damage:
             raise CorruptRecord(self.damage)
-        if self.values.size() // self.page_bytes > self.lmdb.info()["last_pgno"]:
+        if self.tables.size() // self.tables.page_bytes > self.lmdb.info()["last_pgno"]:
             return
         self.check_place()
         try:
@@ -75,24 +80,31 @@ class Environment:
 
     def is_writable(self) -> bool:
         """Whether a change is worth a try."""
-        return not self.damage and self.values.is_at(self.path / DATA_FILE)
+        return not self.damage and not self._lost()
 
     def check_place(self) -> None:
-        """Raise StoreError if the folder has another data file by now, or none. 3 us."""
-        if not self.values.is_at(self.path / DATA_FILE):
+        """Raise StoreError if the folder has other files by now, or none. 6 us."""
+        if lost := self._lost():
             raise StoreError(
-                f"{self.path / DATA_FILE} was deleted, or replaced by another, while it was open: "
+                f"{lost} was deleted, or replaced by another, while it was open: "
                 "nothing more is stored there; open the store again"
             )
 
     def close(self) -> None:
         self.guard.close()
+        self.values_guard.close()
         self.ways.close()
         self.values.close()
+        self.tables.close()
         self.lmdb.close()
 
+    def _lost(self) -> Path | None:
+        """A file that is no longer where it was."""
+        files = {self.path / DATA_FILE: self.tables, self.values.path: self.values}
+        return next((path for path, file in files.items() if not file.is_at(path)), None)
 
-def open_environment(path: Path, budget_bytes: int) -> Environment:
+
+def open_environment(path: Path) -> Environment:
     """Open or create the store in the folder `path`.
 
     Every commit is flushed, data pages first and then the meta page (sync and metasync): what has
@@ -108,7 +120,7 @@ def open_environment(path: Path, budget_bytes: int) -> Environment:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not (path / DATA_FILE).exists():
             _create(path)
-        env = _open(path, budget_bytes)
+        env = _open(path)
         guard = Guard(path / DATA_FILE)
         try:
             with guard.whole():
@@ -119,10 +131,10 @@ def open_environment(path: Path, budget_bytes: int) -> Environment:
             raise
 
 
-def _open(path: Path, budget_bytes: int) -> lmdb.Environment:
+def _open(path: Path) -> lmdb.Environment:
     # readahead: the kernel would read 8 MiB around every page of the tables that is not cached
     return lmdb.open(
-        str(path), map_size=max(4 * budget_bytes, MIN_MAP_BYTES), mode=0o600, max_dbs=3,
+        str(path), map_size=MIN_MAP_BYTES, mode=0o600, max_dbs=2,
         max_readers=1024, max_spare_txns=16, readahead=False,
     )  # fmt: skip
 
@@ -130,24 +142,48 @@ def _open(path: Path, budget_bytes: int) -> lmdb.Environment:
 def _create(path: Path) -> None:
     """Put an empty store into the folder in one step, so that a crash leaves it or nothing."""
     with _alone(path), TemporaryDirectory(dir=path, prefix=UNFINISHED) as made:
-        with _open(Path(made), 0) as env, env.begin(write=True) as txn:
-            for name in (b"data", b"entries"):
-                env.open_db(name, txn)
-            txn.put(b"format", FORMAT, db=env.open_db(b"info", txn))
-        with suppress(FileExistsError):  # another process was faster
-            os.link(Path(made) / DATA_FILE, path / DATA_FILE)
+        if (path / DATA_FILE).exists():
+            return  # another process was faster
+        values = new_values(path)
+        sync_folder(path)  # there before it is named
+        with _open(Path(made)) as env, env.begin(write=True) as txn:
+            env.open_db(b"entries", txn)
+            info = env.open_db(b"info", txn)
+            for name, value in ((b"format", FORMAT), (VALUES, values.name.encode()), empty()):
+                txn.put(name, value, db=info)
+        os.link(Path(made) / DATA_FILE, path / DATA_FILE)
     sync_folder(path)
 
 
-def _clean(path: Path) -> None:
+def new_values(path: Path) -> Path:
+    """A new, empty values file in the folder; nobody's yet."""
+    made = path / f"{PREFIX}{secrets.token_hex(8)}"
+    os.close(os.open(made, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    return made
+
+
+def files_of(path: Path) -> list[Path]:
+    """Of the store in the folder: LMDB's, and that of all KV."""
+    return [path / DATA_FILE, *path.glob(f"{PREFIX}*")]
+
+
+def files_bytes(path: Path) -> int:
+    """What the store in the folder takes of the disk."""
+    return sum(file.stat().st_blocks for file in files_of(path)) * 512
+
+
+def _clean(path: Path, values: str) -> None:
     """Delete what processes left that were killed while they created or compacted the store.
 
-    It is open here, so that nobody compacts it.
+    It is open here, so that nobody compacts it, and its values are in the file of this name.
     """
-    if any(path.glob(f"{UNFINISHED}*")):
+    if any(path.glob(f"{UNFINISHED}*")) or len(list(path.glob(f"{PREFIX}*"))) > 1:
         with _alone(path):
             for made in path.glob(f"{UNFINISHED}*"):
                 shutil.rmtree(made)
+            for other in path.glob(f"{PREFIX}*"):
+                if other.name != values:
+                    other.unlink()
 
 
 @contextmanager
@@ -165,27 +201,39 @@ def _prepare(path: Path, env: lmdb.Environment, guard: Guard) -> Environment:
     env.reader_check()  # frees the slots of readers that died
     mend_length(env, path)
     _verify_after_boot(env, path)
-    _check_format(path, env)
-    _clean(path)
-    data, books, info = (env.open_db(t, create=False) for t in (b"data", b"entries", b"info"))
-    page_bytes = env.stat()["psize"]
-    values = DataFile(path / DATA_FILE, page_bytes)
-    ways = Ways(values, page_bytes, guard.start if guard.guards else 0)
-    return Environment(path, env, data, books, info, os.getpid(), page_bytes, values, guard, ways)
+    values = _values(path / checked_format(path, env))
+    _clean(path, values.path.name)
+    books, info = (env.open_db(table, create=False) for table in (b"entries", b"info"))
+    tables = DataFile(path / DATA_FILE, env.stat()["psize"])
+    around = Guard(values.path, (values.map_start, values.map_end))
+    mapped_at = around.start if around.guards else 0
+    ways = Ways(values, PAGE_BYTES, mapped_at, around.end - around.start)
+    return Environment(path, env, books, info, os.getpid(), tables, guard, values, around, ways)
 
 
-def _check_format(path: Path, env: lmdb.Environment) -> None:
+def _values(path: Path) -> Values:
+    try:
+        return Values(path)
+    except FileNotFoundError as error:
+        raise CorruptRecord(f"{path}, which holds all blocks, is gone; {START_ANEW}") from error
+
+
+def checked_format(path: Path, env: lmdb.Environment) -> str:
+    """The name of the values file. Raises StoreFormatError."""
     try:
         info = env.open_db(b"info", create=False)
         with env.begin() as txn:
-            found = txn.get(b"format", db=info)
+            found, values = (txn.get(name, db=info) for name in (b"format", VALUES))
     except (lmdb.NotFoundError, lmdb.IncompatibleError):
-        found = None
+        found = values = None
     if found != FORMAT:
         raise StoreFormatError(
             f"{path} holds {'no Headrace store' if found is None else repr(found)}, and this "
             f"version reads {FORMAT!r}: choose another disk_path, or {START_ANEW}"
         )
+    if values is None or not re.fullmatch(PREFIX.encode() + rb"[0-9a-f]+", values):
+        raise CorruptRecord(f"{path} does not say where its blocks are; {START_ANEW}")
+    return str(values, "ascii")
 
 
 def _verify_after_boot(env: lmdb.Environment, path: Path) -> None:
@@ -283,7 +331,7 @@ def _is_full(path: Path) -> bool:
     """
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     with suppress(OSError):
-        space, size = os.statvfs(path), (path / DATA_FILE).stat().st_size
+        space, size = os.statvfs(path), max(file.stat().st_size for file in path.iterdir())
         free = space.f_bavail * space.f_frsize
         return free < _LITTLE_BYTES or resource.RLIM_INFINITY != limit < size + _LITTLE_BYTES
     return False

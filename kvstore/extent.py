@@ -16,6 +16,7 @@ import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -46,31 +47,31 @@ def first_page(value: memoryview, page_bytes: int) -> int:
 
 
 class DataFile:
-    """Positional reads of an LMDB data file, by any number of threads.
+    """Positional reads of a file of values in pages, LMDB's or ours, by any number of threads.
 
     A file descriptor of its own: LMDB locks the lock file alone, so that closing this one
     releases no lock (POSIX drops those of a file with any of its descriptors).
     """
 
-    def __init__(self, path: Path, page_bytes: int) -> None:
-        self._page_bytes = page_bytes
-        self._file = path.open("rb", buffering=0)
+    def __init__(self, path: Path, page_bytes: int, mode: Literal["rb", "r+b"] = "rb") -> None:
+        self.page_bytes = page_bytes
+        self._file = path.open(mode, buffering=0)
         self.handle = self._file.fileno()
 
     def read(self, page: int, buffers: Sequence[bytearray | UInt8[np.ndarray, " N"]]) -> bool:
         """Fill buffers from the value that starts in `page`; False at the end of the file."""
         at = self.place(page)
         count = os.preadv(self.handle, buffers, at)  # type: ignore[arg-type]
-        left = _behind([memoryview(buffer) for buffer in buffers], count)  # type: ignore[arg-type]
+        left = behind([memoryview(buffer) for buffer in buffers], count)  # type: ignore[arg-type]
         while left and count:
             at += count
             count = os.preadv(self.handle, left, at)
-            left = _behind(left, count)
+            left = behind(left, count)
         return not left
 
     def place(self, page: int) -> int:
         """Of the value that starts in `page`, in bytes."""
-        return page * self._page_bytes + PAGE_HEADER.size
+        return page * self.page_bytes + PAGE_HEADER.size
 
     def size(self) -> int:
         """Of the file, in bytes."""
@@ -87,7 +88,7 @@ class DataFile:
         self._file.close()
 
 
-def _behind(buffers: list[memoryview], count: int) -> list[memoryview]:
+def behind(buffers: list[memoryview], count: int) -> list[memoryview]:
     """What is left of the buffers behind their first `count` bytes."""
     while buffers and count >= len(buffers[0]):
         count -= len(buffers[0])

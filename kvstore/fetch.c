@@ -120,7 +120,8 @@ enum { CACHED, DIRECT, MAPPED };  // ways to a record
 
 typedef struct {
     int64_t cached, direct;  // descriptors of the file: through the page cache, and around it or -1
-    const uint8_t *map;      // all of it, or 0
+    const uint8_t *map;      // of its first `mapped` bytes, or 0
+    uint64_t mapped;         // may be more than the file has
     uint8_t *scratch;        // aligned to pages: twice `room`
     uint64_t room;           // whole pages, at least two more than the largest record takes
     uint64_t page, header;   // bytes of a page, and of a record's header
@@ -242,7 +243,8 @@ static int64_t streamed(stream *in, job *work) {
 
 static int64_t way(const source *from, const job *work) {
     int there = from->map || from->direct >= 0 ? resident(from, work) : -1;
-    if (there == 1 && from->map) return MAPPED;
+    int in_map = from->map && work->at + from->header + work->size <= from->mapped;
+    if (there == 1 && in_map) return MAPPED;
     return there == 0 && from->direct >= 0 && work->way != CACHED ? DIRECT : CACHED;
 }
 

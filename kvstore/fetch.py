@@ -1,4 +1,4 @@
-"""Records on their way from the data file to where a reader wants them: copied, then verified."""
+"""Records on their way from the values file to where a reader wants them: copied, then verified."""
 
 import ctypes
 import os
@@ -10,19 +10,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import xxhash
-from jaxtyping import Float
-from torch import Tensor
 
 from kvstore import record
-from kvstore.codecs.codec import Payload
+from kvstore.block import BlockKey
+from kvstore.codecs.codec import Codec, Payload
 from kvstore.entry import Entry
 from kvstore.errors import CorruptRecord
-from kvstore.extent import UNKNOWN, DataFile
+from kvstore.extent import DataFile
 from kvstore.layout import covering
 from kvstore.ways import Ways
 from native.library import library
 
 SOURCE = Path(__file__).with_suffix(".c")
+SMALLEST = record.HEADER_BYTES + 241  # bytes of a record: the compiled hash is that of longer ones
 _JOB = struct.Struct("=qQQQ16sqq")  # as in the source
 
 
@@ -38,7 +38,7 @@ class Part:
         """Its KV, of `nbytes`, belongs to `row` at `at`, and may reach over both ends.
 
         Args:
-            page: where it lies; UNKNOWN for nowhere but in the map.
+            page: where it lies.
         Raises:
             CorruptRecord: a record of such a size cannot be this one.
         """
@@ -67,32 +67,38 @@ class Part:
 
     def copy(self, file: DataFile) -> None:
         """Copy what lies in its pages, whatever that is."""
+        self._error, self._digest = None, b""
         try:
             if file.read(self.page, (self._start, self._landed)):
                 self._digest = xxhash.xxh3_128_digest(self._landed.data)
         except OSError as error:
             self._error = error
 
+    def _about(self) -> tuple[BlockKey, range, torch.Size, torch.dtype, Codec, int, bytes]:
+        """What its header must say."""
+        entry, nbytes = self._entry, self._landed.nbytes
+        return (
+            entry.key, self.group, entry.shape, entry.dtype, entry.codec, nbytes, self._digest,
+        )  # fmt: skip
+
     def _addresses(self) -> tuple[int, int]:
         return _address(np.frombuffer(self._start, np.uint8)), _address(self._landed)
 
     def is_right(self) -> bool:
-        """Whether the copy is the record. Raises CorruptRecord if its pages cannot be read."""
-        if self._error is not None:  # the same pages through the map would be a SIGBUS
-            raise CorruptRecord(f"cannot read layer group {self.number}: {self._error}")
-        entry, nbytes = self._entry, self._landed.nbytes
-        return self._start == record.header(
-            entry.key, self.group, entry.shape, entry.dtype, entry.codec, nbytes, self._digest
-        )
+        """Whether the copy is the record."""
+        return self._error is None and self._start == record.header(*self._about())
 
-    def tensor(self) -> Float[Tensor, "n 2 Hk P D"]:
-        """Its KV, decoded: for who fills it from elsewhere."""
-        flat = torch.from_numpy(self._whole).view(self._entry.dtype)
-        return flat.view(len(self.group), *self._entry.shape[1:])
+    def check(self) -> None:
+        """Raise CorruptRecord, with the reason, unless the copy is the record."""
+        if self._error is not None:
+            raise CorruptRecord(f"cannot read layer group {self.number}: {self._error}")
+        record.check(bytes(self._start), record.expected(*self._about()))
 
     def decode(self) -> None:
         """Turn the copy, which is right, into KV. CorruptRecord: it cannot be."""
-        self._entry.codec.decode(self._landed, self.tensor())
+        flat = torch.from_numpy(self._whole).view(self._entry.dtype)
+        out = flat.view(len(self.group), *self._entry.shape[1:])
+        self._entry.codec.decode(self._landed, out)
 
     def deliver(self) -> None:
         """Give the row what it wanted of a record that is larger."""
@@ -111,36 +117,34 @@ class Read(NamedTuple):
 def copy(parts: Sequence[Part], file: DataFile, ways: Ways) -> None:
     """Copy what lies in the pages of all parts, whatever that is.
 
-    Compiled, in one call without Python's lock, for which threads would wait; else one by one.
+    Compiled, in one call without Python's lock, for which threads would wait; else one by one, as
+    those are that are too small for it.
     """
-    known = [part for part in parts if part.page != UNKNOWN]
-    compiled = library(SOURCE) if known else None
-    if compiled is None:
-        for part in known:
+    compiled = library(SOURCE)
+    large = [part for part in parts if part.nbytes >= SMALLEST] if compiled is not None else []
+    for part in parts:
+        if compiled is None or part.nbytes < SMALLEST:
             part.copy(file)
+    if compiled is None or not large:
         return
-    jobs = bytearray(b"".join(part.job(file, ways.way(part.page)) for part in known))
+    jobs = bytearray(b"".join(part.job(file, ways.way(part.page)) for part in large))
     compiled.copy_records(
-        ways.source(record.HEADER_BYTES, max(part.nbytes for part in known)),
+        ways.source(record.HEADER_BYTES, max(part.nbytes for part in large)),
         ctypes.c_void_p(_address(np.frombuffer(jobs, np.uint8))),
-        ctypes.c_uint64(len(known)),
+        ctypes.c_uint64(len(large)),
     )
-    for part, (*_, digest, error, way) in zip(known, _JOB.iter_unpack(jobs), strict=True):
+    for part, (*_, digest, error, way) in zip(large, _JOB.iter_unpack(jobs), strict=True):
         part.done(digest, error)
         ways.took(part.page, way)
 
 
-def planned(entry: Entry, layers: range, row: Payload, moved: bool) -> Read:
-    """The records that hold some of `layers`; `row` has the bytes of just these layers.
-
-    `moved`: they are not where the entry says.
-    """
-    layer_bytes = row.nbytes // len(layers)
+def planned(entry: Entry, layers: range, row: Payload) -> Read:
+    """The records that hold some of `layers`; `row` has the bytes of just these layers."""
+    layer_bytes, pages = row.nbytes // len(layers), entry.pages
     parts = []
     for number, group in covering(entry.shape[0], entry.group_layers, layers):
         at, nbytes = (group.start - layers.start) * layer_bytes, len(group) * layer_bytes
-        page = UNKNOWN if moved else entry.pages[number]
-        parts.append(Part(entry, number, group, row, at, nbytes, page))
+        parts.append(Part(entry, number, group, row, at, nbytes, pages[number]))
     return Read(entry, parts)
 
 

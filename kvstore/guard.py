@@ -24,14 +24,18 @@ class Guard:
     threads that overlapped with it. The next one finds the file's own pages again.
     """
 
-    def __init__(self, path: Path) -> None:
-        """`path`: of a file that this process maps once, whole, from its start."""
+    def __init__(self, path: Path, place: tuple[int, int] | None = None) -> None:
+        """`path`: of a file that this process maps whole, from its start.
+
+        Args:
+            place: the addresses of that map; found by the path if there is no other.
+        """
         self._file = path.open("rb", buffering=0)
         self._code = library(SOURCE)
         self._lock = threading.Lock()
         self._renewed = 0  # how many faults there were when the map was last whole
         self._count, self._place = ctypes.c_uint64(), -1
-        self.start, self.end = _mapped(self._file.fileno())
+        self.start, self.end = place or _mapped(self._file.fileno())
         if self._code is not None and self.end and self._code.guard_install() == 0:
             start, end = ctypes.c_size_t(self.start), ctypes.c_size_t(self.end)
             self._place = self._code.guard_add(start, end)
@@ -48,6 +52,10 @@ class Guard:
     def faults(self) -> int:
         """Blank pages that reads met."""
         return self._count.value
+
+    def renew(self) -> None:
+        """Let reads find the file's own pages again. 1 us."""
+        self._renew()
 
     @contextmanager
     def whole(self) -> Iterator[int]:

@@ -1,6 +1,6 @@
-"""The books of the disk tier: which blocks are there, who rests on whom, what they cost.
+"""The books of the disk tier: which blocks are there, where, who rests on whom, what they cost.
 
-Everything here happens inside a transaction of the caller, so books and records change together.
+Everything here happens inside a transaction of the caller, so all books change together.
 """
 
 import struct
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import lmdb
+import xxhash
 from torch import Tensor
 
 from kvstore import entry as entries
@@ -21,13 +22,14 @@ from kvstore.codecs.known import LOSSLESS, RAW, codec_for
 from kvstore.entry import Entry
 from kvstore.environment import Environment
 from kvstore.errors import CorruptRecord, MissingParent
-from kvstore.extent import first_page, span
 from kvstore.layout import layer_groups
 from kvstore.quotas import Lack
+from kvstore.space import Extent, Space
 from kvstore.tally import Groups, Tally, counted, of_tenants
 from kvstore.tier import Tier, full
+from kvstore.values import PAGE_BYTES, Values, pages_of
 
-PAGE_BYTES = 4096
+SLACK = 64  # a part in so many of the budget
 _CHECKED = struct.Struct("<QQ")  # a number, and its complement as a check
 _ONES = (1 << 64) - 1
 
@@ -40,8 +42,7 @@ def entry_cost(data: Tensor, codec: Codec = RAW) -> int:
 
 def cost_of(payloads: Iterable[int]) -> int:
     """What payloads of these sizes take: whole pages, and the block's share of the tables."""
-    pages = sum(span(record.HEADER_BYTES + nbytes, PAGE_BYTES) for nbytes in payloads)
-    return 512 + pages * PAGE_BYTES
+    return 512 + sum(map(pages_of, payloads)) * PAGE_BYTES
 
 
 def groups_of(data: Tensor) -> list[range]:
@@ -60,7 +61,20 @@ class Packed:
 
     @property
     def cost(self) -> int:
-        return cost_of(payload.nbytes for payload in self.payloads)
+        return cost_of(self.sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(payload.nbytes for payload in self.payloads)
+
+    def entry(self, page: int, stamp: int) -> Entry:
+        """What is known of it once it lies in `page` and those behind."""
+        data = self.data
+        layers = len(groups_of(data)[0])
+        return Entry(
+            self.key, data.dtype, data.shape, layers, self.codec, self.cost, stamp, 0, page,
+            self.sizes,
+        )  # fmt: skip
 
 
 def packed(key: BlockKey, block: KVBlock, exact: Codec) -> Packed:
@@ -90,15 +104,22 @@ def _encoded(data: Tensor, codec: Codec) -> list[Payload] | None:
     return payloads
 
 
-def name(digest: bytes, group: int) -> bytes:
-    return digest + group.to_bytes(2, "big")
+def write(values: Values, block: Packed, entry: Entry) -> None:
+    """Write the records of a block to the pages of its entry."""
+    for layers, page, payload in zip(entry.groups, entry.pages, block.payloads, strict=True):
+        digest = xxhash.xxh3_128_digest(payload.data)
+        start = record.header(
+            entry.key, layers, entry.shape, entry.dtype, entry.codec, payload.nbytes, digest
+        )
+        values.write(page, start, payload)
 
 
 class Ledger:
-    """Entries, records and the count of used bytes, in one LMDB environment."""
+    """Entries, free pages and the count of used bytes, in one LMDB environment."""
 
     def __init__(self, env: Environment) -> None:
         self.env = env
+        self.space = Space(env.info)
         self._tally = Tally(env)
         # Unpacking takes 15 us of a read of 2 MiB's 250. The bytes are part of what is looked up
         # here, so nothing goes stale.
@@ -125,13 +146,6 @@ class Ledger:
         except CorruptRecord:
             return None
 
-    def record(self, txn: lmdb.Transaction, digest: bytes, group: int) -> memoryview:
-        """A record's bytes, valid within the transaction. Raises CorruptRecord if absent."""
-        value = txn.get(name(digest, group), db=self.env.data)
-        if value is None:
-            raise CorruptRecord(f"record of layer group {group} is absent")
-        return memoryview(value)
-
     def entries(self, txn: lmdb.Transaction) -> Iterator[Entry]:
         """All entries that are whole, by digest."""
         for digest, stored in txn.cursor(self.env.entries):
@@ -140,29 +154,45 @@ class Ledger:
             except CorruptRecord:
                 continue  # of no chain; an audit reports it, a read quarantines it
 
-    def add(self, txn: lmdb.Transaction, block: Packed) -> None:
-        """Write a block that is absent. Raises MissingParent."""
-        key, data = block.key, block.data
-        if key.parent is not None:
-            self._count_child(txn, key.parent, 1, required=True)
-        pages = self._add_records(txn, block)
-        new = Entry(
-            key, data.dtype, data.shape, len(groups_of(data)[0]), block.codec, block.cost,
-            self._ticks(txn, 1), 0, pages, tuple(payload.nbytes for payload in block.payloads),
-        )  # fmt: skip
+    def shrink(self, txn: lmdb.Transaction, capacity_bytes: int) -> None:
+        """Let the file take not much more of the disk than the budget: holes for free pages.
+
+        Blocks of unlike sizes leave extents that fit none for long; the smallest go first.
+        """
+        values = self.env.values
+        excess = values.disk_bytes - capacity_bytes
+        if excess <= capacity_bytes // SLACK:
+            return
+        for extent in self.space.free(txn):
+            if excess <= 0:
+                break
+            excess -= values.punch(*extent)
+
+    def place(self, txn: lmdb.Transaction, block: Packed) -> Entry:
+        """Pages for a block that is absent, and what will be known of it."""
+        pages = sum(map(pages_of, block.sizes))
+        page = self.space.take(txn, pages, lambda: self._behind(txn))
+        return block.entry(page, self._ticks(txn, 1))
+
+    def _behind(self, txn: lmdb.Transaction) -> int:
+        """A page behind all that entries name, and all that the file has."""
+        ends = (extent.end for extent in self.extents(txn))
+        return max(self.env.values.pages, max(ends, default=0))
+
+    def add(self, txn: lmdb.Transaction, new: Entry) -> None:
+        """Note a block whose pages are written. Raises MissingParent."""
+        if new.key.parent is not None:
+            self._count_child(txn, new.key.parent, 1, required=True)
         self._count(txn, new, 1)
         self._put(txn, new)
 
-    def _add_records(self, txn: lmdb.Transaction, block: Packed) -> tuple[int, ...]:
-        """Write the KV of a block; the pages it went to."""
-        pages, key, data = [], block.key, block.data
-        groups = groups_of(data)
-        for number, (layers, payload) in enumerate(zip(groups, block.payloads, strict=True)):
-            value = record.sealed(payload, key, layers, data.shape, data.dtype, block.codec)
-            txn.put(name(key.digest, number), value, db=self.env.data)
-            written = self.record(txn, key.digest, number)
-            pages.append(first_page(written, self.env.page_bytes))
-        return tuple(pages)
+    def settle(self, txn: lmdb.Transaction) -> None:
+        """To be called before the commit of every change."""
+        self.space.settle(txn, self.extents(txn))
+
+    def extents(self, txn: lmdb.Transaction) -> Iterator[Extent]:
+        """The pages of all blocks."""
+        return (entry.extent for entry in self.entries(txn))
 
     def lack(
         self,
@@ -212,12 +242,12 @@ class Ledger:
             queue += [child for child in rests_on[digest] if child not in doomed]
             doomed |= dict.fromkeys(rests_on[digest])
         for digest in doomed:
-            self.erase(txn, digest)
+            txn.delete(digest, db=self.env.entries)
         parents = {known[d].key.parent for d in doomed if d in known} - doomed.keys() - {None}
         self.recount(txn, parents)
 
     def recount(self, txn: lmdb.Transaction, parents: Iterable[bytes | None]) -> None:
-        """Set the used bytes, in all and by group, and the children of `parents`, anew."""
+        """Set anew: used bytes, in all and by group, free pages, and the children of `parents`."""
         children: dict[bytes | None, int] = defaultdict(int)
         members = []
         for entry in self.entries(txn):
@@ -228,6 +258,7 @@ class Ledger:
                 self._put(txn, replace(above, children=children[parent]))
         self._set_used(txn, sum(nbytes for _, nbytes in members))
         self._tally.set(txn, counted(members))
+        self.space.doubt()
 
     def stamp(self, txn: lmdb.Transaction, digests: Sequence[bytes]) -> None:
         """Note uses, least recent first."""
@@ -239,26 +270,18 @@ class Ledger:
                 self._put(txn, replace(entry, stamp=first + i))
 
     def clear(self, txn: lmdb.Transaction) -> None:
-        for table in (self.env.data, self.env.entries):
-            txn.drop(table, delete=False)
+        txn.drop(self.env.entries, delete=False)
         self._set_used(txn, 0)
         self._tally.set(txn, {})
+        self.space.doubt()
 
     def _remove(self, txn: lmdb.Transaction, entry: Entry) -> None:
         """Delete a block on which nothing rests, and keep the books."""
-        for number in range(len(entry.groups)):
-            txn.delete(name(entry.key.digest, number), db=self.env.data)
+        self.space.give(entry.extent)
         self._count(txn, entry, -1)
         txn.delete(entry.key.digest, db=self.env.entries)
         if entry.key.parent is not None:
             self._count_child(txn, entry.key.parent, -1)
-
-    def erase(self, txn: lmdb.Transaction, digest: bytes) -> None:
-        """Delete whatever is stored under a digest; the caller recounts."""
-        txn.delete(digest, db=self.env.entries)
-        cursor = txn.cursor(self.env.data)
-        while cursor.set_range(digest) and bytes(cursor.key())[: len(digest)] == digest:
-            cursor.delete()
 
     def _count_child(
         self, txn: lmdb.Transaction, parent: bytes, change: int, *, required: bool = False

@@ -122,18 +122,13 @@ def _write_all(tier: DiskTier, file: BufferedIOBase, entries: list[Entry]) -> se
     return lost
 
 
-def _parts(tier: DiskTier, entry: Entry) -> list[bytes] | None:
+def _parts(tier: DiskTier, entry: Entry) -> list[bytes | memoryview] | None:
     """A block's entry and records, verified; None if it is damaged, or gone."""
-    key, records = entry.key, []
     try:
-        with tier.reading() as txn:
-            for number, layers in enumerate(entry.groups):
-                value = tier.ledger.record(txn, key.digest, number)
-                record.verify(value, key, layers, entry.shape, entry.dtype)
-                records.append(bytes(value))
+        found = tier.records(entry.key.digest)
     except CorruptRecord:
         return None
-    return [entry.pack(), *records]
+    return None if found is None else [found[0].pack(), *found[1]]
 
 
 def _read_head(file: BufferedIOBase) -> Head | None:

@@ -1,4 +1,4 @@
-"""Read transactions that keep freed pages from being used again."""
+"""Read transactions that keep LMDB's freed pages from being used again."""
 
 import logging
 import threading
@@ -20,8 +20,8 @@ class Reader(NamedTuple):
 class Readers:
     """Watches the transactions that read an environment, of all processes.
 
-    LMDB uses no page again that was freed since the oldest of them began, so the file grows by all
-    that is written while one hangs. Those of processes that died are ended here; others are named
+    LMDB uses no page again that was freed since the oldest of them began, so its file grows with
+    every commit while one hangs. Those of processes that died are ended here; others are named
     in a warning, once, and it is up to the user to end them.
     """
 
@@ -41,8 +41,8 @@ class Readers:
             if oldest is not None and self.lag > PATIENCE and oldest != self._named:
                 self._named = oldest
                 _log.warning(
-                    "process %d has been reading the store for %d commits: until it ends, the "
-                    "data file grows by all that is written",
+                    "process %d has been reading the store for %d commits: until it ends, "
+                    "LMDB's file grows with every commit",
                     oldest.pid,
                     self.lag,
                 )

@@ -159,6 +159,15 @@ def expected(
     )  # fmt: skip
 
 
+def check(start: bytes, wanted: Header) -> None:
+    """Raise CorruptRecord, with the reason, unless `start` is the header `wanted`."""
+    found = _unpack(memoryview(start))
+    if found._replace(checksum=b"") != wanted._replace(checksum=b""):
+        raise CorruptRecord(_difference(found, wanted))
+    if found.checksum != wanted.checksum:
+        raise CorruptRecord("payload checksum does not match")
+
+
 def verify(
     record: memoryview, key: BlockKey, layers: range, shape: torch.Size, dtype: torch.dtype
 ) -> None:

@@ -31,13 +31,12 @@ def check_tables(path: Path) -> None:
 
 def main(path: Path) -> int:
     try:
-        env = open_environment(path, 0)
+        env = open_environment(path)
         with env.lmdb.begin(write=True):  # excludes writers; touches no page but the meta pages
             verify_file(path)
         with env.lmdb.begin(buffers=True) as txn:
-            for table in (env.entries, env.data):
-                for _ in txn.cursor(table).iternext(keys=True, values=False):
-                    pass
+            for _ in txn.cursor(env.entries).iternext(keys=True, values=False):
+                pass
         env.close()
     except StoreError as error:
         print(error, file=sys.stderr)

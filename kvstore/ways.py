@@ -12,7 +12,7 @@ from kvstore.extent import DataFile
 
 CACHED, DIRECT, MAPPED = range(3)  # as in fetch.c
 REMEMBERED = 1 << 16
-_SOURCE = struct.Struct("=qqQQQQQ")
+_SOURCE = struct.Struct("=qqQQQQQQ")
 
 
 class Ways:
@@ -24,9 +24,12 @@ class Ways:
     knows no O_DIRECT, all is read through the cache.
     """
 
-    def __init__(self, file: DataFile, page_bytes: int, mapped_at: int = 0) -> None:
+    def __init__(
+        self, file: DataFile, page_bytes: int, mapped_at: int = 0, mapped_bytes: int = 0
+    ) -> None:
         """`mapped_at`: the address of a map of the file that is safe to read; 0 for none."""
-        self._file, self._page_bytes, self._mapped_at = file, page_bytes, mapped_at
+        self._file, self._page_bytes = file, page_bytes
+        self._mapped_at, self._mapped_bytes = mapped_at, mapped_bytes
         self._direct = -1
         if hasattr(os, "O_DIRECT"):  # not on every system
             with suppress(OSError):  # nor on every file system
@@ -51,7 +54,10 @@ class Ways:
         file, page = self._file.handle, self._page_bytes
         room = (largest // page + 3) * page
         scratch = self._scratch_of(2 * room) if self._direct >= 0 else 0
-        return _SOURCE.pack(file, self._direct, self._mapped_at, scratch, room, page, header_bytes)
+        return _SOURCE.pack(
+            file, self._direct, self._mapped_at, self._mapped_bytes, scratch, room, page,
+            header_bytes,
+        )  # fmt: skip
 
     def close(self) -> None:
         if self._direct >= 0:

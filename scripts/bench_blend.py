@@ -29,6 +29,7 @@ from engine.cache import SequenceCache
 from engine.prefill import prefill
 from engine.repair import PolicyName
 from kvstore.config import StoreConfig
+from kvstore.environment import files_of
 
 POLICIES: tuple[PolicyName, ...] = ("reposition", "boundary", "deviation", "union")
 SHARE = 0.15
@@ -80,15 +81,16 @@ class Bench:
         return Segments(self.prefix, chunks, self.draw(QUESTION))
 
     def round(self) -> None:
-        asked, data = self.prompt(), self.folder / "store" / "data.mdb"
+        asked = self.prompt()
         for name, run in (("headrace", self.ours), ("transformers", self.theirs)):
             self.note("full", name, run(asked))
         self.note("host", "prefix caching", self.prefix_cached(asked))
         for policy in POLICIES:
             self.note("host", policy, self.blended(self.host, asked, policy))
             with self.disk() as engine:  # a map that is open keeps pages
-                drop([data])
-                self.resident = max(self.resident, resident_share([data]))
+                files = files_of(self.folder / "store")
+                drop(files)
+                self.resident = max(self.resident, resident_share(files))
                 self.note("cold", policy, self.blended(engine, asked, policy))
 
     def prefix_cached(self, asked: Segments) -> float:

@@ -5,23 +5,22 @@
 
 Blocks of 32 layers x 8 KV heads x 128 x 64 tokens in bfloat16: 8 MiB, stored as 2 MiB values.
 
-get       The disk tier as it is: values inline in LMDB. What is in the page cache is copied out of
-          the map and hashed in one pass, what is not is read by O_DIRECT. It ends in tensors,
-          verified: a thread asks for one group of layers of 4 blocks, as the engine does. The
-          destination is recycled, as its staging buffer is. `single` asks for one value at a
-          time, `fresh` as well, and keeps every tensor.
-map       the same values through LMDB's map alone, verified.
+get       The disk tier as it is: values in a file of pages, LMDB as its index. What is in the page
+          cache is copied out of a map and hashed in one pass, what is not is read by O_DIRECT. It
+          ends in tensors, verified: a thread asks for one group of layers of 4 blocks, as the
+          engine does. The destination is recycled, as its staging buffer is. `single` asks for one
+          value at a time, `fresh` as well, and keeps every tensor.
 buffered  the same values by preadv through the page cache alone, verified.
-segment   LMDB as the index of a file of aligned payloads: O_DIRECT in place, verified.
+inline    values in LMDB itself, read through its map, verified.
 pread     plain files into a recycled buffer, unverified.
 raw       O_DIRECT reads of the tier's own pages, in the same sizes and order, and nothing else.
 copy, hash
           what memory gives: memcpy of values out of a buffer of their total size, and XXH3 of it.
 
-put       The same batches of 64 MiB, each acknowledged when it is durable. LMDB: one transaction
-          (data pages, fdatasync, meta page with O_DSYNC). Segment: payloads, fdatasync, then such
-          a transaction. Files: each value to a new file, fsync of each, fsync of their folder; no
-          checksums.
+put       The same batches of 64 MiB, each acknowledged when it is durable. Tier: values by four
+          threads, fdatasync, then a transaction of LMDB that names them. Inline: one transaction
+          (data pages, fdatasync, meta page with O_DSYNC). Files: each value to a new file, fsync
+          of each, fsync of their folder; no checksums.
 cold      page cache dropped (unmapped, fsync, POSIX_FADV_DONTNEED; mincore counts what is left).
 hot       everything in the page cache, by reads.
 overlap   a prefix loaded layer by layer under computing layers: see store_bench/overlap.py
@@ -63,9 +62,8 @@ from store_bench.sides import (
     VALUE,
     Buffered,
     Files,
-    Mapped,
+    Inline,
     Raw,
-    Segment,
     Side,
     Tier,
 )
@@ -75,9 +73,9 @@ from kvstore.tier import Item
 
 BATCH = 8  # blocks: 64 MiB
 THREADS = (1, 2, 4)
-COLD = ("get", "map", "buffered", "segment", "pread", "raw")
-PUTS = {"get": "put lmdb", "segment": "put segment", "pread": "put files"}
-HOT = ("get", "map", "buffered", "pread")
+COLD = ("get", "buffered", "inline", "pread", "raw")
+PUTS = {"get": "put tier", "inline": "put inline", "pread": "put files"}
+HOT = ("get", "buffered", "inline", "pread")
 
 
 def make_items(count: int) -> list[Item]:
@@ -116,11 +114,11 @@ class Bench:
         self.folder.mkdir()
         keys = [key for key, _ in self.items]
         self.sides: dict[str, Side] = {
-            "get": Tier(self.folder, keys), "map": Mapped(self.folder, keys),
-            "buffered": Buffered(self.folder, keys), "segment": Segment(self.folder, keys),
-            "pread": Files(self.folder, keys), "raw": Raw(self.folder, keys),
+            "get": Tier(self.folder, keys), "buffered": Buffered(self.folder, keys),
+            "inline": Inline(self.folder, keys), "pread": Files(self.folder, keys),
+            "raw": Raw(self.folder, keys),
         }  # fmt: skip
-        rows = ["get", "segment", "pread"]
+        rows = ["get", "inline", "pread"]
         for name in rows[turn % 3 :] + rows[: turn % 3]:
             row, side = PUTS[name], self.sides[name]
             rest(self.rest_s)
@@ -150,7 +148,8 @@ class Bench:
                 side.close()
 
     def hot_round(self, turn: int) -> None:
-        for path in [*self.sides["get"].paths(), *self.sides["pread"].paths()]:
+        sides = [self.sides[name] for name in ("get", "inline", "pread")]
+        for path in (path for side in sides for path in side.paths()):
             with path.open("rb") as file:
                 while file.read(VALUE):
                     pass
@@ -199,9 +198,9 @@ class Bench:
             "hot_get_vs_pread": ratio(self.best("hot get"), self.best("hot pread")),
             "cold_get_vs_odirect": ratio(self.best("cold get"), self.best("cold raw")),
             "cold_get_vs_pread": ratio(self.best("cold get"), self.best("cold pread")),
-            "cold_segment_vs_odirect": ratio(self.best("cold segment"), self.best("cold raw")),
-            "put_vs_files": ratio(self.rows["put lmdb"], self.rows["put files"]),
-            "put_vs_segment": ratio(self.rows["put lmdb"], self.rows["put segment"]),
+            "cold_inline_vs_odirect": ratio(self.best("cold inline"), self.best("cold raw")),
+            "put_vs_files": ratio(self.rows["put tier"], self.rows["put files"]),
+            "put_vs_inline": ratio(self.rows["put tier"], self.rows["put inline"]),
         }
 
 

@@ -57,7 +57,7 @@ def decode(record: dict[str, Any]) -> str:
 
 STORE_SUMMARY = (
     "hot_get_gbps", "hot_get_vs_pread", "cold_get_vs_odirect", "cold_get_vs_pread",
-    "cold_segment_vs_odirect", "put_vs_files", "put_vs_segment", "hidden_512", "hidden_64",
+    "cold_inline_vs_odirect", "put_vs_files", "put_vs_inline", "hidden_512", "hidden_64",
 )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def store(record: dict[str, Any]) -> str:
         f"{record['total_bytes'] / 2**20:.0f} MiB in values of {record['value_bytes'] / 2**20:.0f} "
         "MiB.\nA get ends in tensors, copied and verified; fresh means into memory that was never "
         "touched.\n1T, 2T, 4T: threads; raw: O_DIRECT reads of the same pages, and nothing else; "
-        "segment: values in a file beside LMDB.\nhidden_N: share of the smaller of loading and "
+        "inline: values in LMDB itself.\nhidden_N: share of the smaller of loading and "
         "computing, layer by layer, that the other hides, in blocks of N tokens.\n"
         "`scripts/bench_store.py`"
     )

@@ -29,6 +29,7 @@ from soaking.plot import plot
 from soaking.watch import Window, resident_bytes, verdict
 
 from kvstore.config import GIB, StoreConfig
+from kvstore.environment import files_bytes
 from kvstore.store import TieredStore
 
 CONSOLE = Console(stderr=True, soft_wrap=True)
@@ -77,7 +78,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         churn = Churn(store, seed=options.seed)
         filled = churn.fill()
         CONSOLE.print(f"filled with {filled} conversations")
-        windows = watched(options, churn, folder / "data.mdb")
+        windows = watched(options, churn, folder)
         stats = store.stats().tiers["disk"]
         audit = store.audit()
     wrong = verdict(windows, budget, churn.wrong) + audit.problems
@@ -92,7 +93,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return facts(torch.device("cpu")) | about | found | {"windows": rows}
 
 
-def watched(options: argparse.Namespace, churn: Churn, data: Path) -> list[Window]:
+def watched(options: argparse.Namespace, churn: Churn, folder: Path) -> list[Window]:
     """Let the churn run, and look at it once a window."""
     stop = threading.Event()
     threads = [
@@ -108,7 +109,7 @@ def watched(options: argparse.Namespace, churn: Churn, data: Path) -> list[Windo
             stop.wait(options.window)
             times = churn.taken()
             if times:
-                at = Window.of(times, data.stat().st_size, resident_bytes())
+                at = Window.of(times, files_bytes(folder), resident_bytes())
                 windows.append(at)
                 CONSOLE.print(str(at))
     finally:

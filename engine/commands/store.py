@@ -16,6 +16,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from kvstore.compact import compact
 from kvstore.config import StoreConfig
+from kvstore.environment import files_bytes
 from kvstore.errors import StoreError
 from kvstore.store import TieredStore
 from kvstore.summary import rows
@@ -69,7 +70,7 @@ def _export(args: Namespace, path: Path, config: StoreConfig) -> int:
 
 def _stat(args: Namespace, path: Path, store: TieredStore) -> int:
     tier, aged = store.stats().tiers["disk"], store.ages()
-    file_bytes = (path / "data.mdb").stat().st_blocks * 512
+    file_bytes = files_bytes(path)
     if args.json:
         numbers = {"path": str(path), "blocks": tier.blocks, "used_bytes": tier.used_bytes}
         numbers |= {"capacity_bytes": tier.capacity_bytes, "file_bytes": file_bytes}

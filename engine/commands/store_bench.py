@@ -17,7 +17,7 @@ from kvstore.block import BlockKey, KVBlock
 from kvstore.codecs.known import BY_NAME
 from kvstore.config import StoreConfig
 from kvstore.disk import DiskTier
-from kvstore.environment import DATA_FILE
+from kvstore.environment import files_of
 from kvstore.identity import ModelIdentity
 from kvstore.store import TieredStore
 from kvstore.tier import Item
@@ -64,7 +64,8 @@ def measured(folder: Path, nbytes: int, config: StoreConfig) -> Speeds:
     tier = DiskTier(folder, 2 * nbytes, BY_NAME[config.codec])
     put, keys = _put(tier, _blocks(nbytes))
     tier.close()  # pages that are mapped cannot be dropped
-    _drop(folder / DATA_FILE)
+    for file in files_of(folder):
+        _drop(file)
     with TieredStore([DiskTier(folder, 2 * nbytes, BY_NAME[config.codec])]) as store:
         cold, hot = _get(store, keys), median(_get(store, keys) for _ in range(3))
     return Speeds(put, cold, hot)

@@ -13,14 +13,15 @@ class Campaign(NamedTuple):
 
 # the longest first
 CAMPAIGNS = {
-    "flips": Campaign(100_000, "bytes of data.mdb changed, a tenth of them LMDB's own"),
+    "flips": Campaign(100_000, "bytes of both files changed, a tenth of them LMDB's own"),
     "kill_phases": Campaign(100, "SIGKILL in every phase of a change, compaction, import, opening"),
     "broken_io": Campaign(1500, "EIO, ENOSPC, half a write, half and SIGKILL, at any call"),
     "kill_outside": Campaign(1000, "SIGKILL from outside, at random moments"),
     "power_cuts": Campaign(500, "power cuts, of disks that are honest and that lie"),
-    "cuts": Campaign(300, "data.mdb cut while it is read and written"),
+    "cuts": Campaign(300, "data.mdb or the values cut while they are read and written"),
     "two_writers": Campaign(300, "two processes put, evict and delete in one folder"),
-    "removed": Campaign(300, "folder deleted, moved, replaced, read-only while it is used"),
+    "overtaken": Campaign(300, "pages of blocks used again while these are read"),
+    "removed": Campaign(300, "folder or a file deleted, moved, cut, read-only while it is used"),
     "readers_killed": Campaign(100, "SIGKILL of a reader in a transaction"),
     "clocks": Campaign(100, "the clock jumps by years"),
     "remote_kill": Campaign(100, "shared tier: SIGKILL of a sender"),

@@ -35,6 +35,7 @@ import torch
 
 from kvstore.block import BlockKey, KVBlock
 from kvstore.disk import DiskTier
+from kvstore.environment import files_of
 from kvstore.identity import ModelIdentity
 from kvstore.store import TieredStore
 from kvstore.tier import HostTier, Item
@@ -113,7 +114,7 @@ class Ours:
 
     def drop(self) -> float:
         self.disk.close()  # pages that a map holds cannot be dropped
-        drop([self.folder / "data.mdb"])
+        drop(files_of(self.folder))
         self.disk = self.open()
         return 0.0
 

@@ -23,6 +23,7 @@ from engine.hf import HFModel
 from engine.loading import Loader, Placed
 from kvstore.block import BlockKey, KVBlock
 from kvstore.disk import DiskTier
+from kvstore.environment import files_of
 from kvstore.store import TieredStore
 from store_bench.pages import drop
 from store_bench.sides import MODEL
@@ -76,7 +77,7 @@ class Prefix:
         self.products = max(1, round(load_s / LAYERS / timed(self.layer) * self.products))
 
     def run(self, computes: bool) -> float:
-        drop([self.folder / "data.mdb"])
+        drop(files_of(self.folder))
         with TieredStore([self._tier()]) as store:
             return timed(lambda: self._load(store, computes))
 

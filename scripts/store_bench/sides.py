@@ -3,9 +3,7 @@
 A side puts batches, each durable when it is acknowledged, and gets values by their numbers.
 """
 
-import ctypes
 import os
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,18 +11,16 @@ from typing import Protocol
 import lmdb
 import numpy as np
 import torch
-import xxhash
 
 from kvstore import record
-from kvstore.block import BlockKey, KVBlock
+from kvstore.block import BlockKey
 from kvstore.codecs.codec import byte_view
 from kvstore.codecs.known import RAW
 from kvstore.disk import DiskTier
-from kvstore.environment import MIN_MAP_BYTES
+from kvstore.environment import MIN_MAP_BYTES, files_of
 from kvstore.identity import ModelIdentity
 from kvstore.layout import layer_groups
 from kvstore.tier import Item
-from store_bench.pages import LIBC
 
 MODEL = ModelIdentity(b"bench", (), "{}", "bfloat16", 32, 8, 128, "{}")
 SIZE = 64
@@ -54,7 +50,7 @@ def recycled(count: int) -> torch.Tensor:
 
 
 class Tier:
-    """The disk tier as it is: cached values out of the map, others by O_DIRECT, verified."""
+    """The disk tier as it is: cached values out of their map, others by O_DIRECT, verified."""
 
     def __init__(self, folder: Path, keys: Sequence[BlockKey]) -> None:
         self.folder, self.keys = folder / "store", keys
@@ -88,7 +84,7 @@ class Tier:
                 kept.append(data)
 
     def paths(self) -> list[Path]:
-        return [self.folder / "data.mdb"]
+        return files_of(self.folder)
 
 
 class Buffered(Tier):
@@ -99,24 +95,6 @@ class Buffered(Tier):
         ways = self.tier._env.ways
         ways.close()
         ways._mapped_at = 0
-
-
-class Mapped(Tier):
-    """The same through LMDB's map alone, with the kernel's readahead."""
-
-    def open(self) -> None:
-        super().open()
-        guard, normal = self.tier._env.guard, 0
-        start, nbytes = ctypes.c_void_p(guard.start), ctypes.c_size_t(guard.end - guard.start)
-        assert LIBC.madvise(start, nbytes, normal) == 0
-
-    def get(self, values: Sequence[int]) -> None:
-        out = recycled(1)[0]
-        for i in values:
-            key, number = self.keys[i // len(GROUPS)], i % len(GROUPS)
-            with self.tier.reading() as txn:
-                value = self.tier.ledger.record(txn, key.digest, number)
-                record.decode_into(out, value, key, GROUPS[number], 32)
 
 
 class Files:
@@ -161,68 +139,38 @@ class Files:
         return self.folder / f"{key.digest.hex()}.{number}"
 
 
-class Segment:
-    """LMDB as the index of a file of page-aligned payloads, which O_DIRECT reads in place.
-
-    Payloads are written and synced before the index that names them commits. Left out: finding
-    free space, and what a crash leaves unnamed.
-    """
-
-    _ENTRY = struct.Struct("<Q")  # where the payload is, then its header
+class Inline:
+    """Values in LMDB itself: a transaction for each batch; read through its map, and verified."""
 
     def __init__(self, folder: Path, keys: Sequence[BlockKey]) -> None:
-        self.folder, self.keys = folder / "segment", keys
-        self.folder.mkdir()
+        self.folder, self.keys = folder / "inline", keys
 
     def open(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT
-        self.handle = os.open(self.folder / "payloads", flags, 0o600)
-        self.direct = os.open(self.folder / "payloads", os.O_RDONLY | os.O_DIRECT)
-        self.index = lmdb.open(str(self.folder), map_size=MIN_MAP_BYTES)
+        self.lmdb = lmdb.open(str(self.folder), map_size=MIN_MAP_BYTES)  # the kernel reads ahead
 
     def close(self) -> None:
-        self.index.close()
-        os.close(self.direct)
-        os.close(self.handle)
+        self.lmdb.close()
 
     def put(self, batch: Sequence[Item]) -> None:
-        end = os.fstat(self.handle).st_size
-        entries = {}
-        for key, block in batch:
-            for number, layers in enumerate(GROUPS):
-                entries[key.digest + bytes([number])] = self._write(key, block, layers, end)
-                end += VALUE
-        os.fdatasync(self.handle)
-        with self.index.begin(write=True) as txn:
-            for name, entry in entries.items():
-                txn.put(name, entry)
-
-    def _write(self, key: BlockKey, block: KVBlock, layers: range, end: int) -> bytes:
-        payload = byte_view(block.data[layers.start : layers.stop])
-        digest = xxhash.xxh3_128_digest(payload.data)
-        assert os.pwrite(self.handle, payload.data, end) == VALUE
-        return self._ENTRY.pack(end) + self._header(key, block.data, layers, digest)
-
-    def _header(self, key: BlockKey, like: torch.Tensor, layers: range, digest: bytes) -> bytes:
-        shape = torch.Size((32, *like.shape[1:]))
-        return record.header(key, layers, shape, like.dtype, RAW, VALUE, digest)
+        with self.lmdb.begin(write=True) as txn:
+            for key, block in batch:
+                for number, layers in enumerate(GROUPS):
+                    data = block.data[layers.start : layers.stop]
+                    txn.put(self._name(key, number), record.encode(key, data, layers, 32, RAW))
 
     def get(self, values: Sequence[int]) -> None:
-        out = recycled(TOGETHER)
-        for first in range(0, len(values), TOGETHER):
-            some = values[first : first + TOGETHER]
-            wanted = [(self.keys[i // len(GROUPS)], i % len(GROUPS)) for i in some]
-            with self.index.begin() as txn:
-                entries = [txn.get(key.digest + bytes([number])) for key, number in wanted]
-            for (key, number), entry, row in zip(wanted, entries, out, strict=False):
-                payload, (at,) = byte_view(row), self._ENTRY.unpack_from(entry)
-                assert os.preadv(self.direct, [payload], at) == VALUE
-                digest = xxhash.xxh3_128_digest(payload.data)
-                header = self._header(key, row, GROUPS[number], digest)
-                assert header == entry[self._ENTRY.size :]
+        out = recycled(1)[0]
+        for i in values:
+            key, number = self.keys[i // len(GROUPS)], i % len(GROUPS)
+            with self.lmdb.begin(buffers=True) as txn:
+                value = memoryview(txn.get(self._name(key, number), b""))
+                record.decode_into(out, value, key, GROUPS[number], 32)
 
     def paths(self) -> list[Path]:
-        return [self.folder / "payloads", self.folder / "data.mdb"]
+        return [self.folder / "data.mdb"]
+
+    def _name(self, key: BlockKey, number: int) -> bytes:
+        return key.digest + bytes([number])
 
 
 class Raw:
@@ -236,7 +184,8 @@ class Raw:
         with self.tier.tier.reading() as txn:
             entries = [self.tier.tier.ledger.sound(txn, key.digest) for key in self.tier.keys]
         self.pages = [page for entry in entries if entry for page in entry.pages]
-        self.handle = os.open(*self.tier.paths(), os.O_RDONLY | os.O_DIRECT)
+        values = self.tier.tier.ledger.env.values
+        self.handle = os.open(values.path, os.O_RDONLY | os.O_DIRECT)
 
     def close(self) -> None:
         os.close(self.handle)

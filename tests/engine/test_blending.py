@@ -99,7 +99,7 @@ def test_one_corrupt_chunk_among_ten_changes_nothing_but_the_time(module, tmp_pa
         engine.store.flush()
         block = engine.store.get(engine.blending.chunks.keys(asked.prefix, asked.chunks[6])[1])
         raw = block.data.contiguous().view(torch.uint8).numpy().tobytes()
-    damage(next(tmp_path.rglob("data.mdb")), raw[:512])
+    damage(next(tmp_path.rglob("values-*")), raw[:512])
     with Engine(module, config=on_disk(tmp_path)) as engine:
         got = blended(engine, asked, policy=policy, share=0.75)
         assert (got.report.missed, got.report.corrupt) == (0, 1)

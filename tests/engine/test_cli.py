@@ -14,6 +14,7 @@ import pytest
 from engine import Engine, PromptError
 from engine.cli import main
 from kvstore.store import TieredStore
+from tests.kvstore.stored import values_file
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "needle-tiny"
@@ -206,9 +207,9 @@ def test_the_store_is_counted_audited_and_cleared(headrace, notes):
 
 def test_audit_finds_a_flipped_byte_and_repairs_it(headrace, notes, tmp_path):
     headrace("ask", TIGER, "--text", notes)
-    file = tmp_path / "cache" / "headrace" / "store" / "data.mdb"
+    file = values_file(tmp_path / "cache" / "headrace" / "store")
     bytes_ = bytearray(file.read_bytes())
-    bytes_[len(bytes_) // 2] ^= 1
+    bytes_[16] ^= 1  # of the first record
     file.write_bytes(bytes_)
     status, out, _ = headrace("store", "audit")
     assert status == 1

@@ -14,6 +14,7 @@ from kvstore.config import StoreConfig
 from kvstore.errors import StoreError
 from tests.engine.families import build
 from tests.engine.rag import FACTS, PAGES, Parts, blocks, documents
+from tests.kvstore.stored import values_file
 
 SHORT = dict(max_new_tokens=8)
 
@@ -198,9 +199,10 @@ def test_a_damaged_chunk_changes_nothing_but_the_time(parts, path):
         [second] = rag._library.named([want.citations[1].chunk])
         key = engine.blending.chunks.keys(rag.prefix, second.tokens)[0]
         inside = engine.store.get(key).data[-1].numpy().tobytes()
-    raw = (path / "data.mdb").read_bytes()
+    file = values_file(path)
+    raw = file.read_bytes()
     assert raw.count(inside) == 1
-    (path / "data.mdb").write_bytes(raw.replace(inside, inside[::-1]))
+    file.write_bytes(raw.replace(inside, inside[::-1]))
     with parts.engine(path, host=0, blend=settings) as engine:
         answer = Rag(engine, 128).ask(FACTS[3].question, **SHORT)
         assert answer.tokens == want.tokens

@@ -4,11 +4,11 @@ import logging
 
 import pytest
 
-from kvstore import ledger
+from kvstore import ledger, space
 from kvstore.disk import DiskTier
-from kvstore.ledger import name
 from kvstore.store import TieredStore
 from tests.kvstore.make import chain, items, right
+from tests.kvstore.stored import change_record, flip
 
 KEYS = chain(range(40))
 
@@ -22,11 +22,7 @@ def store(tmp_path):
 
 
 def test_damage_is_a_miss_counted_and_logged_once_and_repaired(store, caplog):
-    env = store._levels[0].tier.ledger.env
-    with env.lmdb.begin(write=True) as txn:
-        stored = bytearray(txn.get(name(KEYS[4].digest, 0), db=env.data))
-        stored[-1] ^= 1
-        txn.put(name(KEYS[4].digest, 0), bytes(stored), db=env.data)
+    flip(store._levels[0].tier, KEYS[4])
     with caplog.at_level(logging.WARNING):
         assert [store.get(KEYS[4]) for _ in range(3)] == [None] * 3
     assert len(caplog.records) == 1
@@ -44,32 +40,42 @@ def test_damage_is_a_miss_counted_and_logged_once_and_repaired(store, caplog):
 
 
 DAMAGES = {
-    "payload": ("data", lambda stored: stored[:-1] + bytes([stored[-1] ^ 1])),
-    "entry": ("entries", lambda stored: bytes([stored[0] ^ 1]) + stored[1:]),
-    "used": ("info", lambda stored: ledger._CHECKED.pack(10**6, 2**64 - 1 - 10**6)),
-    "record": ("data", None),
-    "block": ("entries", None),
+    "payload": ("values", lambda stored: stored[:-1] + bytes([stored[-1] ^ 1])),
+    "record": ("values", lambda stored: b""),
+    "entry": (KEYS[4].digest, lambda stored: bytes([stored[0] ^ 1]) + stored[1:]),
+    "block": (KEYS[4].digest, None),
+    "used": (b"used", lambda stored: ledger._CHECKED.pack(10**6, 2**64 - 1 - 10**6)),
+    "free pages": (space._NAME, lambda stored: space._packed([], 10**6)),
+    "free pages, damaged": (space._NAME, lambda stored: bytes([stored[0] ^ 1]) + stored[1:]),
+    "no free pages": (space._NAME, None),
 }  # fmt: skip
+NOTES = {"used", "free pages", "free pages, damaged", "no free pages"}  # cost no block
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_an_audit_finds_and_repairs(store, damage):
-    table, change = DAMAGES[damage]
-    where = {"data": name(KEYS[4].digest, 0), "entries": KEYS[4].digest, "info": b"used"}[table]
-    env = store._levels[0].tier.ledger.env
-    with env.lmdb.begin(write=True) as txn:
-        stored = txn.get(where, db=getattr(env, table))
-        if change is None:
-            assert txn.delete(where, db=getattr(env, table))
-        else:
-            assert txn.put(where, change(stored), db=getattr(env, table))
+    where, change = DAMAGES[damage]
+    tier = store._levels[0].tier
+    env = tier.ledger.env
+    if where == "values":
+        change_record(tier, KEYS[4], 0, change)
+    else:
+        table = env.entries if where == KEYS[4].digest else env.info
+        with env.lmdb.begin(write=True) as txn:
+            stored = txn.get(where, db=table)
+            done = (
+                txn.delete(where, db=table)
+                if change is None
+                else txn.put(where, change(stored), db=table)
+            )
+            assert done
     assert not store.audit().clean
     report = store.audit(repair=True)
     assert report.repaired
     assert not report.clean
     assert store.audit().clean
     found = store.lookup(KEYS)
-    assert found == (10 if damage == "used" else 4)
+    assert found == (10 if damage in NOTES else 4)
     store.put(items(KEYS))
     store.flush()
     assert store.lookup(KEYS) == 10

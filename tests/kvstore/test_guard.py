@@ -1,5 +1,6 @@
-"""A data file that is cut, deleted or replaced while it is open costs misses, never the process."""
+"""A file that is cut, deleted or replaced while it is open costs misses, never the process."""
 
+import ctypes
 import json
 import os
 import shutil
@@ -13,11 +14,12 @@ import pytest
 
 from kvstore import guard
 from kvstore.disk import DiskTier
-from kvstore.environment import explained
+from kvstore.environment import VALUES, explained
 from kvstore.errors import CorruptRecord, StoreError
 from kvstore.store import TieredStore
 from native.library import library
 from tests.kvstore.make import chain, identity, items, right
+from tests.kvstore.stored import entry_of, values_file
 
 MODEL = identity(num_layers=4, num_kv_heads=4, head_dim=64)
 KEYS = chain(range(4 * 48), model=MODEL)
@@ -107,6 +109,39 @@ def test_what_a_cut_file_still_has_is_served_and_nothing_more_is_written(tier, t
         DiskTier(tmp_path / "store", 1 << 30)
 
 
+@pytest.mark.parametrize("renewed", [True, False])
+def test_blank_pages_in_the_map_of_values_cost_no_block(tier, tmp_path, monkeypatch, renewed):
+    file, env, again = values_file(tmp_path / "store"), tier._env, []
+    whole, method = file.read_bytes(), tier._is_right_again
+    monkeypatch.setattr(tier, "_is_right_again", lambda read: again.append(1) or method(read))
+    os.truncate(file, 0)
+    for key in KEYS[::2]:
+        ctypes.string_at(env.values.map_start + 4096 * entry_of(tier, key).page, 1)
+    assert (env.values_guard.faults, env.guard.faults) == (len(KEYS[::2]), 0)
+    file.write_bytes(whole)
+    if not renewed:
+        monkeypatch.setattr(env.values_guard, "renew", lambda: None)
+    assert served(tier) == [True] * len(KEYS)
+    assert len(again) == (0 if renewed else len(KEYS[::2]))
+    assert (tier.corrupt, tier.quarantined) == (0, 0)
+
+
+@pytest.mark.parametrize("keep", [0, 0.002, 0.01, 0.5, 0.9])
+def test_what_a_cut_values_file_still_has_is_served_and_the_rest_put_again(tier, tmp_path, keep):
+    file = values_file(tmp_path / "store")
+    end = int(file.stat().st_size * keep)
+    os.truncate(file, end)
+    whole = [entry_of(tier, key).extent.end * 4096 <= end for key in KEYS]
+    tier.close()
+    with TieredStore([DiskTier(tmp_path / "store", 1 << 30)]) as store:
+        again = store._levels[0].tier
+        assert served(again) == whole
+        store.put(items(KEYS, MODEL))
+        store.flush()
+        assert served(again) == [True] * len(KEYS)
+        assert store.audit().clean
+
+
 def test_a_trouble_of_all_blocks_is_said_once(tier, tmp_path, caplog):
     os.truncate(tmp_path / "store" / "data.mdb", 0)
     assert [tier.held(KEYS) for _ in range(3)] == [[False] * len(KEYS)] * 3
@@ -174,9 +209,52 @@ def test_a_folder_deleted_while_open_serves_what_is_open_and_refuses_more(tier, 
     tier.close()
 
 
-def test_a_file_cut_after_its_folder_was_deleted_is_misses(tier, tmp_path):
-    data = (tmp_path / "store" / "data.mdb").open("r+b")
-    with data:
+@pytest.mark.parametrize("name", ["data.mdb", "values-*"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_deleted_while_open_is_still_read_and_no_more_written(
+    tier, tmp_path, name, replaced
+):
+    (file,) = (tmp_path / "store").glob(name)
+    whole = file.read_bytes()
+    if replaced:
+        (tmp_path / "other").write_bytes(whole)
+        (tmp_path / "other").rename(file)
+    else:
+        file.unlink()
+    assert served(tier) == [True] * len(KEYS)
+    with pytest.raises(StoreError, match=f"{file.name} was deleted, or replaced"):
+        tier.put(items(chain(range(5000, 5004), model=MODEL), MODEL))
+    with pytest.raises(StoreError, match=f"{file.name} was deleted, or replaced"):
+        tier.delete(KEYS[:1])
+    assert served(tier) == [True] * len(KEYS)
+    assert not replaced or file.read_bytes() == whole
+    tier.close()
+
+
+def test_a_store_without_its_values_is_a_clear_error(tier, tmp_path):
+    tier.close()
+    values_file(tmp_path / "store").unlink()
+    with pytest.raises(CorruptRecord, match=r"values-.*which holds all blocks, is gone; delete"):
+        DiskTier(tmp_path / "store", 1 << 30)
+
+
+@pytest.mark.parametrize("name", [None, b"", b"values-", b"values-0g", b"values-0/../../mine"])
+def test_a_store_that_does_not_say_where_its_values_are_is_a_clear_error(tier, tmp_path, name):
+    with tier.changing() as txn:
+        if name is None:
+            txn.delete(VALUES, db=tier.ledger.env.info)
+        else:
+            txn.put(VALUES, name, db=tier.ledger.env.info)
+    tier.close()
+    with pytest.raises(CorruptRecord, match="does not say where its blocks are; delete"):
+        DiskTier(tmp_path / "store", 1 << 30)
+    assert values_file(tmp_path / "store").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["data.mdb", "values-*"])
+def test_a_file_cut_after_its_folder_was_deleted_is_misses(tier, tmp_path, name):
+    (file,) = (tmp_path / "store").glob(name)
+    with file.open("r+b") as data:
         shutil.rmtree(tmp_path / "store")
         data.truncate(data.seek(0, os.SEEK_END) // 2)
     assert False in served(tier)

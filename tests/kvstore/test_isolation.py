@@ -7,9 +7,9 @@ import pytest
 from kvstore.block import Kind
 from kvstore.config import StoreConfig
 from kvstore.disk import DiskTier
-from kvstore.ledger import name
 from kvstore.store import TieredStore
 from tests.kvstore.make import chain, identity, items
+from tests.kvstore.stored import change_record, entry_of
 
 OTHERS = [
     {"tenant": b"other"},
@@ -32,20 +32,25 @@ def test_blocks_of_somebody_else_are_never_found(tmp_path, other):
         assert all(store.get(key) is None for key in theirs)
 
 
-@pytest.mark.parametrize("tables", [("data",), ("entries",), ("data", "entries")], ids=str)
+@pytest.mark.parametrize("parts", ["values", "entries", "values, entries", "page"])
 @pytest.mark.parametrize("other", OTHERS, ids=str)
-def test_a_record_copied_by_hand_under_another_key_is_a_miss(tmp_path, other, tables):
+def test_a_record_copied_by_hand_under_another_key_is_a_miss(tmp_path, other, parts):
     tier = DiskTier(tmp_path / "store", 1 << 20)
     model = other.get("model", identity())
     [mine], [theirs] = chain(range(4)), chain(range(4), **other)
     tier.put(items([mine]) + items([theirs], model))
     env = tier.ledger.env
-    with env.lmdb.begin(write=True) as txn:
-        if "data" in tables:
-            stolen = txn.get(name(mine.digest, 0), db=env.data)
-            txn.put(name(theirs.digest, 0), stolen, db=env.data)
-        if "entries" in tables:
+    if "values" in parts:
+        stolen = entry_of(tier, mine)
+        record = bytes(env.values.record(stolen.page, stolen.sizes[0]))
+        change_record(tier, theirs, 0, lambda stored: record)
+    if "entries" in parts:
+        with env.lmdb.begin(write=True) as txn:
             txn.put(theirs.digest, txn.get(mine.digest, db=env.entries), db=env.entries)
+    if "page" in parts:
+        with env.lmdb.begin(write=True) as txn:
+            moved = replace(entry_of(tier, theirs), page=entry_of(tier, mine).page)
+            txn.put(theirs.digest, moved.pack(), db=env.entries)
     assert tier.get(theirs) is None
     assert tier.corrupt == 1
     assert tier.get(mine) is not None

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from kvstore.codecs.known import LOSSLESS, RAW
 from kvstore.disk import DiskTier
 from kvstore.errors import StoreFormatError
-from kvstore.ledger import name
 from kvstore.portable import MAGIC, export, imported
 from kvstore.summary import ages, rows
 from tests.kvstore.make import chain, content, identity, items, same
+from tests.kvstore.stored import flip
 
 KEYS = chain(range(20))
 OTHERS = chain(range(8), tenant=b"other")
@@ -91,12 +91,7 @@ def test_another_file_is_refused(data):
 def test_a_damaged_block_is_left_out_with_what_rests_on_it(tmp_path):
     with closing(DiskTier(tmp_path / "store", 1 << 20)) as tier:
         tier.put(items(KEYS))
-        env = tier.ledger.env
-        with env.lmdb.begin(write=True) as txn:
-            where = name(KEYS[2].digest, 0)
-            stored = bytearray(txn.get(where, db=env.data))
-            stored[-1] ^= 1
-            txn.put(where, bytes(stored), db=env.data)
+        flip(tier, KEYS[2])
         done = export(tier, tmp_path / "blocks", lambda entry: True)
     assert (done.blocks, done.damaged) == (2, 3)
     assert [key for key, _ in read((tmp_path / "blocks").read_bytes())] == KEYS[:2]
@@ -109,7 +104,7 @@ def test_an_export_that_fails_leaves_no_file(tmp_path):
         def fails(*_):
             raise RuntimeError("no")
 
-        tier.ledger.record = fails
+        tier.records = fails
         with pytest.raises(RuntimeError, match="no"):
             export(tier, tmp_path / "blocks", lambda entry: True)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]

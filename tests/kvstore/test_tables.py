@@ -10,6 +10,7 @@ from kvstore.disk import DiskTier
 from kvstore.errors import CorruptRecord
 from kvstore.tables import check_tables
 from tests.kvstore.make import chain, items
+from tests.kvstore.stored import values_file
 
 
 @pytest.fixture
@@ -20,8 +21,8 @@ def path(tmp_path):
     return tmp_path / "store"
 
 
-def damage(path, page):
-    with (path / "data.mdb").open("r+b") as file:
+def damage(file, page):
+    with file.open("r+b") as file:
         file.seek(page * 4096)
         file.write(os.urandom(4096))
 
@@ -33,8 +34,19 @@ def test_sound_tables_pass_while_others_use_them(path):
 
 
 def test_a_damaged_page_is_named(path):
-    damage(path, 5)
+    damage(path / "data.mdb", 5)
     with pytest.raises(CorruptRecord, match=r"damaged.*delete the folder"):
+        check_tables(path)
+
+
+def test_damaged_kv_is_not_damage_of_the_tables(path):
+    damage(values_file(path), 5)
+    check_tables(path)
+
+
+def test_a_store_without_its_kv_is_named(path):
+    values_file(path).unlink()
+    with pytest.raises(CorruptRecord, match=r"is gone.*delete the folder"):
         check_tables(path)
 
 

@@ -1,10 +1,11 @@
-"""What a power cut may leave of a store: made from a log of every write and sync of data.mdb.
+"""What a power cut may leave of a store: made from a log of all writes and syncs of its files.
 
     unsynced.py write FOLDER BLOCKS           run with write_log.c loaded; acknowledges in its log
     unsynced.py replay LOG FOLDER BLOCKS IMAGES SEED
 
-An honest disk keeps what was synced, and any part of what was not, in sectors of 512 bytes. A lying
-one loses any pages, synced or not. Prints one JSON line.
+An honest disk keeps what was synced, each file for itself, and of both files any part of what was
+not, in sectors of 512 bytes: what is there then is sound. A lying one loses any pages, synced or
+not. Prints one JSON line.
 """
 
 import json
@@ -12,9 +13,10 @@ import os
 import random
 import struct
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -25,86 +27,109 @@ from tests.kvstore.make import items, right
 SOURCE = Path(__file__).with_name("write_log.c")
 SECTOR, PAGE = 512, 4096
 CHAINS = 10
-RIGHT, REFUSED, WRONG, LOST = range(4)
-_HEAD = struct.Struct("<cQQ")
+RIGHT, REFUSED, WRONG, LOST, UNSOUND = range(5)
+_HEAD = struct.Struct("<c23sQQ")
+
+
+class Operation(NamedTuple):
+    """Of a file: W written, D written and synced, S all synced, T cut at the offset.
+
+    Of the store: O opened, A chain `offset` acknowledged.
+    """
+
+    what: bytes
+    file: str
+    offset: int
+    data: bytes = b""
+
+    def pieces(self, size):
+        """A change of the file, cut at the borders of sectors or pages."""
+        if self.what == b"T":
+            return [self]
+        if self.what not in (b"W", b"D"):
+            return []
+        start, end = self.offset, self.offset + len(self.data)
+        cuts = [start, *range(start // size * size + size, end, size), end]
+        return [
+            self._replace(offset=a, data=self.data[a - start : b - start])
+            for a, b in pairwise(cuts)
+        ]
+
+    def apply(self, image):
+        end = self.offset + len(self.data)
+        image.extend(bytes(max(0, end - len(image))))
+        if self.what == b"T":
+            del image[self.offset :]
+        image[self.offset : end] = self.data
 
 
 def write(folder, blocks):
     log = os.open(os.environ["WRITE_LOG"], os.O_WRONLY | os.O_APPEND)
     store = opened(folder, blocks)
-    os.write(log, _HEAD.pack(b"O", 0, 0))
+    os.write(log, _HEAD.pack(b"O", b"", 0, 0))
     for number in range(CHAINS):
         store.put(items(keys_of(number), MODEL))
         store.flush()
-        os.write(log, _HEAD.pack(b"A", number, 0))
+        os.write(log, _HEAD.pack(b"A", b"", number, 0))
     store.close()
 
 
 def read_log(path):
     data, at, log = path.read_bytes(), 0, []
     while at < len(data):
-        op, offset, length = _HEAD.unpack_from(data, at)
+        what, name, offset, length = _HEAD.unpack_from(data, at)
         at += _HEAD.size
-        log.append((op, offset, data[at : at + length]))
+        log.append(Operation(what, name.rstrip(b"\0").decode(), offset, data[at : at + length]))
         at += length
     return log
 
 
-def apply(image, offset, data):
-    image.extend(bytes(max(0, offset + len(data) - len(image))))
-    image[offset : offset + len(data)] = data
-
-
-def pieces(offset, data, size):
-    """A write, cut at the borders of sectors or pages."""
-    end = offset + len(data)
-    cuts = [offset, *range(offset // size * size + size, end, size), end]
-    return [(a, data[a - offset : b - offset]) for a, b in pairwise(cuts)]
-
-
 def honest(log, at, dice):
-    """The file after a power cut in the middle of operation `at`; what was acknowledged."""
-    image, pending, acknowledged = bytearray(), [], []
-    for op, offset, data in log[:at]:
-        if op in (b"W", b"D"):
-            pending += pieces(offset, data, SECTOR)
-        if op == b"A":
-            acknowledged.append(offset)
-        if op in (b"S", b"D"):
-            for piece in pending:
-                apply(image, *piece)
-            pending = []
-    if at < len(log) and log[at][0] in (b"W", b"D"):
-        pending += pieces(*log[at][1:], SECTOR)
-    chance = dice.choice([0, 0.5, 0.9, 1])
-    for piece in pending:
-        if dice.random() < chance:
-            apply(image, *piece)
-    return image, acknowledged
+    """The files after a power cut in the middle of operation `at`; what was acknowledged."""
+    images, pending, acknowledged = defaultdict(bytearray), defaultdict(list), []
+    for operation in log[:at]:
+        pending[operation.file] += operation.pieces(SECTOR)
+        if operation.what == b"A":
+            acknowledged.append(operation.offset)
+        if operation.what in (b"S", b"D"):
+            for piece in pending.pop(operation.file, []):
+                piece.apply(images[operation.file])
+    for operation in log[at : at + 1]:
+        pending[operation.file] += operation.pieces(SECTOR)
+    for file, pieces in pending.items():
+        chance = dice.choice([0, 0.5, 0.9, 1])
+        for piece in pieces:
+            if dice.random() < chance:
+                piece.apply(images[file])
+    return images, acknowledged
 
 
 def lying(log, at, dice):
-    """The file of a disk that lost some pages of the last few commits, whatever it said."""
-    image = bytearray()
+    """The files of a disk that lost some pages of the last few commits, whatever it said."""
+    images = defaultdict(bytearray)
     recent = max(0, at - dice.randrange(1, 40))
     chance = dice.choice([0.02, 0.2, 0.5])
-    for i, (op, offset, data) in enumerate(log[:at]):
-        if op not in (b"W", b"D"):
-            continue
-        for piece in pieces(offset, data, PAGE):
-            keep = i < recent or piece[0] < 2 * PAGE or dice.random() >= chance
-            apply(image, *(piece if keep else (piece[0] + len(piece[1]), b"")))
-    return image, []
+    for i, operation in enumerate(log[:at]):
+        for piece in operation.pieces(PAGE):
+            meta = piece.file == "data.mdb" and piece.offset < 2 * PAGE
+            if i < recent or meta or dice.random() >= chance:
+                piece.apply(images[piece.file])
+            else:  # as long as it was, at least
+                end = piece.offset + len(piece.data)
+                piece._replace(offset=end, data=b"").apply(images[piece.file])
+    return images, []
 
 
-def check(folder, blocks, acknowledged):
+def check(folder, blocks, acknowledged, is_honest):
     """Exit with what opening and reading everything came to."""
-    result = RIGHT
     try:
         store = opened(folder, blocks)
     except StoreError as error:
         print(error, file=sys.stderr, flush=True)
         os._exit(REFUSED)
+    result = RIGHT
+    if is_honest and not store.audit().clean:
+        result = UNSOUND
     for number in range(CHAINS):
         keys = keys_of(number)
         for key in keys:
@@ -118,7 +143,8 @@ def check(folder, blocks, acknowledged):
 
 def replay(log_path, folder, blocks, images, seed):
     dice, log = random.Random(seed), read_log(Path(log_path))
-    created = next(i for i, (op, *_) in enumerate(log) if op == b"O")  # before, there is no file
+    created = next(i for i, op in enumerate(log) if op.what == b"O")  # before, there is no store
+    files = sorted({op.file for op in log if op.file})
     seen = {}
     for crash in (honest, lying):
         outcomes = Counter()
@@ -126,14 +152,16 @@ def replay(log_path, folder, blocks, images, seed):
             image, acknowledged = crash(log, dice.randrange(created, len(log) + 1), dice)
             here = Path(folder) / f"{crash.__name__}{i}"
             here.mkdir()
-            (here / "data.mdb").write_bytes(image)
+            for file in files:
+                (here / file).write_bytes(image[file])
             kept = acknowledged if blocks > CHAINS * BLOCKS else []  # else they were evicted
-            pid = forked(check, here, blocks, kept)
+            pid = forked(check, here, blocks, kept, crash is honest)
             outcomes[os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])] += 1
             for file in here.iterdir():
                 file.unlink()
         seen[crash.__name__] = outcomes
-    print(json.dumps(seen | {"operations": len(log), "syncs": sum(op[0] == b"S" for op in log)}))
+    syncs = Counter(op.file for op in log if op.what == b"S")
+    print(json.dumps(seen | {"operations": len(log), "syncs": [syncs[file] for file in files]}))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ from kvstore.codecs.codec import byte_view
 from kvstore.codecs.known import BY_NAME, LOSSLESS, RAW, exact_codec
 from kvstore.config import StoreConfig
 from kvstore.disk import DiskTier
+from kvstore.record import HEADER_BYTES
 from kvstore.store import TieredStore
 from native.library import library
 from tests.kvstore.make import chain, identity, same
+from tests.kvstore.stored import flip
 
 MODEL = identity(num_layers=6, num_kv_heads=4, head_dim=64)  # 16 KiB per layer of 16 tokens
 LOSSY_NAMES = ("fp8", "int8", "k8v4", "int4")
@@ -88,16 +90,10 @@ def test_any_run_of_layers_comes_back_decoded(tier, layers, codec, keys):
 
 
 @pytest.mark.usefixtures("way")
-def test_a_flipped_byte_anywhere_is_a_miss(tier, tmp_path, keys):
+def test_a_flipped_byte_anywhere_is_a_miss(tier, keys):
     tier.put(blocks(keys))
-    with tier.reading() as txn:
-        entries = [tier.ledger.get(txn, key.digest) for key in keys]
-    with (tmp_path / "store" / "data.mdb").open("r+b") as file:
-        for entry, at in zip(entries, (0, 1, 5000, entries[3].sizes[1] - 1)):
-            file.seek(entry.pages[1] * 4096 + 16 + 176 + at)
-            byte = file.read(1)[0]
-            file.seek(-1, 1)
-            file.write(bytes([byte ^ 32]))
+    for key, at in zip(keys, (HEADER_BYTES, HEADER_BYTES + 1, 5000, -1), strict=True):
+        flip(tier, key, 1, at)
     assert [tier.get(key) for key in keys] == [None] * len(keys)
     assert tier.corrupt == len(keys)
     tier.put(blocks(keys))

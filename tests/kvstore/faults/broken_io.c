@@ -1,6 +1,6 @@
-/* Loaded before libc (LD_PRELOAD): calls on data.mdb that fail as `break_io` says.
+/* Loaded before libc (LD_PRELOAD): calls on a store's files that fail as `break_io` says.
  *
- * Broken are the n-th call of a sort and, if it lasts, all of that sort behind it.
+ * Broken are the n-th call of a sort on one of the files and, if it lasts, all such behind it.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -16,40 +16,62 @@
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
 enum { WRITE, SYNC, READ, SORTS };
+enum { TABLES, VALUES, FILES }; /* data.mdb, values-* */
 enum { HALF = -1, TORN = -2 }; /* or errno: part of it is done, and then the process is killed */
 
-static int broken = SORTS, first, fault, lasts;
-static int calls[SORTS];
+static int broken = SORTS, where, first, fault, lasts;
+static int calls[FILES][SORTS];
 
-void break_io(int sort, int n, int how, int whether_it_lasts)
+void break_io(int file, int sort, int n, int how, int whether_it_lasts)
 {
-    broken = sort, first = n, fault = how, lasts = whether_it_lasts;
+    where = file, broken = sort, first = n, fault = how, lasts = whether_it_lasts;
     memset(calls, 0, sizeof calls);
 }
 
-int io_calls(int sort) { return calls[sort]; }
+int io_calls(int file, int sort) { return calls[file][sort]; }
 
-static int is_data(int fd)
+static int file_of(int fd)
 {
     char link[64], path[4096] = {0};
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t n = readlink(link, path, sizeof path - 1);
-    return n > 8 && !strcmp(path + n - 8, "data.mdb");
+    if (readlink(link, path, sizeof path - 1) < 0)
+        return FILES;
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    return !strcmp(name, "data.mdb") ? TABLES : !strncmp(name, "values-", 7) ? VALUES : FILES;
 }
 
-/* What is wrong with this call: 0 for nothing. */
+/* What is wrong with this call, of any thread: 0 for nothing. */
 static int wrong(int sort, int fd)
 {
-    if (broken == SORTS || !is_data(fd))
+    int file = broken == SORTS ? FILES : file_of(fd);
+    if (file == FILES)
         return 0;
-    int n = ++calls[sort];
-    return sort == broken && (n == first || (lasts && n > first)) ? fault : 0;
+    int n = __atomic_add_fetch(&calls[file][sort], 1, __ATOMIC_SEQ_CST);
+    return file == where && sort == broken && (n == first || (lasts && n > first)) ? fault : 0;
 }
 
 static ssize_t failed(int error)
 {
     errno = error;
     return -1;
+}
+
+/* Half of all the parts that it writes; one byte at least, as of a disk. */
+static ssize_t half_of(int fd, const struct iovec *parts, int count, off_t offset)
+{
+    size_t left = 0;
+    ssize_t done = 0;
+    for (int i = 0; i < count; i++)
+        left += parts[i].iov_len;
+    left -= left / 2;
+    for (int i = 0; i < count && left; i++) {
+        size_t length = parts[i].iov_len < left ? parts[i].iov_len : left;
+        ssize_t n = REAL(pwrite)(fd, parts[i].iov_base, length, offset + done);
+        if (n < 0)
+            return n;
+        done += n, left -= length;
+    }
+    return done;
 }
 
 #define BREAK(sort, fd, half)                        \
@@ -72,7 +94,7 @@ ssize_t pwrite(int fd, const void *bytes, size_t length, off_t offset)
 
 ssize_t write(int fd, const void *bytes, size_t length)
 {
-    BREAK(WRITE, fd, REAL(write)(fd, bytes, length / 2))
+    BREAK(WRITE, fd, REAL(write)(fd, bytes, length - length / 2))
     return REAL(write)(fd, bytes, length);
 }
 
@@ -80,6 +102,30 @@ ssize_t writev(int fd, const struct iovec *parts, int count)
 {
     BREAK(WRITE, fd, REAL(write)(fd, parts[0].iov_base, parts[0].iov_len / 2))
     return REAL(writev)(fd, parts, count);
+}
+
+/* Of the same call, the names with which programs are linked. */
+#define WRITING(name)                                                                \
+    ssize_t name(int fd, const struct iovec *parts, int count, off_t offset)         \
+    {                                                                                \
+        BREAK(WRITE, fd, half_of(fd, parts, count, offset))                          \
+        return REAL(name)(fd, parts, count, offset);                                 \
+    }
+#define WRITING_2(name)                                                              \
+    ssize_t name(int fd, const struct iovec *parts, int count, off_t offset, int how_to) \
+    {                                                                                \
+        BREAK(WRITE, fd, half_of(fd, parts, count, offset))                          \
+        return REAL(name)(fd, parts, count, offset, how_to);                         \
+    }
+WRITING(pwritev)
+WRITING(pwritev64)
+WRITING_2(pwritev2)
+WRITING_2(pwritev64v2)
+
+ssize_t pwrite64(int fd, const void *bytes, size_t length, off64_t offset)
+{
+    BREAK(WRITE, fd, REAL(pwrite)(fd, bytes, length / 2, offset))
+    return REAL(pwrite)(fd, bytes, length, offset);
 }
 
 int fdatasync(int fd)
@@ -106,14 +152,19 @@ ssize_t pread64(int fd, void *bytes, size_t length, off64_t offset)
     return REAL(pread)(fd, bytes, length, offset);
 }
 
-ssize_t preadv(int fd, const struct iovec *parts, int count, off_t offset)
-{
-    BREAK(READ, fd, REAL(pread)(fd, parts[0].iov_base, parts[0].iov_len / 2, offset))
-    return REAL(preadv)(fd, parts, count, offset);
-}
-
-ssize_t preadv64(int fd, const struct iovec *parts, int count, off64_t offset)
-{
-    BREAK(READ, fd, REAL(pread)(fd, parts[0].iov_base, parts[0].iov_len / 2, offset))
-    return REAL(preadv)(fd, parts, count, offset);
-}
+#define READING(name)                                                                \
+    ssize_t name(int fd, const struct iovec *parts, int count, off_t offset)         \
+    {                                                                                \
+        BREAK(READ, fd, REAL(pread)(fd, parts[0].iov_base, parts[0].iov_len / 2, offset)) \
+        return REAL(name)(fd, parts, count, offset);                                 \
+    }
+#define READING_2(name)                                                              \
+    ssize_t name(int fd, const struct iovec *parts, int count, off_t offset, int how_to) \
+    {                                                                                \
+        BREAK(READ, fd, REAL(pread)(fd, parts[0].iov_base, parts[0].iov_len / 2, offset)) \
+        return REAL(name)(fd, parts, count, offset, how_to);                         \
+    }
+READING(preadv)
+READING(preadv64)
+READING_2(preadv2)
+READING_2(preadv64v2)

@@ -1,4 +1,4 @@
-"""A disk that fails: calls on the data file that give an error, do half, or end the process.
+"""A disk that fails: calls on a store's two files that give an error, do half, or end the process.
 
 Needs `broken_io.c`, loaded before libc. What was acknowledged is there afterwards, and right;
 what was not, is there whole or not at all; who asked for it got a StoreError. A process whose disk
@@ -12,11 +12,12 @@ import shutil
 import signal
 import subprocess
 from collections import defaultdict
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import NamedTuple
 
 from kvstore.compact import compact
+from kvstore.environment import files_of
 from kvstore.errors import StoreError
 from tests.kvstore.cold import drop
 from tests.kvstore.faults.children import ended
@@ -29,22 +30,26 @@ from tests.kvstore.faults.state import (
     items_of,
     keys_of,
     opened,
+    out_of_place,
     tier_of,
     wrong_among,
 )
 
 SOURCE = Path(__file__).with_suffix(".c")
 WRITE, SYNC, READ = range(3)
+TABLES, VALUES = range(2)
 HALF, TORN = -1, -2  # as in the source
 SORTS = ("write", "sync", "read")
+FILES = ("tables", "values")
 HOW = {errno.EIO: "EIO", errno.ENOSPC: "ENOSPC", HALF: "half", TORN: "half, killed"}
 PUTS, DELETES = (1, 3, 5), (0, 2, 4)  # chains; by turns
 LAST = 7  # put when the disk works again
 
 
 class Fault(NamedTuple):
-    """The n-th call of a sort, or all from it on."""
+    """The n-th call of a sort on a file, or all from it on."""
 
+    file: int
     sort: int
     n: int
     how: int  # errno, HALF or TORN
@@ -55,11 +60,14 @@ class Fault(NamedTuple):
 
     @staticmethod
     def end():
-        """How many calls of each sort there were."""
+        """How many calls of each sort there were on each file."""
         code = ctypes.CDLL(None)
-        calls = [code.io_calls(sort) for sort in (WRITE, SYNC, READ)]
-        code.break_io(WRITE, 0, 0, 0)
+        calls = [[code.io_calls(file, sort) for sort in range(3)] for file in range(2)]
+        code.break_io(*map(int, HEALTHY))
         return calls
+
+
+HEALTHY = Fault(TABLES, WRITE, 0, 0)
 
 
 def compiled(folder, source=SOURCE):
@@ -113,13 +121,15 @@ def squeeze(say, folder, fault):
     except StoreError:
         refused = 1
     calls = fault.end()
+    assert not out_of_place(folder), "a copy that failed takes no room"
     compact(folder)
     say({"may": may, "calls": calls, "refused": refused, "again": True})
 
 
 def read(say, folder, fault):
     """Read all blocks in one of the ways: misses are allowed, and may be deleted."""
-    drop(folder / "data.mdb")
+    for file in files_of(folder):
+        drop(file)
     with opened(folder) as store:
         ways = tier_of(store)._env.ways
         ways._mapped_at = 0
@@ -143,28 +153,27 @@ LIVES = {change: (WRITE, SYNC), squeeze: (WRITE, SYNC), read: (READ,)}
 
 def faults_of(life, calls):
     """All faults that one life can meet."""
-    for sort in LIVES[life]:
+    for file, sort in product((TABLES, VALUES), LIVES[life]):
         hows = [errno.EIO, errno.ENOSPC, HALF, TORN]
         if sort == SYNC:
             hows.remove(HALF)
         if sort == READ:
             hows = [errno.EIO, HALF]
-        for n in range(1, calls[sort] + 1):
-            for how in hows:
-                yield Fault(sort, n, how)
-                if how != TORN:
-                    yield Fault(sort, n, how, True)
+        for n, how in product(range(1, calls[file][sort] + 1), hows):
+            yield Fault(file, sort, n, how)
+            if how != TORN:
+                yield Fault(file, sort, n, how, True)
 
 
 def broken(folder, rounds, seed):
-    """So many faults, of each sort and each life, in any order."""
+    """So many faults, of each file, each sort and each life, in any order."""
     count, dice, whole = Count(), random.Random(seed), folder / "whole"
     count.ended(ended(fill, whole))
     sorts = defaultdict(list)  # as many rounds for each of them
     for life in LIVES:
-        healthy = one(folder, whole, life, Fault(WRITE, 0, 0), Count())
+        healthy = one(folder, whole, life, HEALTHY, Count())
         for fault in faults_of(life, healthy["calls"]):
-            sorts[life, fault.sort, fault.how].append(fault)
+            sorts[life, fault.file, fault.sort, fault.how].append(fault)
     for _, (life, *sort) in zip(range(rounds), cycle(sorts)):
         one(folder, whole, life, dice.choice(sorts[life, *sort]), count)
     return count
@@ -180,12 +189,15 @@ def one(folder, whole, life, fault, count):
     torn = fault.how == TORN
     count.ended(child, allowed=(-signal.SIGKILL,) if torn else (0,))
     count.wrong += last.get("wrong", 0)
-    assert any(last.get("calls", [1])), "broken_io.c is not loaded, or not called"
-    name = f"{life.__name__}, {SORTS[fault.sort]} {HOW.get(fault.how, '')}"
+    calls = last.get("calls")
+    assert calls is None or any(map(any, calls)), "broken_io.c is not loaded, or not called"
+    name = f"{life.__name__}, {FILES[fault.file]}, {SORTS[fault.sort]} {HOW.get(fault.how, '')}"
     count.outcomes[name] += 1
     if not torn and last.get("refused"):
         count.outcomes["refused, or missed"] += 1
         count.outcomes["works again"] += last["again"]
+        if fault.file == VALUES and not last["again"]:
+            count.fail(f"{name}, {fault}: the store works no more until it is opened again")
     check(count, ended(examine, here), last["may"], (name, fault))
     return last
 

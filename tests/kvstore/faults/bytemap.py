@@ -1,16 +1,20 @@
-"""What every byte of a data file is: a walk of LMDB's trees, and what the store puts there.
+"""What every byte of a store's two files is: a walk of LMDB's trees, and what their entries say.
 
 meta page    [ header 16 | magic, version, address, map size | table of free pages, main table ]
 branch, leaf [ header 16, with lower and upper | offsets u16 .. lower | .. | upper .. nodes ]
 node         [ size or page u32, flags u16, key size u16 | key | value, or its page u64 ]
 value of its own pages [ header 16 | value ... | rest ]        (lmdb 0.9, 64 bit)
+record, in the other file [ zeros 16 | header | payload | rest ]
 """
 
 import struct
 from collections import defaultdict
 
+from kvstore.entry import unpack
 from kvstore.extent import PAGE_HEADER, span
 from kvstore.record import HEADER_BYTES
+from kvstore.space import empty
+from kvstore.values import pages_of
 
 PAGE = 4096
 _TABLE = struct.Struct("<IHHQQQQQ")  # pad, flags, depth, pages of three sorts, entries, root
@@ -20,19 +24,24 @@ _BIG, _SUB = 0x01, 0x02
 _NOWHERE = (1 << 64) - 1
 _FREE, _MAIN = 40, 88  # of the two tables in a meta page
 _SNAPSHOT = 144
+NOTE_NAME = empty()[0]
 
 TABLES = ("meta", "branch", "leaf", "page header")  # without a checksum
-CHECKED = ("entry", "record header", "payload")
-SPARE = ("slack", "free page")
-CLASSES = (*TABLES, *CHECKED, *SPARE)
+CHECKED = ("entry", "record header", "payload")  # of one block each
+NOTE = "note of free pages"  # checked, and of no block
+SPARE = ("slack", "free page", "slack beside records", "free page of values")
+CLASSES = (*TABLES, *CHECKED, NOTE, *SPARE)
 
 
 class ByteMap:
-    """`spans`: by class, the (start, end, key) of runs of bytes; the key of the value or None."""
+    """`spans`: by class, the (start, end, digest) of runs of bytes; of their block or None.
 
-    def __init__(self, data):
+    The bytes of the values count from where those of LMDB's file end.
+    """
+
+    def __init__(self, data, values):
         self.spans = defaultdict(list)
-        self._data, self._seen = data, set()
+        self._data, self._seen, self._entries = data, set(), []
         for page in (0, 1):
             assert self._header(page)[2] == _META
             self._note("meta", page * PAGE, _SNAPSHOT + 8)
@@ -44,10 +53,11 @@ class ByteMap:
         for page in range(len(data) // PAGE):
             if page not in self._seen:
                 self._note("free page", page * PAGE, PAGE)
+        self._records(len(data), len(values))
 
-    def _note(self, kind, at, nbytes, key=None):
+    def _note(self, kind, at, nbytes, digest=None):
         if nbytes:
-            self.spans[kind].append((at, at + nbytes, key))
+            self.spans[kind].append((at, at + nbytes, digest))
 
     def _header(self, page):
         return PAGE_HEADER.unpack_from(self._data, page * PAGE)
@@ -100,8 +110,25 @@ class ByteMap:
         self._note("slack", end, (page + pages) * PAGE - end)
 
     def _value(self, table, key, at, size):
-        if table == "data":
-            self._note("record header", at, HEADER_BYTES, key)
-            self._note("payload", at + HEADER_BYTES, size - HEADER_BYTES, key)
+        if table == "entries":
+            self._note("entry", at, size, key)
+            self._entries.append(unpack(key, self._data[at : at + size]))
         else:
-            self._note("entry" if table == "entries" else "leaf", at, size, key)
+            self._note(NOTE if key == NOTE_NAME else "leaf", at, size)
+
+    def _records(self, start, nbytes):
+        used = set()
+        for entry in self._entries:
+            for page, size in zip(entry.pages, entry.sizes, strict=True):
+                at = start + page * PAGE
+                end = at + PAGE_HEADER.size + HEADER_BYTES + size
+                self._note("slack beside records", at, PAGE_HEADER.size)
+                at += PAGE_HEADER.size
+                self._note("record header", at, HEADER_BYTES, entry.key.digest)
+                self._note("payload", end - size, size, entry.key.digest)
+                behind = start + (page + pages_of(size)) * PAGE
+                self._note("slack beside records", end, behind - end)
+                used.update(range(page, page + pages_of(size)))
+        for page in range(nbytes // PAGE):
+            if page not in used:
+                self._note("free page of values", start + page * PAGE, PAGE)

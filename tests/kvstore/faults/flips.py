@@ -1,8 +1,9 @@
-"""Bytes of a data file that are not what was written: no class of them yields wrong KV.
+"""Bytes of a store's two files that are not what was written: no class of them yields wrong KV.
 
-A flip in an entry or a record is a miss of its block alone, one in what nothing uses is none.
-LMDB's own pages have no checksum: what a flip there may do is a miss, a clear error, or the end of
-the process, and `kvstore.tables` finds it or not.
+A flip in an entry or a record is a miss of its block alone, one in what nothing uses is none, and
+one in the note of free pages costs nothing, either: the next change makes that anew. LMDB's own
+pages have no checksum: what a flip there may do is a miss, a clear error, or the end of the
+process, and `kvstore.tables` finds it or not.
 """
 
 import os
@@ -16,20 +17,22 @@ import torch
 from kvstore import layout, tables
 from kvstore.audit import audit_disk
 from kvstore.disk import DiskTier
+from kvstore.environment import files_of
 from kvstore.errors import StoreError
-from tests.kvstore.faults.bytemap import CHECKED, SPARE, TABLES, ByteMap
+from tests.kvstore.faults.bytemap import CHECKED, CLASSES, NOTE, SPARE, TABLES, ByteMap
 from tests.kvstore.faults.children import Child, ended
 from tests.kvstore.faults.count import Count
 from tests.kvstore.make import chain, identity, items, same
 
-SHAPES = (  # a record beside its entry, in a page of its own, and in three
+SHAPES = (  # a record in a page, one in two, and four records in two pages each
     identity(num_layers=2, num_kv_heads=2, head_dim=16),
     identity(num_layers=2, num_kv_heads=2, head_dim=64),
     identity(num_layers=4, num_kv_heads=4, head_dim=80),
 )
-BLOCKS = 40  # of each shape
-TABLE_SHARE = 0.1  # of the flips
-SPARE_FLIPS = 20  # at a time
+BLOCKS = 44  # of each shape
+TABLE_SHARE, NOTE_SHARE = 0.1, 0.02  # of the flips
+NEW = BLOCKS  # put behind a flip of the note, twice
+SPARE_FLIPS = 40  # at a time
 AUDITED = 20  # one in so many rounds, or flips of tables
 WRITTEN = 20  # likewise
 LIMIT_S = 20
@@ -38,14 +41,17 @@ NAMED = re.compile(r"^block (\w+): ", re.M)
 
 
 def made(_say, folder):
-    """A store of blocks, none of which rests on another, of one or two records; and free pages."""
+    """A store of blocks, none of which rests on another, of one or four records; and free pages.
+
+    Of these there are so many, none beside another, that their note has pages of its own.
+    """
     layout.TARGET_BYTES = 4 << 10
     tier = DiskTier(folder, 1 << 30)
-    for number in range(2):
-        for model in SHAPES:
-            tier.put(known(model, 1000 * number))
+    for model in SHAPES:
+        tier.put([item for pair in zip(known(model, 0), known(model, 1000)) for item in pair])
     tier.delete([key for model in SHAPES for key, _ in known(model, 1000)])
-    tier.put(known(SHAPES[0], 0))  # so that no page that was freed is in use by a meta page
+    with tier.changing() as txn:  # so that no page that was freed is in use by a meta page
+        tier.ledger.stamp(txn, [known(SHAPES[0], 0)[0][0].digest])
     tier.close()
 
 
@@ -55,45 +61,52 @@ def known(model, first):
 
 
 class Damage:
-    """A data file, of which some bytes are changed for a while."""
+    """A store's two files, of which some bytes are changed for a while."""
 
-    def __init__(self, path):
-        self.whole = path.read_bytes()
-        self._file = os.open(path, os.O_RDWR)
+    def __init__(self, folder):
+        files = files_of(folder)
+        self.whole = [file.read_bytes() for file in files]
+        self.spans = ByteMap(*self.whole).spans
+        self._files = [os.open(file, os.O_RDWR) for file in files]
 
     @contextmanager
     def at(self, places, dice):
         for place in places:
-            byte = self.whole[place] ^ dice.randint(1, 255)
-            os.pwrite(self._file, bytes([byte]), place)
+            self._write(place, dice.randint(1, 255))
         try:
             yield
         finally:
             for place in places:
-                os.pwrite(self._file, self.whole[place : place + 1], place)
+                self._write(place, 0)
 
     def undo(self):
         """All of it, whatever happened."""
-        os.pwrite(self._file, self.whole, 0)
-        os.truncate(self._file, len(self.whole))
+        for file, whole in zip(self._files, self.whole, strict=True):
+            os.pwrite(file, whole, 0)
+            os.truncate(file, len(whole))
+
+    def _write(self, place, change):
+        tables = len(self.whole[0])
+        number, at = (0, place) if place < tables else (1, place - tables)
+        os.pwrite(self._files[number], bytes([self.whole[number][at] ^ change]), at)
 
 
 def place_in(spans, dice):
-    """A byte of some run, and its key; the same chance for every run."""
-    start, end, key = dice.choice(spans)
-    return dice.randrange(start, end), key
+    """A byte of some run, and its block; the same chance for every run."""
+    start, end, digest = dice.choice(spans)
+    return dice.randrange(start, end), digest
 
 
 def checked(say, folder, wanted, seed, blocks):
     """Flip bytes that a checksum covers, and bytes that nothing uses, many at a time."""
-    damage, dice = Damage(folder / "data.mdb"), random.Random(seed)
-    spans, turn, done = ByteMap(damage.whole).spans, 0, dict.fromkeys((*CHECKED, *SPARE), 0)
+    damage, dice = Damage(folder), random.Random(seed)
+    spans, turn, done = damage.spans, 0, dict.fromkeys((*CHECKED, *SPARE), 0)
     while sum(done.values()) < wanted:
         hit, places = {}, []
         for kind in CHECKED * (len(blocks) // 4):
-            place, key = place_in(spans[kind], dice)
-            if key[:32] not in hit:
-                hit[key[:32]] = kind
+            place, digest = place_in(spans[kind], dice)
+            if digest not in hit:
+                hit[digest] = kind
                 places.append(place)
                 done[kind] += 1
         for kind in SPARE * (SPARE_FLIPS // len(SPARE)):
@@ -137,9 +150,39 @@ def served(tier, blocks, *, at_once):
     return rows
 
 
+def noted(say, folder, wanted, seed, blocks):
+    """Flip bytes of the note of free pages, one at a time, and store more than these hold."""
+    damage, dice = Damage(folder), random.Random(seed)
+    new = [item for model in SHAPES for item in known(model, 2000)]
+    for turn in range(wanted):
+        with damage.at([place_in(damage.spans[NOTE], dice)[0]], dice):
+            tier = DiskTier(folder, 1 << 30)
+            unseen = misnoted(tier) != ["the note of free pages is damaged"]
+            tier.put(dice.sample(new, NEW))  # takes what it believes to be free
+            tier.put(dice.sample(new, NEW))  # and what the note says that was made anew
+            say(missed(tier, blocks, at_once=turn % 2) | {"unseen": unseen or misnoted(tier)})
+            tier.close()
+        damage.undo()
+
+
+def misnoted(tier):
+    """What is wrong with the note of free pages."""
+    with tier.reading() as txn:
+        return list(tier.ledger.space.problems(txn, list(tier.ledger.extents(txn))))
+
+
+def missed(tier, blocks, *, at_once):
+    """How many blocks are wrong, or not there."""
+    seen = {"wrong": 0, "lost": 0}
+    for (_, block), found in zip(blocks, served(tier, blocks, at_once=at_once), strict=True):
+        seen["wrong"] += found is not None and not same(found, block.data)
+        seen["lost"] += found is None
+    return seen
+
+
 def unchecked(say, folder, flips, blocks):
     """Flip bytes of LMDB's own pages, one at a time; says before each which, then what it did."""
-    damage = Damage(folder / "data.mdb")
+    damage = Damage(folder)
     for number, place, seed in flips:
         signal.alarm(LIMIT_S)
         say(number)
@@ -170,12 +213,12 @@ def behind(folder, blocks, *, writes):
 
 
 def flip(folder, flips, seed):
-    """So many flips, TABLE_SHARE of them in LMDB's own pages."""
+    """So many flips, TABLE_SHARE of them in LMDB's own pages, NOTE_SHARE in the note."""
     count, dice, folder = Count(), random.Random(seed), folder / "store"
     blocks = [item for model in SHAPES for item in known(model, 0)]
     count.ended(ended(made, folder))
-    few = int(TABLE_SHARE * flips)
-    child = ended(checked, folder, flips - few, seed, blocks, limit_s=600)
+    few, notes = int(TABLE_SHARE * flips), int(NOTE_SHARE * flips)
+    child = ended(checked, folder, flips - few - notes, seed, blocks, limit_s=600)
     if count.ended(child):
         *rounds, last = child.said
         count.outcomes.update(last["done"])
@@ -183,13 +226,24 @@ def flip(folder, flips, seed):
         count.lost += sum(seen["lost"] for seen in rounds)
         if unseen := sum(seen["unseen"] for seen in rounds):
             count.fail(f"{unseen} flips of entries and records were not seen")
-    damage = Damage(folder / "data.mdb")
-    spans = ByteMap(damage.whole).spans
+    flip_note(folder, count, notes, seed, blocks)
+    damage = Damage(folder)
     kinds = [TABLES[number % len(TABLES)] for number in range(few)]
-    places = [place_in(spans[kind], dice)[0] for kind in kinds]
+    places = [place_in(damage.spans[kind], dice)[0] for kind in kinds]
     flip_tables(folder, count, damage, kinds, places, blocks)
-    count.rounds = sum(count.outcomes[kind] for kind in (*CHECKED, *SPARE, *TABLES))
+    count.rounds = sum(count.outcomes[kind] for kind in CLASSES)
     return count
+
+
+def flip_note(folder, count, flips, seed, blocks):
+    child = ended(noted, folder, flips, seed, blocks, limit_s=600)
+    if count.ended(child):
+        count.outcomes[NOTE] += len(child.said)
+        for seen in child.said:
+            count.wrong += seen["wrong"]
+            count.lost += seen["lost"]
+            if seen["unseen"]:
+                count.fail(f"a flip of the {NOTE} was not seen, or not mended: {seen['unseen']}")
 
 
 def flip_tables(folder, count, damage, kinds, places, blocks):

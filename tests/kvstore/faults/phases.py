@@ -19,6 +19,8 @@ from kvstore.disk import DiskTier
 from kvstore.ledger import Ledger
 from kvstore.level import Level
 from kvstore.readers import Readers
+from kvstore.space import Space
+from kvstore.values import Values
 from tests.kvstore.faults.children import Child, ended
 from tests.kvstore.faults.count import Count
 from tests.kvstore.faults.points import Point
@@ -92,8 +94,12 @@ def importing(say, folder, phase, seed):
 
 
 def opening(say, folder, phase, seed):
+    """Open a store, if there is one as if compaction had been killed and the machine restarted."""
     dice = random.Random(seed)
-    (folder / "verified").unlink(missing_ok=True)  # as if the machine had started anew
+    if folder.exists():
+        (folder / "verified").unlink(missing_ok=True)
+        (folder / f"{environment.UNFINISHED}made").mkdir(exist_ok=True)
+        environment.new_values(folder)
     phase.point.arm(dice)
     opened(folder).close()
 
@@ -120,29 +126,58 @@ def _any(_ledger, _txn, digests):
     return bool(digests)
 
 
+def _doubtful(space, _txn, _used):
+    return space._doubtful
+
+
 RECORDS = 2 * BLOCKS
+WRITING = {  # once in a store that has room, once where pages of others are used again
+    "pages taken": Point(Space, "take", True, BLOCKS),
+    "before the first record": Point(DiskTier, "_write", False, 2),
+    "between records": Point(Values, "write", True, RECORDS),
+    "written, not flushed": Point(Values, "sync", False, 2),
+    "flushed, without entries": Point(Values, "sync", True, 2),
+    "between entries": Point(Ledger, "add", True, 2 * BLOCKS),
+    "before free pages are noted": Point(Space, "settle", False, 2),
+    "before the commit": Point(Space, "settle", True, 2),
+}
 PHASES = {
-    "between payloads": Phase(churn, Point(Ledger, "record", True, RECORDS)),
+    **{f"putting: {name}": Phase(churn, point) for name, point in WRITING.items()},
+    **{f"evicting: {name}": Phase(churn, point, False, TIGHT) for name, point in WRITING.items()},
     "before the index entry": Phase(churn, Point(Ledger, "_count", False, BLOCKS, _comes)),
-    "before the commit": Phase(churn, Point(Ledger, "add", True, 2 * BLOCKS)),
     "after the commit": Phase(churn, Point(Readers, "check", False, 3), committed=True),
     "evicting": Phase(churn, Point(Ledger, "_count", False, BLOCKS, _goes), blocks=TIGHT),
     "evicted": Phase(churn, Point(Ledger, "_remove", True, BLOCKS), blocks=TIGHT),
-    "deleting": Phase(churn, Point(Ledger, "erase", False, BLOCKS)),
+    "evicted, committed": Phase(
+        churn, Point(Readers, "check", False, 3), committed=True, blocks=TIGHT
+    ),
+    "deleting: counting": Phase(churn, Point(Ledger, "recount", False, 2)),
+    "deleting: counted": Phase(churn, Point(Ledger, "recount", True, 2)),
     "deleted": Phase(churn, Point(Ledger, "remove_trees", True, 2, _any)),
+    "deleted, free pages noted": Phase(churn, Point(Space, "settle", True, 2, _doubtful)),
     "after a deletion": Phase(churn, Point(DiskTier, "delete", True, 2), committed=True),
-    "compacting: copied": Phase(compacting, Point(compact, "_place")),
-    "compacting: placing": Phase(compacting, Point(compact, "replace", False, BLOCKS)),
-    "compacting: placed": Phase(compacting, Point(compact, "_place", True)),
+    "compacting: tables copied": Phase(compacting, Point(compact, "_copy_values")),
+    "compacting: copying values": Phase(compacting, Point(compact, "_copy", True, BLOCKS)),
+    "compacting: values copied": Phase(compacting, Point(os, "fsync")),
+    "compacting: values flushed": Phase(compacting, Point(os, "fsync", True)),
+    "compacting: tables changed": Phase(compacting, Point(compact, "_copy_values", True)),
     "compacting: replacing": Phase(compacting, Point(os, "replace")),
     "compacting: replaced": Phase(compacting, Point(os, "replace", True)),
+    "compacting: deleting old values": Phase(compacting, Point(Path, "unlink")),
+    "compacting: deleted old values": Phase(compacting, Point(Path, "unlink", True)),
     "importing: reading": Phase(importing, Point(portable, "_block", True, CHAINS), empty=True),
-    "importing: writing": Phase(importing, Point(Ledger, "add", False, RECORDS), empty=True),
+    "importing: writing": Phase(importing, Point(Values, "write", True, RECORDS), empty=True),
+    "importing: adding": Phase(importing, Point(Ledger, "add", False, RECORDS), empty=True),
+    "creating: values": Phase(opening, Point(environment, "new_values", True), empty=True),
     "creating: before": Phase(opening, Point(os, "link"), empty=True),
     "creating: after": Phase(opening, Point(os, "link", True), empty=True),
     "opening: as found": Phase(opening, Point(environment, "_prepare")),
     "opening: verifying": Phase(opening, Point(environment, "verify_file", True)),
     "opening: verified": Phase(opening, Point(environment, "_verify_after_boot", True)),
+    "opening: cleaning": Phase(opening, Point(environment, "_alone")),
+    "opening: folder deleted": Phase(opening, Point(shutil, "rmtree", True)),
+    "opening: values deleted": Phase(opening, Point(Path, "unlink", True)),
+    "opening: cleaned": Phase(opening, Point(environment, "_clean", True)),
     "opening: reading": Phase(opening, Point(Level, "_seed", True)),
 }
 
@@ -180,12 +215,24 @@ def kill_in(phase, folder, rounds, seed, count):
             return
         last = dead.said[-1] if dead.said else {"state": state}
         state = last["state"]
-        if phase.committed:
-            state[last["number"]] = last["becomes"]
-        compare(count, ended(examine, folder, phase.blocks), [state])
+        states = changed(phase.blocks, **last) if phase.committed else [state]
+        compare(count, ended(examine, folder, phase.blocks), states, phase.point.name)
 
 
-def compare(count, found, states):
+def changed(room, state, number, becomes):
+    """The states that a change may lead to: where there is no room, some other chain goes."""
+    after = [*state]
+    after[number] = becomes
+    if sum(after) <= room:
+        return [after]
+    return [
+        [0 if victim == other else blocks for other, blocks in enumerate(after)]
+        for victim in range(CHAINS)
+        if after[victim] and victim != number
+    ]
+
+
+def compare(count, found, states, about):
     """Count what an examination came to, beside states that are right."""
     count.rounds += 1
     if not count.ended(found):
@@ -196,7 +243,7 @@ def compare(count, found, states):
         sum(max(0, was - is_) for was, is_ in zip(state, seen["state"])) for state in states
     )
     if seen["problems"] or seen["state"] not in states:
-        count.fail(f"{seen['state']} in place of {states}: {seen['problems']}")
+        count.fail(f"{about}: {seen['state']} in place of {states}: {seen['problems']}")
 
 
 def in_every_phase(folder, rounds, seed):
@@ -224,7 +271,7 @@ def from_outside(folder, rounds, seed):
         last = dead.said[-1]
         becomes = [*last["state"]]
         becomes[last["number"]] = last["becomes"]
-        compare(count, ended(examine, folder), [last["state"], becomes])
+        compare(count, ended(examine, folder), [last["state"], becomes], "killed from outside")
         count.outcomes["changes"] += len(dead.said)
     return count
 

@@ -1,5 +1,6 @@
 """Where a process kills itself: as it enters or has left a function, the n-th time."""
 
+from itertools import count
 from typing import NamedTuple
 
 from tests.kvstore.faults.children import die
@@ -16,12 +17,11 @@ class Point(NamedTuple):
 
     def arm(self, dice):
         """Make a call of it the process's last."""
-        whole, left = getattr(self.owner, self.name), dice.randint(1, self.most)
+        whole, fatal = getattr(self.owner, self.name), dice.randint(1, self.most)
+        calls = count(1)  # of several threads, each of which gets a number of its own
 
         def dying(*args, **kwargs):
-            nonlocal left
-            left -= self.counts is None or bool(self.counts(*args))
-            last = left == 0
+            last = (self.counts is None or self.counts(*args)) and next(calls) == fatal
             if last and not self.after:
                 die()
             result = whole(*args, **kwargs)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tests.kvstore.faults import broken_io, files, flips, others, phases, remote
+from tests.kvstore.faults import broken_io, files, flips, others, overtaken, phases, remote
 from tests.kvstore.faults.state import warm
 
 ROOT = Path(__file__).parents[3]
@@ -22,6 +22,7 @@ CAMPAIGNS = {
     "broken_io": broken_io.broken,
     "readers_killed": others.readers_killed,
     "two_writers": others.two_writers,
+    "overtaken": overtaken.overtaken,
     "clocks": others.clocks,
     "removed": others.removed,
     "cuts": files.cuts,

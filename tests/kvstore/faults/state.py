@@ -10,12 +10,13 @@ from kvstore.ledger import entry_cost
 from kvstore.store import TieredStore
 from native.library import library
 from tests.kvstore.make import chain, identity, items, same
+from tests.kvstore.stored import values_file
 
 MODEL = identity(num_layers=2, num_kv_heads=4, head_dim=64)
 BLOCKS = 6  # per chain
 CHAINS = 8
 ROOMY, TIGHT = 1000, 4 * BLOCKS  # blocks that a store has room for
-FILES = {"data.mdb", "lock.mdb", "verified"}
+FILES = ["data.mdb", "lock.mdb", "values", "verified"]  # and nothing else, each of them once
 
 
 @cache
@@ -48,6 +49,19 @@ def tier_of(store):
     return store._levels[-1].tier
 
 
+def out_of_place(folder):
+    """What is in the folder of a store beside its files, or is not, in sentences."""
+    names = sorted(name.partition("-")[0] for name in os.listdir(folder))
+    return [] if names == FILES else [f"the folder holds {sorted(os.listdir(folder))}"]
+
+
+def too_large(folder, blocks):
+    """Whether the values take more than the budget and two batches, in sentences."""
+    size = values_file(folder).stat().st_size
+    most = (blocks + 2 * BLOCKS) * entry_cost(items_of(0)[0][1].data)
+    return [] if size <= most else [f"the values take {size} bytes of at most {most}"]
+
+
 def held(store):
     """How many blocks there are of each chain; counts as no use of them."""
     return [sum(tier_of(store).held(keys_of(number))) for number in range(CHAINS)]
@@ -70,5 +84,7 @@ def examine(say, folder, blocks=ROOMY):
             if there != [True] * state[number] + [False] * (BLOCKS - state[number]):
                 problems.append(f"of chain {number} there is {there}")
             wrong += wrong_among(number, found)
-        problems += [f"left behind: {name}" for name in set(os.listdir(folder)) - FILES]
+        problems += out_of_place(folder) or too_large(folder, blocks)
+        if tier_of(store).corrupt:
+            problems.append(f"{tier_of(store).corrupt} blocks are damaged")
     say({"state": state, "wrong": wrong, "problems": problems})

@@ -1,0 +1,40 @@
+"""What a disk tier has stored, changed by hand."""
+
+from kvstore.extent import PAGE_HEADER
+from kvstore.values import PAGE_BYTES, PREFIX
+
+
+def values_file(folder):
+    """The file of all KV in a store's folder."""
+    (found,) = folder.glob(f"{PREFIX}*")
+    return found
+
+
+def entry_of(tier, key):
+    with tier.reading() as txn:
+        return tier.ledger.get(txn, key.digest)
+
+
+def place_of(tier, key, number=0):
+    """Where a record begins in the values file."""
+    return entry_of(tier, key).pages[number] * PAGE_BYTES + PAGE_HEADER.size
+
+
+def change_record(tier, key, number, change):
+    """Replace the bytes of a record, header and payload, by as many or fewer."""
+    entry, values = entry_of(tier, key), tier.ledger.env.values
+    stored = bytes(values.record(entry.pages[number], entry.sizes[number]))
+    with values.path.open("r+b") as file:
+        file.seek(place_of(tier, key, number))
+        file.write(change(stored).ljust(len(stored), b"\0"))
+
+
+def flip(tier, key, number=0, at=-1):
+    """Change one bit of a record."""
+
+    def change(stored):
+        changed = bytearray(stored)
+        changed[at] ^= 1
+        return bytes(changed)
+
+    change_record(tier, key, number, change)
