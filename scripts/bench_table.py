@@ -69,7 +69,7 @@ def store(record: dict[str, Any]) -> str:
         rows.append(f"| {name} | {middle:.2f} | {min(values):.2f} | {max(values):.2f} |")
     summary = [f"- {name}: **{record[name]:.2f}**" for name in STORE_SUMMARY if name in record]
     about = (
-        "The disk tier (LMDB) beside plain files and the raw disk: "
+        "The disk tier beside plain files and the raw disk: "
         f"{record['total_bytes'] / 2**20:.0f} MiB in values of {record['value_bytes'] / 2**20:.0f} "
         "MiB.\nA get ends in tensors, copied and verified; fresh means into memory that was never "
         "touched.\n1T, 2T, 4T: threads; raw: O_DIRECT reads of the same pages, and nothing else; "
