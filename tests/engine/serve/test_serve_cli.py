@@ -19,7 +19,7 @@ ASKED = {"model": "needle-tiny", "prompt": "One", "max_tokens": 2}
 
 def test_it_serves_and_stops_cleanly(tmp_path):
     config = tmp_path / "config.toml"
-    config.write_text('[serve]\naliases = ["other"]\ndrain_s = 5.0\n')
+    config.write_text('[serve]\naliases = ["other"]\ndrain_s = 60.0\n')
     with process("--store", str(tmp_path / "store"), config=config) as server:
         with httpx.Client(base_url=server.url, timeout=LIMIT_S) as client:
             assert client.get("/readyz").status_code == 200
