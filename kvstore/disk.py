@@ -132,7 +132,10 @@ class DiskTier:
     def held(self, keys: Sequence[BlockKey]) -> list[bool]:
         try:
             with self.reading() as txn:
-                return [self._has(txn, key) for key in keys]
+                there: dict[bytes, bool] = {}
+                for key in keys:  # what rests on a damaged block goes with it
+                    there[key.digest] = there.get(key.parent or b"", True) and self._has(txn, key)
+                return [there[key.digest] for key in keys]
         except CorruptRecord as error:
             if str(error) != self._trouble:
                 _log.warning("all blocks on disk are misses: %s", error)

@@ -39,6 +39,18 @@ def test_damage_is_a_miss_counted_and_logged_once_and_repaired(store, caplog):
     assert store.stats().tiers["disk"].quarantined == 0
 
 
+def test_a_block_that_is_put_for_a_damaged_one_brings_what_rested_on_it(store):
+    """The damaged one goes with all that rests on it, in the transaction that writes it anew."""
+    tier = store._levels[0].tier
+    flip(tier, KEYS[4])
+    assert store.get(KEYS[4]) is None
+    store.put(items(KEYS))
+    store.flush()
+    assert store.lookup(KEYS) == 10
+    assert all(right(store.get(key), key) for key in KEYS)
+    assert store.audit().clean
+
+
 DAMAGES = {
     "payload": ("values", lambda stored: stored[:-1] + bytes([stored[-1] ^ 1])),
     "record": ("values", lambda stored: b""),
