@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import lmdb
 import pytest
 
+from kvstore.audit import audit_disk
 from kvstore.config import StoreConfig
 from kvstore.disk import DiskTier
 from kvstore.environment import explained
@@ -65,6 +66,30 @@ def test_uses_keep_their_order_over_a_clock_that_is_set_back(tier, path, monkeyp
     with closing(DiskTier(path, 10 * COST)) as again:
         used = [resident.digest for resident in again.residents()]
     assert used == [alone[i].digest for i in (2, 3, 1, 0)]
+
+
+def test_pages_that_fit_no_block_are_given_back_to_the_file_system(path):
+    """Small blocks leave holes between them, and large ones make the file grow."""
+    model = identity(num_kv_heads=8, head_dim=64)
+    keys = [
+        [chain(range(n, n + 4), model=model, size=size)[0] for n in range(64)] for size in (1, 4)
+    ]
+    small, large = (items(some, model) for some in keys)
+    capacity = sum(entry_cost(block.data) for _, block in small)
+    with closing(DiskTier(path, capacity)) as tier:
+        tier.put(small)
+        tier.delete([key for key, _ in small[::2]])
+        put = []
+        for item in large:
+            if tier.used_bytes + entry_cost(item[1].data) > capacity:
+                break
+            tier.put([item])
+            put.append(item)
+        values = tier.ledger.env.values
+        assert values.size() > 1.2 * capacity
+        assert values.disk_bytes < 1.1 * capacity
+        assert all(right(tier.get(key), key, model) for key, _ in [*small[1::2], *put])
+        assert audit_disk(tier, repair=False).clean
 
 
 def test_only_as_many_victims_go_as_are_needed(tier):
