@@ -15,7 +15,6 @@ from kvstore import entry as entries
 from kvstore.entry import Entry
 from kvstore.environment import (
     DATA_FILE,
-    MIN_MAP_BYTES,
     UNFINISHED,
     VALUES,
     checked_format,
@@ -23,8 +22,9 @@ from kvstore.environment import (
     files_bytes,
     new_values,
     verify_file,
-)  # fmt: skip
+)
 from kvstore.errors import CorruptRecord, StoreError
+from kvstore.extent import MAP_BYTES
 from kvstore.space import Extent, Space
 from kvstore.values import PAGE_BYTES
 from native.folders import sync_folder
@@ -66,7 +66,7 @@ def compact(path: Path) -> tuple[int, int]:
 def _opened(path: Path, *, readonly: bool) -> lmdb.Environment:
     """Without LMDB's lock file: closing that would give up the lock on it."""
     return lmdb.open(
-        str(path), map_size=MIN_MAP_BYTES, max_dbs=2, lock=False, readonly=readonly, mode=0o600
+        str(path), map_size=MAP_BYTES, max_dbs=2, lock=False, readonly=readonly, mode=0o600
     )
 
 

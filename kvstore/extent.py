@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 PAGE_HEADER = struct.Struct("<QHHI")
+MAP_BYTES = 1 << 40  # of a map that may grow: address space, not memory or disk
 UNKNOWN = 0  # a meta page, so never a value's
 _OVERFLOW, _DIRTY = 0x04, 0x10  # flags: pages of one value; not yet written
 

@@ -53,14 +53,10 @@ class Guard:
         """Blank pages that reads met."""
         return self._count.value
 
-    def renew(self) -> None:
-        """Let reads find the file's own pages again. 1 us."""
-        self._renew()
-
     @contextmanager
     def whole(self) -> Iterator[int]:
         """Reads of the map; CorruptRecord if one met a blank page. Yields what `check` wants."""
-        seen = self._renew()
+        seen = self.renew()
         try:
             yield seen
         finally:
@@ -78,7 +74,8 @@ class Guard:
             self._count, self._place = ctypes.c_uint64(), -1
         self._file.close()
 
-    def _renew(self) -> int:
+    def renew(self) -> int:
+        """Let reads find the file's own pages again; what `check` wants. 1 us."""
         if self.faults != self._renewed and self._code is not None:
             with self._lock:
                 faults = self.faults  # counted before: those that come now are another's

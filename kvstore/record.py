@@ -3,8 +3,8 @@
     [ magic .. reserved | header checksum ][ payload                              ]
       176 bytes, little-endian               of [n layers][2][Hk][P][D], by a codec
 
-LMDB puts large values at 16 bytes behind a page's start, so 176 = 48 mod 64 bytes of header align
-the payload to 64 bytes. The checksum of the payload lies in the header, and that of the header at
+On disk a record lies 16 bytes behind a page's start, so 176 = 48 mod 64 bytes of header align the
+payload to 64 bytes. The checksum of the payload lies in the header, and that of the header at
 its end, so one flipped bit anywhere is seen.
 """
 

@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import UInt8
 from xxhash import xxh3_64_intdigest
 
-from kvstore.environment import DATA_FILE, MIN_MAP_BYTES
+from kvstore.environment import DATA_FILE
 from kvstore.errors import CorruptRecord, StoreError
-from kvstore.extent import UNKNOWN, DataFile, first_page, span
+from kvstore.extent import MAP_BYTES, UNKNOWN, DataFile, first_page, span
 
 BATCH_BYTES = 4 << 20  # of one transaction: 3.1 GB/s, with 16 MiB 1.7 (LMDB takes memory for them)
 Bytes = UInt8[np.ndarray, " N"]
@@ -56,7 +56,7 @@ class Spill:
         with _explained(path):
             self.folder, self._remove = _claim(path, self)
             self._env = lmdb.open(
-                str(self.folder), map_size=max(4 * capacity_bytes, MIN_MAP_BYTES), mode=0o600,
+                str(self.folder), map_size=max(4 * capacity_bytes, MAP_BYTES), mode=0o600,
                 sync=False, metasync=False, max_readers=1024,
             )  # fmt: skip
             self._page_bytes = self._env.stat()["psize"]

@@ -21,11 +21,10 @@ import numpy as np
 from kvstore import record
 from kvstore.codecs.codec import Payload
 from kvstore.errors import CorruptRecord
-from kvstore.extent import DataFile, behind, span
+from kvstore.extent import MAP_BYTES, DataFile, behind, span
 
 PAGE_BYTES = 4096
 PREFIX = "values-"
-MAP_BYTES = 1 << 40  # address space, not memory or disk
 _FRONT = bytes(16)
 _LIBC = ctypes.CDLL(None)
 _FAILED = ctypes.c_void_p(-1).value  # MAP_FAILED
@@ -106,7 +105,7 @@ class Values(DataFile):
 
 
 def _begin_writing(handle: int, at: int, nbytes: int) -> None:
-    """Let the disk work while the next records come; their flush then takes half the time."""
+    """Let the disk work while the next records come: less is left for the flush."""
     begin = getattr(_LIBC, "sync_file_range", None)  # of Linux alone
     if begin is not None:  # what goes wrong here, a flush reports
         begin(handle, ctypes.c_int64(at), ctypes.c_int64(nbytes), ctypes.c_uint(_WRITE))

@@ -17,7 +17,8 @@ from kvstore.block import BlockKey
 from kvstore.codecs.codec import byte_view
 from kvstore.codecs.known import RAW
 from kvstore.disk import DiskTier
-from kvstore.environment import MIN_MAP_BYTES, files_of
+from kvstore.environment import files_of
+from kvstore.extent import MAP_BYTES
 from kvstore.identity import ModelIdentity
 from kvstore.layout import layer_groups
 from kvstore.tier import Item
@@ -146,7 +147,7 @@ class Inline:
         self.folder, self.keys = folder / "inline", keys
 
     def open(self) -> None:
-        self.lmdb = lmdb.open(str(self.folder), map_size=MIN_MAP_BYTES)  # the kernel reads ahead
+        self.lmdb = lmdb.open(str(self.folder), map_size=MAP_BYTES)  # the kernel reads ahead
 
     def close(self) -> None:
         self.lmdb.close()
