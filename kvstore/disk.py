@@ -29,6 +29,7 @@ from kvstore.tier import Item, Resident, check_layers, checked_out
 from kvstore.writer import BATCH_BYTES
 from native.heap import keep_freed
 from native.library import library
+from native.pages import aligned
 
 WRITE_THREADS = 4
 READ_BYTES = 8 << 20  # at once of several blocks: how long a transaction keeps LMDB's pages
@@ -246,7 +247,7 @@ class DiskTier:
             layers = range(whole[0]) if layers is None else layers
             check_layers(layers, whole[0])
             shape = torch.Size((len(entries), len(layers), *whole[1:]))
-            out = torch.empty(shape, dtype=dtype) if out is None else out
+            out = aligned(shape, dtype) if out is None else out
             checked_out(out, shape, dtype)
         if layers is None or out is None:
             return [None] * len(entries), out

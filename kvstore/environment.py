@@ -22,7 +22,7 @@ from kvstore.errors import CorruptRecord, DeviceFull, StoreError, StoreFormatErr
 from kvstore.extent import MAP_BYTES, DataFile
 from kvstore.guard import Guard
 from kvstore.space import empty
-from kvstore.values import PAGE_BYTES, PREFIX, Values
+from kvstore.values import PREFIX, Values
 from kvstore.ways import Ways
 from native.folders import sync_folder
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 DATA_FILE = "data.mdb"
 UNFINISHED = "new-"  # prefix of folders in which a data file is made
-FORMAT = b"headrace store 3"
+FORMAT = b"headrace store 4"
 VALUES = b"values"  # in the table of numbers: the name of the file
 START_ANEW = "delete the folder (blocks are a cache and will be computed again)"
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -205,7 +205,7 @@ def _prepare(path: Path, env: lmdb.Environment, guard: Guard) -> Environment:
     tables = DataFile(path / DATA_FILE, env.stat()["psize"])
     around = Guard(values.path, (values.map_start, values.map_end))
     mapped_at = around.start if around.guards else 0
-    ways = Ways(values, PAGE_BYTES, mapped_at, around.end - around.start)
+    ways = Ways(values, mapped_at, around.end - around.start)
     return Environment(path, env, books, info, os.getpid(), tables, guard, values, around, ways)
 
 

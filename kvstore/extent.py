@@ -59,7 +59,7 @@ class DataFile:
         self._file = path.open(mode, buffering=0)
         self.handle = self._file.fileno()
 
-    def read(self, page: int, buffers: Sequence[bytearray | UInt8[np.ndarray, " N"]]) -> bool:
+    def read(self, page: int, buffers: Sequence[bytearray | UInt8[np.ndarray, " _"]]) -> bool:
         """Fill buffers from the value that starts in `page`; False at the end of the file."""
         at = self.place(page)
         count = os.preadv(self.handle, buffers, at)  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
 // Copies records out of a file and hashes what came, several in one call, without Python's lock.
 //
 // What is in the page cache is copied out of the map and hashed in one pass; the rest is read around
-// the cache (O_DIRECT) into scratch memory, and from there in one pass, too, while the next is read.
+// the cache (O_DIRECT) and hashed while the next is read: to where it belongs if that is aligned as a
+// disk wants it, else to scratch memory, and from there in one pass, too.
 //
 // The hash is XXH3 with 128 bits, seed 0 and the default secret (Collet 2021, specification 0.2),
 // for inputs above 240 bytes: eight lanes of 64 bits, which a compiler turns into vectors.
@@ -117,18 +118,19 @@ static inline __attribute__((always_inline)) void pass(const uint8_t *restrict d
 static void hashed(const uint8_t *data, uint64_t size, uint8_t *digest) { pass(data, size, digest, 0); }
 
 enum { CACHED, DIRECT, MAPPED };  // ways to a record
+enum { PAGE = 4096, ALIGNED = 512 };  // a header begins a page, and its payload the next: see values.py
 
 typedef struct {
     int64_t cached, direct;  // descriptors of the file: through the page cache, and around it or -1
     const uint8_t *map;      // of its first `mapped` bytes, or 0
     uint64_t mapped;         // may be more than the file has
     uint8_t *scratch;        // aligned to pages: twice `room`
-    uint64_t room;           // whole pages, at least two more than the largest record takes
-    uint64_t page, header;   // bytes of a page, and of a record's header
+    uint64_t room;           // whole pages, at least as many as the largest record takes
+    uint64_t header;         // bytes
 } source;
 
 typedef struct {
-    int64_t at;  // in the file
+    int64_t at;  // in the file: a page
     uint64_t size;
     uint8_t *header, *payload;
     uint8_t digest[16];  // of the payload; zeros if the file ends before it does
@@ -136,47 +138,58 @@ typedef struct {
     int64_t way;         // CACHED: not around the cache; becomes the one that was taken
 } job;
 
+static uint64_t whole_pages(uint64_t size) { return (size + PAGE - 1) & -(uint64_t)PAGE; }
+
 // 1 if all of a record is in the page cache, 0 if not, -1 if the system does not tell.
 static int resident(const source *from, const job *work) {
-    struct { uint64_t at, size; } range = {work->at, from->header + work->size};
+    struct { uint64_t at, size; } range = {work->at, PAGE + work->size};
     struct { uint64_t cached, dirty, writeback, evicted, recently; } found = {0};
 #if defined(__linux__)
     if (syscall(CACHESTAT, (int)from->cached, &range, &found, 0)) return -1;
 #else
     return -1;
 #endif
-    uint64_t pages = (work->at + range.size - 1) / from->page - work->at / from->page + 1;
-    return found.cached >= pages;
+    return found.cached >= 1 + whole_pages(work->size) / PAGE;
 }
 
-static int64_t cached(const source *from, const job *work) {
-    struct iovec parts[2] = {{work->header, from->header}, {work->payload, work->size}};
-    int first = 0;
-    for (off_t at = work->at; first < 2;) {
-        ssize_t count = preadv(from->cached, parts + first, 2 - first, at);
-        if (count < 0 && errno == EINTR) continue;
-        if (count <= 0) return count < 0 ? errno : SHORT;
-        for (at += count; first < 2 && (size_t)count >= parts[first].iov_len; first++)
-            count -= parts[first].iov_len;
-        if (first < 2) {
-            parts[first].iov_base = (uint8_t *)parts[first].iov_base + count;
-            parts[first].iov_len -= count;
+// Fills the parts with what follows `at`, up to `end` at least. What is read in part is read on from
+// there, if that is a multiple of `step`; else the file ends there.
+static int64_t filled(int file, struct iovec *parts, int count, off_t at, off_t end, off_t step) {
+    while (at < end) {
+        ssize_t done = preadv(file, parts, count, at);
+        if (done < 0 && errno == EINTR) continue;
+        if (done <= 0) return done < 0 ? errno : SHORT;
+        at += done;
+        if (at < end && at % step) return SHORT;
+        for (; count && (size_t)done >= parts->iov_len; parts++, count--) done -= parts->iov_len;
+        if (count) {
+            parts->iov_base = (uint8_t *)parts->iov_base + done;
+            parts->iov_len -= done;
         }
     }
     return 0;
 }
 
+static off_t end_of(const job *work) { return work->at + PAGE + work->size; }
+
+static int64_t cached(const source *from, const job *work) {
+    uint8_t first[PAGE];
+    struct iovec parts[] = {{first, PAGE}, {work->payload, work->size}};
+    int64_t failed = filled(from->cached, parts, 2, work->at, end_of(work), 1);
+    memcpy(work->header, first, from->header);
+    return failed;
+}
+
+// How much of a payload a disk can write to where it belongs. Since Linux 6.3, older than the call
+// that leads here, such a page stays with this process even if it forks meanwhile.
+static uint64_t in_place(const job *work) {
+    return (uintptr_t)work->payload % ALIGNED ? 0 : work->size & -(uint64_t)PAGE;
+}
+
 static int64_t direct(const source *from, const job *work, uint8_t *to) {
-    int64_t start = work->at & -from->page, wanted = work->at - start + from->header + work->size;
-    int64_t most = (wanted + from->page - 1) & -from->page;
-    for (int64_t done = 0; done < wanted;) {
-        ssize_t count = pread(from->direct, to + done, most - done, start + done);
-        if (count < 0 && errno == EINTR) continue;
-        if (count <= 0) return count < 0 ? errno : SHORT;
-        done += count;
-        if (done < wanted && done % from->page) return SHORT;  // the end of the file
-    }
-    return 0;
+    uint64_t there = in_place(work), rest = whole_pages(work->size - there);
+    struct iovec parts[] = {{to, PAGE}, {work->payload, there}, {to + PAGE, rest}};
+    return filled(from->direct, parts, 3, work->at, end_of(work), PAGE);
 }
 
 // Records on their way around the cache, in order: one is read while the one before it is hashed.
@@ -225,9 +238,22 @@ static void end(stream *in) {
     sem_destroy(&in->full);
 }
 
+// Copies and hashes a record that is in memory.
 static void landed(const source *from, job *work, const uint8_t *record) {
     memcpy(work->header, record, from->header);
-    pass(record + from->header, work->size, work->digest, work->payload);
+    pass(record + PAGE, work->size, work->digest, work->payload);
+}
+
+// The same of one that came around the cache.
+static void arrived(const source *from, job *work, const uint8_t *scratch) {
+    uint64_t there = in_place(work);
+    if (!there) {
+        landed(from, work, scratch);
+        return;
+    }
+    memcpy(work->header, scratch, from->header);
+    memcpy(work->payload + there, scratch + PAGE, work->size - there);
+    hashed(work->payload, work->size, work->digest);
 }
 
 // The next record of the stream, which is `work`.
@@ -236,14 +262,14 @@ static int64_t streamed(stream *in, job *work) {
     uint8_t *at = half(in, number);
     if (in->threaded) await(&in->full);
     int64_t failed = in->threaded ? in->failed[number % 2] : direct(in->from, work, at);
-    if (!failed) landed(in->from, work, at + work->at % in->from->page);
+    if (!failed) arrived(in->from, work, at);
     if (in->threaded) sem_post(&in->empty);
     return failed;
 }
 
 static int64_t way(const source *from, const job *work) {
     int there = from->map || from->direct >= 0 ? resident(from, work) : -1;
-    int in_map = from->map && work->at + from->header + work->size <= from->mapped;
+    int in_map = from->map && (uint64_t)end_of(work) <= from->mapped;
     if (there == 1 && in_map) return MAPPED;
     return there == 0 && from->direct >= 0 && work->way != CACHED ? DIRECT : CACHED;
 }

@@ -13,16 +13,16 @@ import xxhash
 
 from kvstore import record
 from kvstore.block import BlockKey
-from kvstore.codecs.codec import Codec, Payload
+from kvstore.codecs.codec import Codec, Payload, landing_place
 from kvstore.entry import Entry
 from kvstore.errors import CorruptRecord
-from kvstore.extent import DataFile
 from kvstore.layout import covering
+from kvstore.values import PAGE_BYTES, Values
 from kvstore.ways import Ways
 from native.library import library
 
 SOURCE = Path(__file__).with_suffix(".c")
-SMALLEST = record.HEADER_BYTES + 241  # bytes of a record: the compiled hash is that of longer ones
+SMALLEST = 241  # bytes of a payload: the compiled hash is that of longer ones
 _JOB = struct.Struct("=qQQQ16sqq")  # as in the source
 
 
@@ -45,7 +45,7 @@ class Part:
         self._entry, self.number, self.group, self.page = entry, number, group, page
         self._wanted, self._skipped = row[max(at, 0) : at + nbytes], max(-at, 0)
         fits = self._wanted.nbytes == nbytes
-        self._whole = self._wanted if fits else np.empty(nbytes, np.uint8)
+        self._whole = self._wanted if fits else landing_place(nbytes)
         shape = torch.Size((len(group), *entry.shape[1:]))
         self._landed = entry.codec.landing(self._whole, shape, entry.dtype, entry.sizes[number])
         self._start, self._digest = bytearray(record.HEADER_BYTES), b""
@@ -53,32 +53,32 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """Of the record."""
-        return record.HEADER_BYTES + self._landed.nbytes
+        """Of the payload."""
+        return self._landed.nbytes
 
-    def job(self, file: DataFile, way: int) -> bytes:
+    def job(self, way: int) -> bytes:
         """What `copy_records` needs to know."""
-        place, nbytes = file.place(self.page), self._landed.nbytes
-        return _JOB.pack(place, nbytes, *self._addresses(), b"", 0, way)
+        place = self.page * PAGE_BYTES
+        return _JOB.pack(place, self.nbytes, *self._addresses(), b"", 0, way)
 
     def done(self, digest: bytes, error: int) -> None:
         """Note what came of its job."""
         self._digest, self._error = digest, OSError(error, os.strerror(error)) if error else None
 
-    def copy(self, file: DataFile) -> None:
+    def copy(self, file: Values) -> None:
         """Copy what lies in its pages, whatever that is."""
         self._error, self._digest = None, b""
         try:
-            if file.read(self.page, (self._start, self._landed)):
+            if file.fill(self.page, self._start, self._landed):
                 self._digest = xxhash.xxh3_128_digest(self._landed.data)
         except OSError as error:
             self._error = error
 
     def _about(self) -> tuple[BlockKey, range, torch.Size, torch.dtype, Codec, int, bytes]:
         """What its header must say."""
-        entry, nbytes = self._entry, self._landed.nbytes
+        entry = self._entry
         return (
-            entry.key, self.group, entry.shape, entry.dtype, entry.codec, nbytes, self._digest,
+            entry.key, self.group, entry.shape, entry.dtype, entry.codec, self.nbytes, self._digest,
         )  # fmt: skip
 
     def _addresses(self) -> tuple[int, int]:
@@ -114,7 +114,7 @@ class Read(NamedTuple):
     parts: list[Part]
 
 
-def copy(parts: Sequence[Part], file: DataFile, ways: Ways) -> None:
+def copy(parts: Sequence[Part], file: Values, ways: Ways) -> None:
     """Copy what lies in the pages of all parts, whatever that is.
 
     Compiled, in one call without Python's lock, for which threads would wait; else one by one, as
@@ -127,7 +127,7 @@ def copy(parts: Sequence[Part], file: DataFile, ways: Ways) -> None:
             part.copy(file)
     if compiled is None or not large:
         return
-    jobs = bytearray(b"".join(part.job(file, ways.way(part.page)) for part in large))
+    jobs = bytearray(b"".join(part.job(ways.way(part.page)) for part in large))
     compiled.copy_records(
         ways.source(record.HEADER_BYTES, max(part.nbytes for part in large)),
         ctypes.c_void_p(_address(np.frombuffer(jobs, np.uint8))),

@@ -2,12 +2,13 @@
 
 A block is a run of pages, of which each record begins its own:
 
-    page * PAGE_BYTES
-    [ 16 zeros | record: header, payload                     ][ ... ][ ... zeros ]
+    page * PAGE_BYTES   the next page
+    [ header | zeros   ][ payload           ][ ... ][ ... zeros ]
 
-The zeros in front align the payload, in memory, too. A writer fills pages that no entry names,
-flushes them, and only then commits the entry; so an entry names pages that were written whole. What
-a reader finds there it must verify: its block may have gone since, and the pages to another.
+so that a disk can write the payload to where it belongs in memory. A writer fills pages that no
+entry names, flushes them, and only then commits the entry; so an entry names pages that were
+written whole. What a reader finds there it must verify: its block may have gone since, and the
+pages to another.
 """
 
 import ctypes
@@ -21,11 +22,10 @@ import numpy as np
 from kvstore import record
 from kvstore.codecs.codec import Payload
 from kvstore.errors import CorruptRecord
-from kvstore.extent import MAP_BYTES, DataFile, behind, span
+from kvstore.extent import MAP_BYTES, DataFile, behind
 
 PAGE_BYTES = 4096
 PREFIX = "values-"
-_FRONT = bytes(16)
 _LIBC = ctypes.CDLL(None)
 _FAILED = ctypes.c_void_p(-1).value  # MAP_FAILED
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # FALLOC_FL_*
@@ -34,7 +34,7 @@ _WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin to write what is dirty, and do not wa
 
 def pages_of(payload_bytes: int) -> int:
     """How many pages a record takes."""
-    return span(record.HEADER_BYTES + payload_bytes, PAGE_BYTES)
+    return 1 + -(-payload_bytes // PAGE_BYTES)
 
 
 class Values(DataFile):
@@ -50,6 +50,10 @@ class Values(DataFile):
         self.map_start = _map(self.handle)
         self.map_end = self.map_start + MAP_BYTES if self.map_start else 0
 
+    def place(self, page: int) -> int:
+        """Of the record that starts in `page`, in bytes."""
+        return page * PAGE_BYTES
+
     @property
     def pages(self) -> int:
         """Of the file, the last one in part."""
@@ -58,8 +62,9 @@ class Values(DataFile):
     def write(self, page: int, header: bytes, payload: Payload) -> None:
         """Write a record, all of its pages to their ends, and let the system begin with it."""
         size = pages_of(payload.nbytes) * PAGE_BYTES
-        zeros = bytes(size - len(_FRONT) - len(header) - payload.nbytes)
-        parts = [memoryview(part) for part in (_FRONT, header, payload.data, zeros)]
+        first = header.ljust(PAGE_BYTES, b"\0")
+        zeros = bytes(size - PAGE_BYTES - payload.nbytes)
+        parts = [memoryview(part) for part in (first, payload.data, zeros)]
         self._write_all(page * PAGE_BYTES, parts)
         _begin_writing(self.handle, page * PAGE_BYTES, size)
 
@@ -83,10 +88,16 @@ class Values(DataFile):
         """Return when all that was written would survive a power cut."""
         os.fdatasync(self.handle)
 
+    def fill(self, page: int, header: bytearray | Payload, payload: Payload) -> bool:
+        """Copy a record to where its parts belong; False at the end of the file."""
+        between = bytearray(PAGE_BYTES - len(header))
+        return self.read(page, [header, between, payload])
+
     def record(self, page: int, payload_bytes: int) -> memoryview:
         """The bytes of a record, whatever they are. Raises CorruptRecord behind the file's end."""
         found = np.empty(record.HEADER_BYTES + payload_bytes, np.uint8)
-        if not self.read(page, [found]):
+        start, payload = np.split(found, [record.HEADER_BYTES])
+        if not self.fill(page, start, payload):
             raise CorruptRecord(f"{self.path.name} ends before the record in page {page} does")
         return found.data
 

@@ -8,11 +8,11 @@ from contextlib import suppress
 
 import numpy as np
 
-from kvstore.extent import DataFile
+from kvstore.values import PAGE_BYTES, Values, pages_of
 
 CACHED, DIRECT, MAPPED = range(3)  # as in fetch.c
 REMEMBERED = 1 << 16
-_SOURCE = struct.Struct("=qqQQQQQQ")
+_SOURCE = struct.Struct("=qqQQQQQ")
 
 
 class Ways:
@@ -24,12 +24,9 @@ class Ways:
     knows no O_DIRECT, all is read through the cache.
     """
 
-    def __init__(
-        self, file: DataFile, page_bytes: int, mapped_at: int = 0, mapped_bytes: int = 0
-    ) -> None:
+    def __init__(self, file: Values, mapped_at: int = 0, mapped_bytes: int = 0) -> None:
         """`mapped_at`: the address of a map of the file that is safe to read; 0 for none."""
-        self._file, self._page_bytes = file, page_bytes
-        self._mapped_at, self._mapped_bytes = mapped_at, mapped_bytes
+        self._file, self._mapped_at, self._mapped_bytes = file, mapped_at, mapped_bytes
         self._direct = -1
         if hasattr(os, "O_DIRECT"):  # not on every system
             with suppress(OSError):  # nor on every file system
@@ -50,14 +47,12 @@ class Ways:
                     del self._once[next(iter(self._once))]
 
     def source(self, header_bytes: int, largest: int) -> bytes:
-        """The C struct, for this thread, and records of at most `largest` bytes with header."""
-        file, page = self._file.handle, self._page_bytes
-        room = (largest // page + 3) * page
+        """The C struct, for this thread, and payloads of at most `largest` bytes."""
+        file, room = self._file.handle, pages_of(largest) * PAGE_BYTES
         scratch = self._scratch_of(2 * room) if self._direct >= 0 else 0
         return _SOURCE.pack(
-            file, self._direct, self._mapped_at, self._mapped_bytes, scratch, room, page,
-            header_bytes,
-        )  # fmt: skip
+            file, self._direct, self._mapped_at, self._mapped_bytes, scratch, room, header_bytes
+        )
 
     def close(self) -> None:
         if self._direct >= 0:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 LEAST_BYTES = 4 << 20  # below it no aligned large page is certain to fit
+LARGE_BYTES = 2 << 20
+SECTOR_BYTES = 512  # of a disk
 
 
 def large_pages(buffer: Tensor) -> Tensor:
@@ -29,6 +31,15 @@ def large_pages(buffer: Tensor) -> Tensor:
     return buffer
 
 
+def aligned(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A buffer in host memory, of whatever numbers, that a disk can write to by itself."""
+    nbytes = math.prod(size) * dtype.itemsize
+    room = torch.empty(nbytes + SECTOR_BYTES, dtype=torch.uint8)
+    start = -room.data_ptr() % SECTOR_BYTES
+    return room[start : start + nbytes].view(dtype).view(size)
+
+
+@torch.inference_mode(False)  # whoever writes later need not be in that mode
 def own_pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A buffer in host memory, all zeros, in small pages that nothing else lies on.
 
@@ -37,11 +48,27 @@ def own_pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     unasked, it is asked not to: they would be backed whole.
     """
     nbytes = math.prod(size) * dtype.itemsize
-    with torch.inference_mode(False):  # whoever writes later need not be in that mode
-        if nbytes == 0:
-            return torch.empty(size, dtype=dtype)
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if sys.platform == "linux":
-            with suppress(OSError):  # a kernel that has none
-                pages.madvise(mmap.MADV_NOHUGEPAGE)
-        return torch.frombuffer(pages, dtype=dtype).view(size)
+    if nbytes == 0:
+        return torch.empty(size, dtype=dtype)
+    return _own(nbytes, "MADV_NOHUGEPAGE").view(dtype).view(size)
+
+
+@torch.inference_mode(False)
+def own_large_pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The same in pages of 2 MiB, where the system grants them: for what a disk will fill.
+
+    While it does, the system holds on to every page, and where these are small that takes a
+    processor longer than the disk: 0.20 s and 0.13 s for 256 MiB.
+    """
+    nbytes = math.prod(size) * dtype.itemsize
+    room = _own(nbytes + LARGE_BYTES, "MADV_HUGEPAGE")
+    start = -room.data_ptr() % LARGE_BYTES
+    return room[start : start + nbytes].view(dtype).view(size)
+
+
+def _own(nbytes: int, advice: str) -> Tensor:
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if sys.platform == "linux":
+        with suppress(OSError):  # a kernel that has no large pages
+            pages.madvise(getattr(mmap, advice))
+    return torch.frombuffer(pages, dtype=torch.uint8)

@@ -13,7 +13,7 @@ get       The disk tier as it is: values in a file of pages, LMDB as its index. 
 buffered  the same values by preadv through the page cache alone, verified.
 inline    values in LMDB itself, read through its map, verified.
 pread     plain files into a recycled buffer, unverified.
-raw       O_DIRECT reads of the tier's own pages, in the same sizes and order, and nothing else.
+raw       O_DIRECT reads of the tier's own payloads, in the same sizes and order, and nothing else.
 copy, hash
           what memory gives: memcpy of values out of a buffer of their total size, and XXH3 of it.
 
@@ -269,7 +269,7 @@ def main() -> None:
             bench.cold_round(turn)
             bench.hot_round(turn)
             bench.memory_round()
-        hidden = overlap(Path(folder), options.rounds)
+        hidden = overlap(Path(folder))
     beside = second() if second else None
     if options.save:
         save("store", record(bench, hidden))

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvstore.block import Precision
 from kvstore.errors import CorruptRecord
 from kvstore.identity import DTYPES
+from native.pages import aligned
 
 Payload = UInt8[np.ndarray, " _"]
 
@@ -49,6 +50,11 @@ class Codec(Protocol):
 def byte_view(data: Tensor) -> Payload:
     """The memory of a contiguous CPU tensor, as bytes."""
     return data.view(torch.uint8).numpy().reshape(-1)
+
+
+def landing_place(nbytes: int) -> Payload:
+    """Memory for one, that a disk can write to by itself."""
+    return aligned((nbytes,), torch.uint8).numpy()
 
 
 def wrong_size(nbytes: int, shape: torch.Size, dtype: torch.dtype, name: str) -> CorruptRecord:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from kvstore.block import Precision
-from kvstore.codecs.codec import Payload, byte_view, wrong_size
+from kvstore.codecs.codec import Payload, byte_view, landing_place, wrong_size
 from kvstore.errors import CorruptRecord
 
 # Of KV, 1 compresses as well as any level up to 6, and faster: no text, so few matches to find.
@@ -46,7 +46,7 @@ class Lossless:
     ) -> Payload:
         if not dtype.itemsize * _SIZE.itemsize <= nbytes <= self.payload_bytes(shape, dtype):
             raise wrong_size(nbytes, shape, dtype, self.name)
-        return np.empty(nbytes, np.uint8)
+        return landing_place(nbytes)
 
     def decode(self, landed: Payload, out: Float[Tensor, "n 2 Hk P D"]) -> None:
         parts = _parts(landed, out.itemsize)

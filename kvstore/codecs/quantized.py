@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from kvstore.block import Precision
-from kvstore.codecs.codec import Payload, wrong_size
+from kvstore.codecs.codec import Payload, landing_place, wrong_size
 from kvstore.codecs.parts import Part
 
 NUMBERS = 1 << 17  # of K or V at once: what is wide meanwhile stays in the CPU's caches
@@ -47,7 +46,7 @@ class Quantized:
     ) -> Payload:
         if nbytes != self.payload_bytes(shape, dtype):
             raise wrong_size(nbytes, shape, dtype, self.name)
-        return np.empty(nbytes, np.uint8)
+        return landing_place(nbytes)
 
     def decode(self, landed: Payload, out: Float[Tensor, "n 2 Hk P D"]) -> None:
         k_bytes, v_bytes = self._sizes(out.shape)

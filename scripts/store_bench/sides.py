@@ -175,7 +175,7 @@ class Inline:
 
 
 class Raw:
-    """O_DIRECT reads of the tier's values, by their pages, and nothing else."""
+    """O_DIRECT reads of the tier's payloads, and nothing else."""
 
     def __init__(self, folder: Path, keys: Sequence[BlockKey]) -> None:
         self.tier = Tier(folder, keys)
@@ -184,7 +184,7 @@ class Raw:
         self.tier.open()
         with self.tier.tier.reading() as txn:
             entries = [self.tier.tier.ledger.sound(txn, key.digest) for key in self.tier.keys]
-        self.pages = [page for entry in entries if entry for page in entry.pages]
+        self.places = [(page + 1) * PAGE for entry in entries if entry for page in entry.pages]
         values = self.tier.tier.ledger.env.values
         self.handle = os.open(values.path, os.O_RDONLY | os.O_DIRECT)
 
@@ -198,7 +198,7 @@ class Raw:
     def get(self, values: Sequence[int]) -> None:
         out = byte_view(recycled(1))
         for i in values:
-            assert os.preadv(self.handle, [out], self.pages[i] * PAGE) == VALUE
+            assert os.preadv(self.handle, [out], self.places[i]) == VALUE
 
     def paths(self) -> list[Path]:
         return self.tier.paths()

@@ -1,6 +1,6 @@
 """What a disk tier has stored, changed by hand."""
 
-from kvstore.extent import PAGE_HEADER
+from kvstore.record import HEADER_BYTES
 from kvstore.values import PAGE_BYTES, PREFIX
 
 
@@ -17,16 +17,19 @@ def entry_of(tier, key):
 
 def place_of(tier, key, number=0):
     """Where a record begins in the values file."""
-    return entry_of(tier, key).pages[number] * PAGE_BYTES + PAGE_HEADER.size
+    return entry_of(tier, key).pages[number] * PAGE_BYTES
 
 
 def change_record(tier, key, number, change):
     """Replace the bytes of a record, header and payload, by as many or fewer."""
     entry, values = entry_of(tier, key), tier.ledger.env.values
     stored = bytes(values.record(entry.pages[number], entry.sizes[number]))
+    changed, place = change(stored).ljust(len(stored), b"\0"), place_of(tier, key, number)
     with values.path.open("r+b") as file:
-        file.seek(place_of(tier, key, number))
-        file.write(change(stored).ljust(len(stored), b"\0"))
+        file.seek(place)
+        file.write(changed[:HEADER_BYTES])
+        file.seek(place + PAGE_BYTES)
+        file.write(changed[HEADER_BYTES:])
 
 
 def flip(tier, key, number=0, at=-1):

@@ -130,7 +130,7 @@ def test_what_is_damaged_stays_so_and_costs_no_other_block(path, damage):
         assert store.audit().clean
 
 
-@pytest.mark.parametrize("found", [b"headrace store 2", None])
+@pytest.mark.parametrize("found", [b"headrace store 3", None])
 def test_a_store_of_another_format_is_not_compacted(path, found):
     with lmdb.open(str(path), max_dbs=3, map_size=1 << 30) as env:
         info = env.open_db(b"info", create=False)

@@ -169,7 +169,7 @@ def test_each_record_lies_behind_the_one_before_and_is_read_once(tier, calls):
 def test_small_values_have_pages_of_their_own_too(tier):
     small = chain(range(4))
     tier.put(items(small))
-    assert entry_of(tier, small[0]).extent.pages == 1
+    assert entry_of(tier, small[0]).extent.pages == 2
     pages_of(tier, [*KEYS, *small])
     assert right(tier.get(small[0]), small[0])
 

@@ -19,8 +19,8 @@ from kvstore.codecs.known import RAW
 from kvstore.disk import DiskTier
 from kvstore.entry import Entry
 from kvstore.errors import StoreError
-from kvstore.extent import DataFile
 from kvstore.fetch import Part
+from kvstore.values import Values
 from kvstore.ways import CACHED, DIRECT, MAPPED, Ways
 from native.library import library
 from tests.kvstore.cold import drop
@@ -281,27 +281,43 @@ def test_rows_that_do_not_fit_are_refused(tier):
         read(tier, KEYS, range(5, 7))
 
 
+def room_of(nbytes, to):
+    """Sevens, and among them `nbytes` zeros, aligned to `to` bytes and to no more."""
+    room = np.full(nbytes + 4 * to, 7, np.uint8)
+    start = -room.ctypes.data % (2 * to) + to
+    room[start : start + nbytes] = 0
+    return room, slice(start, start + nbytes)
+
+
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@example(241, 0, MAPPED)
-@example(1025, 0, MAPPED)
-@example(1088, 0, MAPPED)
+@example(241, 0, MAPPED, False)
+@example(1025, 0, MAPPED, False)
+@example(1088, 0, MAPPED, False)
+@example(1 << 16, 0, DIRECT, True)
+@example((1 << 21) + 3, 0, DIRECT, True)
+@example(241, 0, DIRECT, True)
+@example((1 << 21) + 3, 1, DIRECT, True)
 @given(
     st.integers(241, 5000) | st.sampled_from([1 << 16, (1 << 21) + 3]),
     st.sampled_from([0, 0, 1, 200, 500]),
     st.sampled_from([CACHED, DIRECT, MAPPED]),
+    st.booleans(),
 )
-def test_the_compiled_hash_is_xxh3_and_short_files_have_none(tmp_path_factory, size, missing, way):
-    path = tmp_path_factory.mktemp("hash") / "file"
-    data = np.random.default_rng(size).integers(1, 256, 4096 + 16 + 176 + size, np.uint8)
+def test_the_compiled_hash_is_xxh3_and_short_files_have_none(
+    tmp_path_factory, size, missing, way, in_place
+):
+    path = tmp_path_factory.mktemp("hash") / "file"  # on a disk, perhaps
+    data = np.random.default_rng(size).integers(1, 256, 2 * 4096 + size, np.uint8)
     path.write_bytes(data.tobytes()[: len(data) - missing])
-    landed, file = np.zeros(size, np.uint8), DataFile(path, 4096)
+    room, place = room_of(size, 512 if in_place else 16)
+    landed, file = room[place], Values(path)
     if way == DIRECT:
         drop(path)
     mapped = np.memmap(path, np.uint8, "r")
     whole_pages = -(-mapped.nbytes // 4096) * 4096
-    ways = Ways(file, 4096, mapped.ctypes.data if way == MAPPED else 0, whole_pages)
+    ways = Ways(file, mapped.ctypes.data if way == MAPPED else 0, whole_pages)
     if way == CACHED:
         ways.took(1, DIRECT)
     entry = Entry(KEYS[0], torch.bfloat16, torch.Size((1, 2, 1, 1, 1)), 1, RAW, 0, 0, 0, 1, (size,))
@@ -310,5 +326,6 @@ def test_the_compiled_hash_is_xxh3_and_short_files_have_none(tmp_path_factory, s
     right = landed.tobytes() == data.tobytes()[-size:]  # zeros behind the end are not
     assert right == (not missing)
     assert right == (part._digest == xxhash.xxh3_128_digest(data[-size:].data))
+    assert set(np.delete(room, place)) == {7}
     ways.close()
     file.close()

@@ -108,7 +108,7 @@ def test_records_come_in_several_ways_in_one_read(tier, tmp_path, taken, again):
     with values_file(tmp_path / "store").open("rb") as file:
         for place in places[::3]:  # a third is in the page cache, another has passed it by
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # and no other with it
-            os.pread(file.fileno(), RECORD_BYTES, place)
+            os.pread(file.fileno(), PAGE_BYTES + RECORD_BYTES, place)
     for place in places[1::3]:
         tier._env.ways.took(place // PAGE_BYTES, DIRECT)
     taken.clear()
@@ -185,15 +185,21 @@ def test_without_a_guard_the_map_is_not_touched(tier, monkeypatch, taken):
     assert MAPPED not in taken
 
 
-@pytest.mark.parametrize("cause", ["no descriptor", "another alignment"])
-def test_a_file_system_without_direct_reads_is_read_through_its_cache(
-    tier, monkeypatch, taken, cause
-):
-    name, value = ("_direct", -1) if cause == "no descriptor" else ("_page_bytes", 8)
-    monkeypatch.setattr(tier._env.ways, name, value)
+def test_a_file_system_without_direct_reads_is_read_through_its_cache(tier, monkeypatch, taken):
+    monkeypatch.setattr(tier._env.ways, "_direct", -1)
     monkeypatch.setattr(tier._env.ways, "_mapped_at", 0)
     read(tier)
     assert set(taken) == {CACHED}
+
+
+def test_a_file_that_refuses_such_a_read_is_read_through_its_cache(tier, tmp_path, taken, again):
+    if is_in_memory(tmp_path):
+        pytest.skip("the temporary folder is in memory")
+    os.close(tier._env.ways._direct)
+    tier._env.ways._direct = os.pidfd_open(os.getpid())  # no file at all: EINVAL
+    read(tier)
+    assert taken == {CACHED: len(KEYS)}
+    assert not again
 
 
 def test_a_system_without_direct_reads_reads_through_its_cache(tmp_path, monkeypatch, taken):

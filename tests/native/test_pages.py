@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from native.pages import LEAST_BYTES, large_pages, own_pages
+from native.pages import (
+    LARGE_BYTES,
+    LEAST_BYTES,
+    SECTOR_BYTES,
+    aligned,
+    large_pages,
+    own_large_pages,
+    own_pages,
+)
 
 SMAPS = Path("/proc/self/smaps")
 THP = Path("/sys/kernel/mm/transparent_hugepage")
@@ -51,18 +59,38 @@ def test_a_buffer_in_pages_of_its_own_is_zero_and_asks_for_small_ones():
     assert marked(buffer.data_ptr(), "nh")
 
 
+def test_a_buffer_in_large_pages_of_its_own_is_zero_and_begins_one():
+    if sys.platform != "linux" or not THP.exists():
+        pytest.skip("this kernel has no transparent large pages")
+    buffer = own_large_pages((3, 1 << 20), torch.bfloat16)
+    assert buffer.shape == (3, 1 << 20)
+    assert not buffer.any()
+    assert buffer.data_ptr() % LARGE_BYTES == 0
+    assert marked(buffer.data_ptr(), "hg")
+
+
+@pytest.mark.parametrize("kind", [own_pages, own_large_pages])
 @torch.inference_mode()
-def test_a_buffer_in_pages_of_its_own_may_be_written_to_in_every_mode():
-    buffer = own_pages((4, 5), torch.float32)
+def test_a_buffer_in_pages_of_its_own_may_be_written_to_in_every_mode(kind):
+    buffer = kind((4, 5), torch.float32)
     buffer.fill_(1)
     with torch.inference_mode(False):
         buffer.add_(1)
     assert (buffer == 2).all()
-    assert own_pages((0, 5), torch.float32).shape == (0, 5)
+    assert kind((0, 5), torch.float32).shape == (0, 5)
 
 
-def test_pages_go_with_the_last_view_of_their_buffer():
-    buffer = own_pages((1 << 24,), torch.uint8)
+def test_an_aligned_buffer_is_what_a_disk_can_write_to():
+    for nbytes in (0, 1, 511, 512, 4096, 1 << 20):
+        buffer = aligned((nbytes, 3), torch.bfloat16)
+        assert buffer.shape == (nbytes, 3)
+        assert buffer.data_ptr() % SECTOR_BYTES == 0
+        buffer.fill_(1)
+
+
+@pytest.mark.parametrize("kind", [own_pages, own_large_pages])
+def test_pages_go_with_the_last_view_of_their_buffer(kind):
+    buffer = kind((1 << 24,), torch.uint8)
     view, address = buffer[5:9], buffer.data_ptr()
     del buffer
     view.fill_(3)

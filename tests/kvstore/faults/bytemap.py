@@ -121,11 +121,10 @@ class ByteMap:
         for entry in self._entries:
             for page, size in zip(entry.pages, entry.sizes, strict=True):
                 at = start + page * PAGE
-                end = at + PAGE_HEADER.size + HEADER_BYTES + size
-                self._note("slack beside records", at, PAGE_HEADER.size)
-                at += PAGE_HEADER.size
+                end = at + PAGE + size
                 self._note("record header", at, HEADER_BYTES, entry.key.digest)
-                self._note("payload", end - size, size, entry.key.digest)
+                self._note("slack beside records", at + HEADER_BYTES, PAGE - HEADER_BYTES)
+                self._note("payload", at + PAGE, size, entry.key.digest)
                 behind = start + (page + pages_of(size)) * PAGE
                 self._note("slack beside records", end, behind - end)
                 used.update(range(page, page + pages_of(size)))
