@@ -15,7 +15,7 @@ from engine.blend import blend_layers
 from engine.chunks import Chunks, Computed
 from engine.config import EngineConfig
 from engine.errors import ModelError
-from engine.loading import BlocksLost, Loader, Placed
+from engine.loading import BlocksLost, Loader
 from engine.memory import Memory
 from engine.model import Model, kv_depth
 from engine.perfmodel import Decision, PerfModel, Work
@@ -29,6 +29,7 @@ from engine.reuse import EXACT, FRESH, Reuse, plan
 from engine.segments import Segments, Tokens, digest
 from engine.slices import Slices, Watch, drained
 from engine.sparse_cache import SparseCache
+from engine.staging import Placed
 from kvstore.block import BlockKey, Kind
 from kvstore.identity import ModelIdentity
 from kvstore.layout import layer_groups

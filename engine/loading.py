@@ -1,10 +1,9 @@
 """Stored blocks, loaded to wherever a prompt has them, ahead of the loop that needs them."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,13 +12,10 @@ from torch import Tensor
 from engine.cache import Cache
 from engine.model import Model, owners
 from engine.rope import RopeTable, Tables
+from engine.staging import Placed, Staging
 from kvstore.block import BlockKey, KVBlock
-from kvstore.layout import layer_groups
 from kvstore.store import TieredStore
-
-# Memory that blocks pass through, touched for the first time once, as far as there are blocks. So
-# much that each of the store's four threads looks up several blocks before it copies them.
-STAGING_BYTES = 32 << 20
+from native.threads import be_patient
 
 
 class BlocksLost(Exception):
@@ -28,13 +24,6 @@ class BlocksLost(Exception):
     def __init__(self, keys: Sequence[BlockKey]) -> None:
         super().__init__(f"{len(keys)} stored blocks could not be read")
         self.keys = keys
-
-
-class Placed(NamedTuple):
-    """A block, and the position of its first token in the prompt."""
-
-    key: BlockKey
-    start: int
 
 
 class Loader:
@@ -61,16 +50,15 @@ class Loader:
         *,
         paced: bool = False,
     ) -> None:
-        self._model, self._cache, self._store = model, cache, store
+        self._cache, self._num_layers = cache, model.shape.num_layers
+        self._device = model.shape.device
         self._owners = owners(model)
-        self._computed = computed or {}
         self.tables = Tables(torch.arange(length, device=model.shape.device))
         self.load_s = self.waited_s = 0.0
-        self._batches = list(self._stretches(blocks, self._at_once(blocks)))
+        self._staging = Staging(model.shape, store, blocks, computed or {})
         self._loads: dict[int, Future[None]] = {}
-        # one thread of torch's: a second set would wait for the loop's cores (75 ms instead of 90)
-        self._thread = ThreadPoolExecutor(1, "headrace-loader", torch.set_num_threads, (1,))
-        self._left = iter(self._groups(blocks))
+        self._thread = ThreadPoolExecutor(1, "headrace-loader", _alone)
+        self._left = iter(self._staging.groups)
         self._at_a_time = 1 if paced else None
         self._submit()
 
@@ -90,7 +78,7 @@ class Loader:
 
     def result(self) -> None:
         """Return when all layers are in the cache. BlocksLost if a block is gone."""
-        for layer in range(self._model.shape.num_layers):
+        for layer in range(self._num_layers):
             self.wait(layer)
 
     def add_done_callback(self, call: Callable[[Future[None]], object]) -> None:
@@ -100,83 +88,42 @@ class Loader:
     def cancel(self) -> None:
         """Stop loading; returns when nothing writes to the cache any more."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._staging.close()
 
     def _submit(self) -> None:
         for group in islice(self._left, self._at_a_time):
             self._loads |= dict.fromkeys(group, self._thread.submit(self._load, group))
 
-    def _layer_bytes(self, tokens: int) -> int:
-        shape = self._model.shape
-        return shape.kv_bytes_per_token // shape.num_layers * tokens
-
-    def _groups(self, blocks: Sequence[Placed]) -> list[range]:
-        size = max((block.key.num_tokens for block in blocks), default=1)
-        return layer_groups(self._model.shape.num_layers, self._layer_bytes(size))
-
-    def _at_once(self, blocks: Sequence[Placed]) -> int:
-        """How many blocks pass through the staging memory together; makes it."""
-        most = max((block.key.num_tokens for block in blocks), default=1)
-        part = self._layer_bytes(most) * len(self._groups(blocks)[0])
-        dtype = self._model.shape.dtype
-        with torch.inference_mode(False):  # the store's threads write to it
-            self._staging = torch.empty(max(STAGING_BYTES, part) // dtype.itemsize, dtype=dtype)
-        return self._staging.nbytes // part
-
     @torch.inference_mode()
     def _load(self, group: range) -> None:
         """Read some layers of every block, rotate the keys, and put them in place."""
         began, lost = time.perf_counter(), list[BlockKey]()
-        for batch in self._batches:
-            staged = self._staging_of(batch, group)
-            lost += self._read(batch, group, staged)
+        for layer in group:
+            self.tables[self._owners[layer].rope]  # made while the first batch is read
+        for _ in self._staging.batches:
+            staged = self._staging.take()
+            lost += staged.lost
             if not lost:
-                self._place(group, batch[0].start, staged)
+                self._place(group, staged.start, staged.data)
         if lost:
             raise BlocksLost(lost)
         self.load_s += time.perf_counter() - began
 
-    def _staging_of(self, batch: Sequence[Placed], group: range) -> Float[Tensor, "B n 2 Hk P D"]:
-        """Room for some layers of blocks of one size, side by side."""
-        shape, tokens = self._model.shape, batch[0].key.num_tokens
-        size = torch.Size((len(batch), len(group), 2, shape.num_kv_heads, tokens, shape.head_dim))
-        return self._staging[: size.numel()].view(size)
-
-    def _read(
-        self, batch: Sequence[Placed], group: range, out: Float[Tensor, "B n 2 Hk P D"]
-    ) -> list[BlockKey]:
-        """Fill `out`; the keys of what could not be read."""
-        keys = [block.key for block in batch]
-        if keys[0] in self._computed:
-            layers = slice(group.start, group.stop)
-            torch.stack([self._computed[key].data[layers] for key in keys], out=out)
-            return []
-        found = self._store.read_many(keys, group, out)
-        return [key for key, is_there in zip(keys, found, strict=True) if not is_there]
-
     def _place(self, group: range, start: int, staged: Float[Tensor, "B n 2 Hk P D"]) -> None:
         """B blocks of layers `group` go to the tokens from `start` on."""
-        data = staged.to(self._model.shape.device).permute(1, 2, 3, 0, 4, 5)  # n 2 Hk B P D
-        span = slice(start, start + data.shape[3] * data.shape[4])
-        recorder = self._cache.recorder
+        data = staged.to(self._device).permute(1, 2, 3, 0, 4, 5)  # n 2 Hk B P D
+        blocks, tokens = data.shape[3:5]
+        span, recorder = slice(start, start + blocks * tokens), self._cache.recorder
         for i, (k, v) in zip(group, data, strict=True):
-            k, v, rope = k.flatten(1, 2), v.flatten(1, 2), self._owners[i].rope
+            rope, kv = self._owners[i].rope, self._cache.view(i, span.stop)
             cos, sin = self.tables[rope]
-            self._cache.write(i, start, rope.rotate(k, RopeTable(cos[span], sin[span])), v)
+            rope.place(k, RopeTable(cos[span], sin[span]), kv.k[:, span])
+            kv.v[:, span].unflatten(1, (blocks, tokens)).copy_(v)
             if recorder is not None:
-                recorder.write(i, start, k, v)
+                recorder.write(i, start, k.flatten(1, 2), v.flatten(1, 2))
 
-    def _stretches(self, blocks: Sequence[Placed], most: int) -> Iterator[list[Placed]]:
-        """Runs of at most `most` blocks that follow each other and are read in the same way."""
-        run: list[Placed] = []
-        for block in blocks:
-            if run and (len(run) == most or not self._follows(run[-1], block)):
-                yield run
-                run = []
-            run.append(block)
-        if run:
-            yield run
 
-    def _follows(self, last: Placed, block: Placed) -> bool:
-        near = block.start == last.start + last.key.num_tokens
-        same = (last.key in self._computed) == (block.key in self._computed)
-        return near and same and last.key.num_tokens == block.key.num_tokens
+def _alone() -> None:
+    """One thread of torch's: a second set would wait for the loop's cores (75 ms instead of 90)."""
+    torch.set_num_threads(1)
+    be_patient()

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.breakeven import BreakEven
 from engine.cache import Cache
 from engine.config import EngineConfig
-from engine.loading import BlocksLost, Loader, Placed
+from engine.loading import BlocksLost, Loader
 from engine.memory import Memory
 from engine.model import Model
 from engine.prefill import hidden_states, layer_slices
@@ -18,6 +18,7 @@ from engine.recorder import Recorder
 from engine.request import Running
 from engine.slices import Slices, Watch, drained
 from engine.sparse_cache import SparseCache
+from engine.staging import Placed
 from kvstore.block import BlockKey, Kind, Precision
 from kvstore.identity import ModelIdentity
 from kvstore.store import TieredStore

@@ -63,6 +63,15 @@ class Rope:
         turn = rotate_native if serves(x, table.cos) else rotate_torch
         return turn(x, *table, interleaved=self.interleaved)
 
+    def place(
+        self, x: Float[Tensor, "H B P D"], table: RopeTable, out: Float[Tensor, "H T D"]
+    ) -> None:
+        """Rotate B runs of P tokens to where they follow each other, T in all."""
+        if serves(x, table.cos) and out.dtype == x.dtype and out.stride(-1) == 1:
+            rotate_native(x, *table, interleaved=self.interleaved, out=out)
+        else:
+            out.copy_(rotate_torch(x.flatten(1, 2), *table, interleaved=self.interleaved))
+
 
 class FarTable:
     """Tables of any positions below `length`, from two small ones: R(a + b) = R(a) R(b).

@@ -29,8 +29,9 @@ from kvstore.stats import StoreStats
 from kvstore.summary import Ages, ages
 from kvstore.tier import HostTier, Item, Tier
 from kvstore.writer import BATCH_BYTES, QUEUE_BYTES, Writer, batches
+from native.threads import be_patient, cores
 
-READ_THREADS = 4
+READ_THREADS = min(4, cores())  # more would only take turns
 LOOKUP_STRIDE = 256  # keys looked up at a time, so that an early miss is cheap
 
 
@@ -64,7 +65,7 @@ class TieredStore:
         pace = Allowance(write_bytes_per_s, BATCH_BYTES) if write_bytes_per_s else None
         self._writer = Writer(self._write, queue_bytes, pace) if self._slow else None
         self._spares = Spares()
-        self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="headrace-reader")
+        self._readers = ThreadPoolExecutor(READ_THREADS, "headrace-reader", be_patient)
         self._remote = remote
         self._sources: list[Level | RemoteTier] = [*self._levels]
         if remote is not None:

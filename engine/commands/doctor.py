@@ -1,7 +1,6 @@
 """`headrace doctor`: what is installed, what the machine has, and whether the store is sound."""
 
 import json
-import os
 import platform
 from argparse import Namespace
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +18,7 @@ from engine.config import EngineConfig
 from engine.kernels.attend_token import SOURCE
 from kvstore.errors import StoreError
 from native.library import library
+from native.threads import cores
 
 PACKAGES = ("headrace", "torch", "transformers", "triton", "lmdb", "numpy")
 
@@ -47,8 +47,9 @@ def _version(package: str) -> str:
 
 def _devices() -> dict[str, str]:
     bf16 = "with" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "without"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    devices = {"cpu": f"{cores} cores, {torch.get_num_threads()} threads, {bf16} bf16 instructions"}
+    devices = {
+        "cpu": f"{cores()} cores, {torch.get_num_threads()} threads, {bf16} bf16 instructions"
+    }
     for number in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(number)
         devices[f"cuda:{number}"] = f"{found.name}, {found.total_memory / 2**30:.0f} GiB"

@@ -28,16 +28,17 @@ INLINE void row(const void *x, const float *cos, const float *sin, long half, in
   narrow(out, 2 * half, bf16, y);
 }
 
-// x, y [heads tokens dim], bf16 or fp32; heads and tokens of x lie so many bytes apart. Of each row the first 2 half
-// values turn. cos, sin [tokens half], fp32. pairs: of neighbours, not of halves.
-void rotate(const char *x, long x_head, long x_token, const float *cos, const float *sin, long heads, long tokens,
-            long dim, long half, int pairs, int bf16, int threads, char *y) {
+// x, y [heads tokens dim], bf16 or fp32; heads, tokens and, of x, runs of `run` tokens lie so many bytes apart. Of each
+// row the first 2 half values turn. cos, sin [tokens half], fp32. pairs: of neighbours, not of halves.
+void rotate(const char *x, long x_head, long x_run, long x_token, long run, const float *cos, const float *sin,
+            long heads, long tokens, long dim, long half, int pairs, int bf16, int threads, char *y, long y_head,
+            long y_token) {
   long bytes = bf16 ? 2 : 4, turned = 2 * half * bytes, left = dim * bytes - turned;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1)
   for (long h = 0; h < heads; h++)
     for (long t = 0; t < tokens; t++) {
-      const char *from = x + h * x_head + t * x_token;
-      char *to = y + (h * tokens + t) * dim * bytes;
+      const char *from = x + h * x_head + t / run * x_run + t % run * x_token;
+      char *to = y + h * y_head + t * y_token;
       const float *at_cos = cos + t * half, *at_sin = sin + t * half;
       if (half == 64 && !pairs && bf16) row(from, at_cos, at_sin, 64, 0, 1, to);
       else if (half == 32 && !pairs && bf16) row(from, at_cos, at_sin, 32, 0, 1, to);

@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.cache import SequenceCache
 from engine.hf import HFModel
-from engine.loading import Loader, Placed
+from engine.loading import Loader
+from engine.staging import Placed
 from kvstore.block import BlockKey, KVBlock
 from kvstore.disk import DiskTier
 from kvstore.environment import files_of
@@ -30,6 +31,7 @@ from store_bench.sides import MODEL
 
 TOKENS, LAYERS = 2048, 32
 SIZES = (512, 64)
+ROUNDS = 15
 
 
 def model() -> HFModel:
@@ -61,7 +63,7 @@ class Prefix:
         self.cache = SequenceCache(self.model.shape, TOKENS)
         for layer in range(LAYERS):
             self.cache.buffers(layer, TOKENS)
-        self.matrix = torch.randn(256, 256)
+        self.matrix = torch.randn(512, 512)
 
     def _tier(self) -> DiskTier:
         return DiskTier(self.folder, 1 << 30)
@@ -97,12 +99,12 @@ class Prefix:
         return (load_s + compute_s - both_s) / min(load_s, compute_s)
 
 
-def overlap(folder: Path, rounds: int) -> dict[str, float]:
+def overlap(folder: Path) -> dict[str, float]:
     """For each size of blocks, the median share."""
     shares = {}
     for size in SIZES:
         prefix = Prefix(folder, size)
         prefix.run(computes=False)  # memory is touched for the first time
         prefix.calibrate(prefix.run(computes=False))
-        shares[f"hidden_{size}"] = statistics.median(prefix.hidden() for _ in range(rounds))
+        shares[f"hidden_{size}"] = statistics.median(prefix.hidden() for _ in range(ROUNDS))
     return shares

@@ -8,9 +8,10 @@ import torch
 from engine import Engine, ModelError, Segments
 from engine.blend import blend
 from engine.cache import SequenceCache
-from engine.loading import Loader, Placed
+from engine.loading import Loader
 from engine.policies import Budget, _Once
 from engine.reuse import plan
+from engine.staging import Placed
 from tests.engine import oracle
 from tests.engine.blends import CONFIG, POLICIES, blended, full, segments
 from tests.engine.families import build, every_family, prompt

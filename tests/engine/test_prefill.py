@@ -9,12 +9,13 @@ import torch
 from engine import Engine, EngineConfig
 from engine.decode import decode
 from engine.hf import HFModel
-from engine.loading import Loader, Placed
+from engine.loading import Loader
 from engine.method import PRESETS, preset
 from engine.prefill import prefill, prefill_layers
 from engine.recorder import Recorder
 from engine.sampling import Sampling
 from engine.sparse_cache import SparseCache, pool_shape, sparse_layers
+from engine.staging import Placed
 from kvstore.config import StoreConfig
 from kvstore.pool import Pool
 from tests.engine.families import build, prompt
@@ -202,15 +203,15 @@ def test_a_stored_start_is_loaded_no_further_ahead_than_the_next_group_of_layers
     settings = config(small("headrace"), block_tokens=450, pinned_bytes=16 << 20)
     with Engine(build("llama-mha-llama3", num_hidden_layers=6), None, settings) as engine:
         engine.generate(asked, max_new_tokens=1)
-        at, loads, read_many = [], [], engine.store.read_many
+        at, loads, place = [], [], Loader._place
         for i, layer in enumerate(engine.model.layers):
             layer.qkv = lambda x, i=i, qkv=layer.qkv: (at.append(i), qkv(x))[1]
 
-        def read(keys, layers, out):
+        def watch(self, layers, *rest):
             loads.append((layers, len(set(at))))
-            return read_many(keys, layers, out)
+            place(self, layers, *rest)
 
-        monkeypatch.setattr(engine.store, "read_many", read)
+        monkeypatch.setattr(Loader, "_place", watch)
         assert engine.generate(asked, max_new_tokens=1)[0].stats.cached_tokens == 450
         assert [layers for layers, _ in loads] == [range(0, 2), range(2, 4), range(4, 6)]
         assert all(begun >= layers.start - 1 for layers, begun in loads)

@@ -12,11 +12,12 @@ from engine.cache import Cache, SequenceCache
 from engine.decode import decode
 from engine.errors import EngineError
 from engine.hf import HFModel
-from engine.loading import Loader, Placed
+from engine.loading import Loader
 from engine.model import Shape
 from engine.prefill import prefill
 from engine.recorder import Recorder
 from engine.slab import SlabCache
+from engine.staging import Placed
 from tests.engine.families import build, every_family, prompt
 
 CPU = torch.device("cpu")

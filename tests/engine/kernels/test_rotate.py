@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.kernels.rotate import SOURCE, VALUES_OF_A_THREAD, rotate_native, rotate_torch, serves
-from engine.rope import Rope
+from engine.rope import Rope, RopeTable
 from native import library as native
 
 SHAPES = [  # dimensions, of which turn, of neighbours
@@ -60,6 +60,35 @@ def test_heads_and_tokens_may_lie_apart(compiled):
         assert torch.equal(rotate_native(view, cos, sin, interleaved=False), want)
     one = rotate_native(x[:, :1].expand(4, 32, 64), cos, sin, interleaved=False)
     assert torch.equal(one, rotate_torch(x[:, :1].expand(4, 32, 64), cos, sin, interleaved=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("runs", "run"), [(1, 33), (4, 9), (5, 1), (0, 4)])
+@pytest.mark.parametrize(("dim", "turned", "interleaved"), SHAPES[:6])
+def test_runs_of_tokens_are_placed_one_after_the_other(
+    compiled, dim, turned, interleaved, runs, run, dtype
+):
+    x = rows(3 * runs, 2 * run, dim, dtype).view(runs, 3, 2, run, dim)[:, :, 1].transpose(0, 1)
+    cos, sin = angles(runs * run, turned)
+    whole = rows(3, runs * run + 7, dim, dtype)
+    before, want = whole.clone(), rotate_torch(x.flatten(1, 2), cos, sin, interleaved=interleaved)
+    rope = Rope(torch.ones(turned // 2), interleaved=interleaved)
+    rope.place(x, RopeTable(cos, sin), whole[:, 4 : 4 + runs * run])
+    assert torch.equal(whole[:, 4 : 4 + runs * run], want)
+    assert torch.equal(whole[:, :4], before[:, :4])
+    assert torch.equal(whole[:, 4 + runs * run :], before[:, 4 + runs * run :])
+
+
+def test_runs_are_placed_without_a_compiler(monkeypatch):
+    x, (cos, sin) = rows(2, 12, 64).view(2, 3, 4, 64), angles(12, 64)
+    out = torch.zeros(2, 12, 64, dtype=torch.float16)
+    Rope(torch.ones(32)).place(x, RopeTable(cos, sin), out)  # another dtype than x has
+    want = rotate_torch(x.flatten(1, 2), cos, sin, interleaved=False).half()
+    assert torch.equal(out, want)
+    monkeypatch.setattr("engine.rope.serves", lambda *_: False)
+    same = torch.zeros(2, 12, 64, dtype=torch.bfloat16)
+    Rope(torch.ones(32)).place(x, RopeTable(cos, sin), same)
+    assert torch.equal(same.half(), want)
 
 
 def test_tables_may_be_views(compiled):

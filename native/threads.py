@@ -1,0 +1,22 @@
+"""How threads share the CPU's cores."""
+
+import os
+from contextlib import suppress
+
+
+def cores() -> int:
+    """How many this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def be_patient() -> None:
+    """Let this thread, and those that it starts, not interrupt others: they wait for a turn.
+
+    For threads that often wake up to do little, beside those that compute. They get as much time as
+    before.
+    """
+    if hasattr(os, "SCHED_BATCH"):  # on Linux
+        with suppress(PermissionError):  # where a sandbox forbids even that
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
