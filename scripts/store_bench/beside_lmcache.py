@@ -12,9 +12,9 @@ disk_put   What lies in host memory to the disk, durable when the round ends. Ou
            added, until the last is done.
 disk_put_unsynced
            Each as it ships: ours durable, with checksums; theirs in the page cache, without.
-disk_get   Cold: none of it in the page cache. Ours: `read_many` to a tensor that was used before
-           and begins a page, verified. Theirs: `batched_get_blocking` to its own host memory, and
-           no copy from there.
+disk_get   Cold: none of it in the page cache. Ours: `read_many` to a tensor that was used before,
+           in large pages as the engine's, verified. Theirs: `batched_get_blocking` to its own host
+           memory, and no copy from there.
 disk_get_hot
            The same from the page cache.
 
@@ -40,7 +40,7 @@ from kvstore.environment import files_of
 from kvstore.identity import ModelIdentity
 from kvstore.store import TieredStore
 from kvstore.tier import HostTier, Item
-from native.pages import own_pages
+from native.pages import own_large_pages
 from store_bench.pages import drop, rest
 from store_bench.process import Process
 
@@ -61,7 +61,7 @@ class Ours:
         self.source = torch.from_file(
             str(values), size=values.stat().st_size // 2, dtype=torch.bfloat16
         ).clone().view(-1, *shape)  # fmt: skip
-        self.out = own_pages(self.source.shape, torch.bfloat16).copy_(self.source)
+        self.out = own_large_pages(self.source.shape, torch.bfloat16).copy_(self.source)
         self.folder = folder
         self.host = HostTier(self.source.nbytes)
         self.memory = TieredStore([self.host])
