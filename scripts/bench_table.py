@@ -57,7 +57,8 @@ def decode(record: dict[str, Any]) -> str:
 
 STORE_SUMMARY = (
     "hot_get_gbps", "hot_get_vs_pread", "cold_get_vs_odirect", "cold_get_vs_pread",
-    "cold_inline_vs_odirect", "put_vs_files", "put_vs_inline", "hidden_512", "hidden_64",
+    "cold_inline_vs_odirect", "put_vs_files", "put_vs_inline", "hidden_512",
+    "hidden_512_elsewhere", "hidden_64", "hidden_64_elsewhere",
 )  # fmt: skip
 
 
@@ -74,7 +75,8 @@ def store(record: dict[str, Any]) -> str:
         "MiB.\nA get ends in tensors, copied and verified; fresh means into memory that was never "
         "touched.\n1T, 2T, 4T: threads; raw: O_DIRECT reads of the same pages, and nothing else; "
         "inline: values in LMDB itself.\nhidden_N: share of the smaller of loading and "
-        "computing, layer by layer, that the other hides, in blocks of N tokens.\n"
+        "computing, layer by layer, that the other hides, in blocks of N tokens; elsewhere: "
+        "computing takes none of this processor's time.\n"
         "`scripts/bench_store.py`"
     )
     return "\n".join([about, "", *rows, "", *summary])

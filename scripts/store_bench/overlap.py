@@ -2,8 +2,9 @@
 
 A prefix of 2,048 tokens, of 32 layers x 8 KV heads x 128 in bfloat16 (256 MiB), rests on disk only,
 its pages not in the page cache. The engine's loader reads, verifies, rotates and places it, one
-value of layers of every block at a time, while a loop waits for each layer and then multiplies
-matrices with one thread of the CPU: so many that it takes as long in all as loading alone.
+value of layers of every block at a time, while a loop waits for each layer and then computes: as
+long in all as loading alone takes. It multiplies matrices with one thread of the CPU, which loading
+needs, too; or, `elsewhere`, it sleeps, as a loop does whose layers a GPU computes.
 
 The share that is hidden is (load + compute - both together) / the smaller of the two, all three
 measured in the same round. A loop that starts with nothing loaded can hide all but the layers of
@@ -53,7 +54,7 @@ class Prefix:
     """One prefix in blocks of `size` tokens, on disk."""
 
     def __init__(self, folder: Path, size: int) -> None:
-        self.folder, self.model, self.products = folder / f"overlap{size}", model(), 0
+        self.folder, self.model = folder / f"overlap{size}", model()
         keys = BlockKey.chain(range(TOKENS), identity=MODEL, tenant=b"bench", size=size)
         self.placed = [Placed(key, i * size) for i, key in enumerate(keys)]
         data = torch.randint(-(2**15), 2**15, MODEL.block_shape(size), dtype=torch.int16)
@@ -70,13 +71,17 @@ class Prefix:
 
     def layer(self) -> None:
         """What a layer is computed for."""
+        time.sleep(self.sleep_s)
         for _ in range(self.products):
             self.matrix @ self.matrix
 
-    def calibrate(self, load_s: float) -> None:
+    def calibrate(self, load_s: float, *, elsewhere: bool) -> None:
         """Make computing all layers take as long as loading them."""
-        self.products = 100
-        self.products = max(1, round(load_s / LAYERS / timed(self.layer) * self.products))
+        self.sleep_s, self.products = 0.0, 100
+        if elsewhere:
+            self.sleep_s, self.products = load_s / LAYERS, 0
+        else:
+            self.products = max(1, round(load_s / LAYERS / timed(self.layer) * self.products))
 
     def run(self, computes: bool) -> float:
         drop(files_of(self.folder))
@@ -105,6 +110,7 @@ def overlap(folder: Path) -> dict[str, float]:
     for size in SIZES:
         prefix = Prefix(folder, size)
         prefix.run(computes=False)  # memory is touched for the first time
-        prefix.calibrate(prefix.run(computes=False))
-        shares[f"hidden_{size}"] = statistics.median(prefix.hidden() for _ in range(ROUNDS))
+        for name, elsewhere in ((f"hidden_{size}", False), (f"hidden_{size}_elsewhere", True)):
+            prefix.calibrate(prefix.run(computes=False), elsewhere=elsewhere)
+            shares[name] = statistics.median(prefix.hidden() for _ in range(ROUNDS))
     return shares
