@@ -1,6 +1,6 @@
 """How much of a layer-wise load hides under computing layers, or they under it.
 
-A prefix of 2,048 tokens, of 32 layers x 8 KV heads x 128 in bfloat16 (256 MiB), rests on disk only,
+A prefix of 8,192 tokens, of 32 layers x 8 KV heads x 128 in bfloat16 (1 GiB), rests on disk only,
 its pages not in the page cache. The engine's loader reads, verifies, rotates and places it, one
 value of layers of every block at a time, while a loop waits for each layer and then computes: as
 long in all as loading alone takes. It multiplies matrices with one thread of the CPU, which loading
@@ -30,9 +30,9 @@ from kvstore.store import TieredStore
 from store_bench.pages import drop
 from store_bench.sides import MODEL
 
-TOKENS, LAYERS = 2048, 32
+TOKENS, LAYERS = 8192, 32
 SIZES = (512, 64)
-ROUNDS = 15
+ROUNDS = 9
 
 
 def model() -> HFModel:
@@ -67,7 +67,7 @@ class Prefix:
         self.matrix = torch.randn(512, 512)
 
     def _tier(self) -> DiskTier:
-        return DiskTier(self.folder, 1 << 30)
+        return DiskTier(self.folder, 2 << 30)
 
     def layer(self) -> None:
         """What a layer is computed for."""
