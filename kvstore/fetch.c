@@ -176,7 +176,7 @@ static int64_t cached(const source *from, const job *work) {
     uint8_t first[PAGE];
     struct iovec parts[] = {{first, PAGE}, {work->payload, work->size}};
     int64_t failed = filled(from->cached, parts, 2, work->at, end_of(work), 1);
-    memcpy(work->header, first, from->header);
+    if (!failed) memcpy(work->header, first, from->header);
     return failed;
 }
 
@@ -281,8 +281,8 @@ static int64_t fetched(stream *in, job *work) {
         return 0;
     }
     if (work->way == DIRECT) {
-        int64_t failed = streamed(in, work);
-        if (failed != EINVAL && failed != EOPNOTSUPP) return failed;
+        int64_t failed = streamed(in, work);  // EFAULT: of memory that only a processor can write to
+        if (failed != EINVAL && failed != EOPNOTSUPP && failed != EFAULT) return failed;
         work->way = CACHED;
     }
     int64_t failed = cached(in->from, work);

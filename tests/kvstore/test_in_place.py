@@ -1,6 +1,8 @@
 """Reads around the page cache go to where the KV belongs, and to no byte beside it."""
 
+import ctypes
 import mmap
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -14,7 +16,7 @@ from kvstore.codecs.known import BY_NAME, exact_codec
 from kvstore.disk import DiskTier
 from kvstore.fetch import Part
 from kvstore.values import PAGE_BYTES
-from kvstore.ways import DIRECT
+from kvstore.ways import CACHED, DIRECT
 from native.library import library
 from tests.kvstore.cold import drop, is_in_memory
 from tests.kvstore.make import chain, content, identity, items, same
@@ -134,6 +136,22 @@ def test_rows_beside_each_other_are_read_by_threads(tmp_path, monkeypatch):
         found = list(threads.map(lambda run: tier.read_many(keys[run], range(6), out[run]), runs))
     assert found == [[True] * 3] * len(runs)
     assert all(same(row, content(key, PART)) for key, row in zip(keys, out, strict=True))
+
+
+def test_memory_that_only_a_processor_can_write_to_is_written_by_one(tmp_path, monkeypatch):
+    secret = ctypes.CDLL(None).syscall(447, 0)  # memfd_secret: devices have no access
+    if secret < 0:
+        pytest.skip("this kernel has no such memory")
+    keys, nbytes = keys_of(WHOLE), 24 * content(keys_of(WHOLE)[0], WHOLE).nbytes
+    os.ftruncate(secret, nbytes)
+    room = torch.frombuffer(mmap.mmap(secret, nbytes), dtype=WHOLE.torch_dtype)
+    os.close(secret)
+    out = room.view(len(keys), *WHOLE.block_shape(SIZE))
+    with closing(cold(tmp_path / "s", items(keys, WHOLE))) as tier:
+        seen = watched(monkeypatch)
+        assert all(tier.read_many(keys, range(6), out))
+    assert set(seen) == {CACHED}
+    assert all(same(row, content(key, WHOLE)) for key, row in zip(keys, out, strict=True))
 
 
 @pytest.mark.parametrize("at", [-1, 176, 0])
