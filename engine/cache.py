@@ -165,7 +165,7 @@ class DenseCache(Everything, ABC):
         return attend_token(query.rotated, kv.k, kv.v, spec)
 
     def view(self, layer: int, stop: int) -> LayerKV:
-        """Tokens [0, stop) of a layer. KeyError if it was released."""
+        """Tokens [0, stop) of a layer, with room made for them. KeyError if it was released."""
         kv = self.buffers(layer, stop)
         return LayerKV(kv.k[:, :stop], kv.v[:, :stop])
 

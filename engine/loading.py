@@ -12,10 +12,9 @@ from torch import Tensor
 from engine.cache import Cache
 from engine.model import Model, owners
 from engine.rope import RopeTable, Tables
-from engine.staging import Placed, Staging
+from engine.staging import Busy, Placed, Staging, modest
 from kvstore.block import BlockKey, KVBlock
 from kvstore.store import TieredStore
-from native.threads import be_patient
 
 
 class BlocksLost(Exception):
@@ -35,7 +34,7 @@ class Loader:
     Args:
         length: of the prompt, or of its start up to the last block.
         computed: blocks that need not be read.
-        paced: read a group when the loop comes to the last layer before it, not at once: for loops
+        paced: place a group when the loop comes to the last layer before it, not at once: for loops
             that free a layer before they go on to the next, so that few of them are there.
     """
 
@@ -54,13 +53,18 @@ class Loader:
         self._device = model.shape.device
         self._owners = owners(model)
         self.tables = Tables(torch.arange(length, device=model.shape.device))
-        self.load_s = self.waited_s = 0.0
-        self._staging = Staging(model.shape, store, blocks, computed or {})
+        self._busy, self.waited_s = Busy(), 0.0
+        self._staging = Staging(model.shape, store, blocks, computed or {}, self._busy)
         self._loads: dict[int, Future[None]] = {}
-        self._thread = ThreadPoolExecutor(1, "headrace-loader", _alone)
+        self._thread = ThreadPoolExecutor(1, "headrace-loader", modest)
         self._left = iter(self._staging.groups)
         self._at_a_time = 1 if paced else None
         self._submit()
+
+    @property
+    def load_s(self) -> float:
+        """Seconds in which something was read or placed."""
+        return self._busy.seconds
 
     def wait(self, layer: int) -> None:
         """Return when `layer` is in the cache. BlocksLost if a block of it is gone."""
@@ -97,17 +101,19 @@ class Loader:
     @torch.inference_mode()
     def _load(self, group: range) -> None:
         """Read some layers of every block, rotate the keys, and put them in place."""
-        began, lost = time.perf_counter(), list[BlockKey]()
+        lost: list[BlockKey] = []
         for layer in group:
             self.tables[self._owners[layer].rope]  # made while the first batch is read
         for _ in self._staging.batches:
             staged = self._staging.take()
+            if staged.group != group:
+                raise RuntimeError(f"layers {staged.group} could not be placed: see their error")
             lost += staged.lost
             if not lost:
-                self._place(group, staged.start, staged.data)
+                with self._busy:
+                    self._place(group, staged.start, staged.data)
         if lost:
             raise BlocksLost(lost)
-        self.load_s += time.perf_counter() - began
 
     def _place(self, group: range, start: int, staged: Float[Tensor, "B n 2 Hk P D"]) -> None:
         """B blocks of layers `group` go to the tokens from `start` on."""
@@ -121,9 +127,3 @@ class Loader:
             kv.v[:, span].unflatten(1, (blocks, tokens)).copy_(v)
             if recorder is not None:
                 recorder.write(i, start, k.flatten(1, 2), v.flatten(1, 2))
-
-
-def _alone() -> None:
-    """One thread of torch's: a second set would wait for the loop's cores (75 ms instead of 90)."""
-    torch.set_num_threads(1)
-    be_patient()

@@ -60,14 +60,15 @@ class Rope:
 
     def rotate(self, x: Float[Tensor, "H T D"], table: RopeTable) -> Float[Tensor, "H T D"]:
         """Rotate token t of every head by row t of `table`; in float32, rounded once."""
-        turn = rotate_native if serves(x, table.cos) else rotate_torch
+        turn = rotate_native if x.dim() == 3 and serves(x, table.cos) else rotate_torch
         return turn(x, *table, interleaved=self.interleaved)
 
     def place(
         self, x: Float[Tensor, "H B P D"], table: RopeTable, out: Float[Tensor, "H T D"]
     ) -> None:
         """Rotate B runs of P tokens to where they follow each other, T in all."""
-        if serves(x, table.cos) and out.dtype == x.dtype and out.stride(-1) == 1:
+        fits = out.shape == (len(x), len(table.cos), x.shape[-1]) and out.is_cpu
+        if fits and serves(x, table.cos) and out.dtype == x.dtype and out.stride(-1) == 1:
             rotate_native(x, *table, interleaved=self.interleaved, out=out)
         else:
             out.copy_(rotate_torch(x.flatten(1, 2), *table, interleaved=self.interleaved))

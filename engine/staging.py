@@ -1,8 +1,11 @@
 """Memory that stored blocks pass through on their way to a cache."""
 
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -20,6 +23,12 @@ AHEAD = 2  # batches that are read at a time: with one the disk would wait for w
 STAGING_BYTES = 48 << 20  # of these and the one that is taken; touched as far as there are blocks
 
 
+def modest() -> None:
+    """One thread of torch's: a second set would wait for the loop's cores (75 ms instead of 90)."""
+    torch.set_num_threads(1)
+    be_patient()
+
+
 class Placed(NamedTuple):
     """A block, and the position of its first token in the prompt."""
 
@@ -30,9 +39,30 @@ class Placed(NamedTuple):
 class Staged(NamedTuple):
     """Some layers of blocks that follow each other, valid until the next is taken."""
 
+    group: range
     start: int
     data: Float[Tensor, "B n 2 Hk P D"]
     lost: list[BlockKey]  # what could not be read, and is undefined
+
+
+class Busy:
+    """The time in which at least one of several threads was at work."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count, self._since, self.seconds = 0, 0.0, 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._count:
+                self._since = time.perf_counter()
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._count -= 1
+            if not self._count:
+                self.seconds += time.perf_counter() - self._since
 
 
 class Staging:
@@ -40,6 +70,7 @@ class Staging:
 
     Args:
         computed: blocks that need not be read.
+        busy: while something is read.
     """
 
     def __init__(
@@ -48,8 +79,9 @@ class Staging:
         store: TieredStore,
         blocks: Sequence[Placed],
         computed: Mapping[BlockKey, KVBlock],
+        busy: Busy,
     ) -> None:
-        self._shape, self._store, self._computed = shape, store, computed
+        self._shape, self._store, self._computed, self._busy = shape, store, computed, busy
         most = max((block.key.num_tokens for block in blocks), default=1)
         self.groups = layer_groups(shape.num_layers, self._layer_bytes(most))
         part = self._layer_bytes(most) * len(self.groups[0])
@@ -57,8 +89,8 @@ class Staging:
         numbers = room // shape.dtype.itemsize
         self._rooms = deque(own_large_pages((numbers,), shape.dtype) for _ in range(AHEAD + 1))
         self.batches = list(self._stretches(blocks, room // part))
-        self._left = ((group, batch) for group in self.groups for batch in self.batches)
-        self._threads = ThreadPoolExecutor(AHEAD, "headrace-staging", be_patient)
+        self._left = product(self.groups, self.batches)
+        self._threads = ThreadPoolExecutor(AHEAD, "headrace-staging", modest)
         self._ahead = deque[Future[Staged]]()
         for _ in range(AHEAD):
             self._read_on()
@@ -74,8 +106,10 @@ class Staging:
         return staged
 
     def close(self) -> None:
-        """Returns when nothing is read any more."""
+        """Stop; returns when no read is waited for, and gives the memory back as soon as it can."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+        self._rooms.clear()
+        self._ahead.clear()
 
     def _read_on(self) -> None:
         """Begin with the next batch, where the one was that nobody needs any more."""
@@ -90,13 +124,14 @@ class Staging:
         size = torch.Size((len(batch), len(group), 2, shape.num_kv_heads, tokens, shape.head_dim))
         out = room[: size.numel()].view(size)
         lost: list[BlockKey] = []
-        if keys[0] in self._computed:
-            layers = slice(group.start, group.stop)
-            torch.stack([self._computed[key].data[layers] for key in keys], out=out)
-        else:
-            found = self._store.read_many(keys, group, out)
-            lost = [key for key, is_there in zip(keys, found, strict=True) if not is_there]
-        return Staged(batch[0].start, out, lost)
+        with self._busy:
+            if keys[0] in self._computed:
+                layers = slice(group.start, group.stop)
+                torch.stack([self._computed[key].data[layers] for key in keys], out=out)
+            else:
+                found = self._store.read_many(keys, group, out)
+                lost = [key for key, is_there in zip(keys, found, strict=True) if not is_there]
+        return Staged(group, batch[0].start, out, lost)
 
     def _layer_bytes(self, tokens: int) -> int:
         return self._shape.kv_bytes_per_token // self._shape.num_layers * tokens

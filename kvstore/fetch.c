@@ -1,8 +1,8 @@
 // Copies records out of a file and hashes what came, several in one call, without Python's lock.
 //
 // What is in the page cache is copied out of the map and hashed in one pass; the rest is read around
-// the cache (O_DIRECT) and hashed while the next is read: to where it belongs if that is aligned as a
-// disk wants it, else to scratch memory, and from there in one pass, too.
+// the cache (O_DIRECT) and hashed while the next is read: to where it belongs if that begins a page,
+// else to scratch memory, and from there in one pass, too.
 //
 // The hash is XXH3 with 128 bits, seed 0 and the default secret (Collet 2021, specification 0.2),
 // for inputs above 240 bytes: eight lanes of 64 bits, which a compiler turns into vectors.
@@ -118,7 +118,7 @@ static inline __attribute__((always_inline)) void pass(const uint8_t *restrict d
 static void hashed(const uint8_t *data, uint64_t size, uint8_t *digest) { pass(data, size, digest, 0); }
 
 enum { CACHED, DIRECT, MAPPED };  // ways to a record
-enum { PAGE = 4096, ALIGNED = 512 };  // a header begins a page, and its payload the next: see values.py
+enum { PAGE = 4096 };  // a header begins one, and its payload the next: see values.py
 
 typedef struct {
     int64_t cached, direct;  // descriptors of the file: through the page cache, and around it or -1
@@ -183,13 +183,16 @@ static int64_t cached(const source *from, const job *work) {
 // How much of a payload a disk can write to where it belongs. Since Linux 6.3, older than the call
 // that leads here, such a page stays with this process even if it forks meanwhile.
 static uint64_t in_place(const job *work) {
-    return (uintptr_t)work->payload % ALIGNED ? 0 : work->size & -(uint64_t)PAGE;
+    return (uintptr_t)work->payload % PAGE ? 0 : work->size & -(uint64_t)PAGE;
 }
 
 static int64_t direct(const source *from, const job *work, uint8_t *to) {
     uint64_t there = in_place(work), rest = whole_pages(work->size - there);
-    struct iovec parts[] = {{to, PAGE}, {work->payload, there}, {to + PAGE, rest}};
-    return filled(from->direct, parts, 3, work->at, end_of(work), PAGE);
+    struct iovec parts[3] = {{to, PAGE}};
+    int count = 1;  // none is empty: its address would have to be aligned, too
+    if (there) parts[count++] = (struct iovec){work->payload, there};
+    if (rest) parts[count++] = (struct iovec){to + PAGE, rest};
+    return filled(from->direct, parts, count, work->at, end_of(work), PAGE);
 }
 
 // Records on their way around the cache, in order: one is read while the one before it is hashed.

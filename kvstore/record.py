@@ -3,9 +3,8 @@
     [ magic .. reserved | header checksum ][ payload                              ]
       176 bytes, little-endian               of [n layers][2][Hk][P][D], by a codec
 
-On disk a record lies 16 bytes behind a page's start, so 176 = 48 mod 64 bytes of header align the
-payload to 64 bytes. The checksum of the payload lies in the header, and that of the header at
-its end, so one flipped bit anywhere is seen.
+The checksum of the payload lies in the header, and that of the header at its end, so one flipped
+bit anywhere is seen. On disk each begins a page: see `kvstore.values`.
 """
 
 import struct
@@ -27,7 +26,6 @@ VERSION = 2
 _HEADER = struct.Struct("<4sHBBBB2x32s32sIIIHHHxx16sQQ16s24x")
 _CHECK = struct.Struct("<Q")
 HEADER_BYTES = _HEADER.size + _CHECK.size
-assert HEADER_BYTES % 64 == 48
 
 
 class Header(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 LEAST_BYTES = 4 << 20  # below it no aligned large page is certain to fit
 LARGE_BYTES = 2 << 20
-SECTOR_BYTES = 512  # of a disk
+ALIGNED_BYTES = 4096  # what every disk and file system can write to by itself
 
 
 def large_pages(buffer: Tensor) -> Tensor:
@@ -34,8 +34,8 @@ def large_pages(buffer: Tensor) -> Tensor:
 def aligned(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A buffer in host memory, of whatever numbers, that a disk can write to by itself."""
     nbytes = math.prod(size) * dtype.itemsize
-    room = torch.empty(nbytes + SECTOR_BYTES, dtype=torch.uint8)
-    start = -room.data_ptr() % SECTOR_BYTES
+    room = torch.empty(nbytes + ALIGNED_BYTES, dtype=torch.uint8)
+    start = -room.data_ptr() % ALIGNED_BYTES
     return room[start : start + nbytes].view(dtype).view(size)
 
 

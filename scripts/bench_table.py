@@ -73,7 +73,7 @@ def store(record: dict[str, Any]) -> str:
         "The disk tier beside plain files and the raw disk: "
         f"{record['total_bytes'] / 2**20:.0f} MiB in values of {record['value_bytes'] / 2**20:.0f} "
         "MiB.\nA get ends in tensors, copied and verified; fresh means into memory that was never "
-        "touched.\n1T, 2T, 4T: threads; raw: O_DIRECT reads of the same pages, and nothing else; "
+        "touched.\n1T, 2T, 4T: threads; raw: O_DIRECT reads of the payloads, and nothing else; "
         "inline: values in LMDB itself.\nhidden_N: share of the smaller of loading and "
         "computing, layer by layer, that the other hides, in blocks of N tokens; elsewhere: "
         "computing takes none of this processor's time.\n"

@@ -1,13 +1,22 @@
 """Batches of stored blocks come in order, each whole, while the next ones are read."""
 
+import gc
 import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from engine import staging
+from engine.cache import SequenceCache
 from engine.hf import HFModel
-from engine.staging import AHEAD, Placed, Staging
+from engine.loading import Loader
+from engine.model import owners
+from engine.staging import AHEAD, Busy, Placed, Staging
 from kvstore import layout
 from kvstore.block import KVBlock
 from kvstore.disk import DiskTier
@@ -54,7 +63,7 @@ def taken(source):
 
 def test_all_layers_of_all_blocks_come_in_order(tmp_path):
     with stored(tmp_path) as store:
-        source = Staging(SHAPE, store, PLACED, {})
+        source = Staging(SHAPE, store, PLACED, {}, Busy())
         all_of_it = taken(source)
         source.close()
     assert [group for group, *_ in all_of_it] == [
@@ -77,7 +86,7 @@ def test_so_many_are_read_ahead_and_no_more(tmp_path, monkeypatch):
             return read(*args)
 
         monkeypatch.setattr(store, "read_many", wait)
-        source = Staging(SHAPE, store, PLACED, {})
+        source = Staging(SHAPE, store, PLACED, {}, Busy())
         for _ in range(AHEAD):  # before anybody asks
             assert begun.acquire(timeout=60)
         assert not begun.acquire(timeout=0.2)
@@ -90,7 +99,7 @@ def test_so_many_are_read_ahead_and_no_more(tmp_path, monkeypatch):
 
 def test_what_is_taken_stays_while_the_next_ones_are_read(tmp_path):
     with stored(tmp_path) as store:
-        source = Staging(SHAPE, store, PLACED, {})
+        source = Staging(SHAPE, store, PLACED, {}, Busy())
         source.take()
         staged = source.take()
         before = staged.data.clone()
@@ -103,7 +112,7 @@ def test_what_is_taken_stays_while_the_next_ones_are_read(tmp_path):
 def test_what_is_gone_is_named_and_the_others_come(tmp_path):
     with stored(tmp_path) as store:
         store.delete(KEYS[18:])
-        source = Staging(SHAPE, store, PLACED, {})
+        source = Staging(SHAPE, store, PLACED, {}, Busy())
         lost = [staged[3] for staged in taken(source)]
         source.close()
     assert lost == 3 * [[], [], [], [], KEYS[18:]]
@@ -112,7 +121,7 @@ def test_what_is_gone_is_named_and_the_others_come(tmp_path):
 def test_what_was_computed_is_not_read(tmp_path):
     with stored(tmp_path, KEYS[:8]) as store:
         computed = {key: KVBlock(content(key, IDENTITY)) for key in KEYS[8:]}
-        source = Staging(SHAPE, store, PLACED, computed)
+        source = Staging(SHAPE, store, PLACED, computed, Busy())
         for group, start, data, lost in taken(source):
             assert not lost
             for key, row in zip(KEYS[start // SIZE :], data, strict=False):
@@ -124,7 +133,7 @@ def test_a_gap_and_a_block_of_another_size_begin_a_batch(tmp_path):
     last = chain(range(5), model=IDENTITY, size=5)
     placed = [*PLACED[:3], *PLACED[4:6], Placed(last[0], 96)]
     with stored(tmp_path, [*KEYS, *last]) as store:
-        source = Staging(SHAPE, store, placed, {})
+        source = Staging(SHAPE, store, placed, {}, Busy())
         found = [(start, data.shape[0], data.shape[4]) for _, start, data, _ in taken(source)]
         source.close()
     assert found == 3 * [(0, 3, SIZE), (64, 2, SIZE), (96, 1, 5)]
@@ -140,7 +149,7 @@ def test_an_error_of_a_read_is_that_of_every_take_behind_it(tmp_path, monkeypatc
             return read(keys, layers, out)
 
         monkeypatch.setattr(store, "read_many", fail)
-        source = Staging(SHAPE, store, PLACED, {})
+        source = Staging(SHAPE, store, PLACED, {}, Busy())
         for _ in source.batches:
             source.take()
         for _ in range(3):
@@ -149,8 +158,97 @@ def test_an_error_of_a_read_is_that_of_every_take_behind_it(tmp_path, monkeypatc
         source.close()
 
 
+def test_closed_it_waits_for_reads_and_gives_its_memory_back_at_once(tmp_path, monkeypatch):
+    with stored(tmp_path) as store, ThreadPoolExecutor(1) as other:
+        begun, go_on, read = threading.Semaphore(0), threading.Event(), store.read_many
+
+        def wait(*args):
+            begun.release()
+            assert go_on.wait(60)
+            return read(*args)
+
+        monkeypatch.setattr(store, "read_many", wait)
+        source = Staging(SHAPE, store, PLACED, {}, Busy())
+        rooms = [weakref.ref(room) for room in source._rooms]
+        assert begun.acquire(timeout=60)
+        closed = other.submit(source.close)
+        assert not wait_for([closed], timeout=0.2).done
+        go_on.set()
+        closed.result(timeout=60)
+    gc.disable()
+    try:
+        del source, wait, closed
+        monkeypatch.undo()
+        assert [room() for room in rooms] == [None] * (AHEAD + 1)
+    finally:
+        gc.enable()
+
+
+def test_busy_is_the_time_in_which_somebody_is(monkeypatch):
+    now = iter([10.0, 13.0, 20.0, 21.0])
+    monkeypatch.setattr(staging.time, "perf_counter", lambda: next(now))
+    busy = Busy()
+    with busy, busy:  # from 10 to 13
+        pass
+    with busy:
+        pass
+    assert busy.seconds == 4.0
+
+
+def loader_of(store, **settings):
+    cache = SequenceCache(SHAPE, 20 * SIZE)
+    return Loader(MODEL, cache, store, PLACED, 20 * SIZE, **settings), cache
+
+
+@pytest.mark.parametrize("paced", [False, True])
+def test_reading_counts_as_loading_also_ahead_of_the_loop(tmp_path, monkeypatch, paced):
+    with stored(tmp_path) as store:
+        read = store.read_many
+        monkeypatch.setattr(store, "read_many", lambda *args: (time.sleep(0.02), read(*args))[1])
+        loader, _ = loader_of(store, paced=paced)
+        for layer in range(6):
+            loader.wait(layer)
+            time.sleep(0.1)
+        loader.cancel()
+    assert loader.load_s > 15 / AHEAD * 0.02  # batches
+
+
+def test_what_could_not_be_placed_puts_no_other_layer_in_its_place(tmp_path, monkeypatch):
+    placed, place = [], Loader._place
+
+    def fail(self, group, start, data):
+        if start == SIZE * 4 and group.start == 2:
+            raise MemoryError("no room")
+        placed.append((group, start))
+        place(self, group, start, data)
+
+    monkeypatch.setattr(Loader, "_place", fail)
+    with stored(tmp_path) as store:
+        loader, _ = loader_of(store)
+        loader.wait(1)
+        for _ in range(2):
+            with pytest.raises(MemoryError, match="no room"):
+                loader.wait(2)
+        with pytest.raises(RuntimeError, match="could not be placed"):
+            loader.wait(4)
+        loader.cancel()
+    assert placed == [(range(0, 2), 64 * i) for i in range(5)] + [(range(2, 4), 0)]
+
+
+def test_a_loader_puts_every_block_in_its_place(tmp_path):
+    with stored(tmp_path) as store:
+        loader, cache = loader_of(store)
+        loader.result()
+        loader.cancel()
+    for i, layer in enumerate(owners(MODEL)):
+        kv, table = cache.view(i, 20 * SIZE), loader.tables[layer.rope]
+        k = torch.cat([content(key, IDENTITY)[i, 0] for key in KEYS], 1)
+        assert same(kv.k, layer.rope.rotate(k, table))
+        assert same(kv.v, torch.cat([content(key, IDENTITY)[i, 1] for key in KEYS], 1))
+
+
 def test_without_blocks_there_is_nothing_to_take(tmp_path):
     with stored(tmp_path) as store:
-        source = Staging(SHAPE, store, [], {})
+        source = Staging(SHAPE, store, [], {}, Busy())
         assert source.batches == []
         source.close()

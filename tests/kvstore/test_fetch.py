@@ -311,7 +311,7 @@ def test_the_compiled_hash_is_xxh3_and_short_files_have_none(
     path = tmp_path_factory.mktemp("hash") / "file"  # on a disk, perhaps
     data = np.random.default_rng(size).integers(1, 256, 2 * 4096 + size, np.uint8)
     path.write_bytes(data.tobytes()[: len(data) - missing])
-    room, place = room_of(size, 512 if in_place else 16)
+    room, place = room_of(size, 4096 if in_place else 16)
     landed, file = room[place], Values(path)
     if way == DIRECT:
         drop(path)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from native.pages import (
+    ALIGNED_BYTES,
     LARGE_BYTES,
     LEAST_BYTES,
-    SECTOR_BYTES,
     aligned,
     large_pages,
     own_large_pages,
@@ -84,7 +84,7 @@ def test_an_aligned_buffer_is_what_a_disk_can_write_to():
     for nbytes in (0, 1, 511, 512, 4096, 1 << 20):
         buffer = aligned((nbytes, 3), torch.bfloat16)
         assert buffer.shape == (nbytes, 3)
-        assert buffer.data_ptr() % SECTOR_BYTES == 0
+        assert buffer.data_ptr() % ALIGNED_BYTES == 0
         buffer.fill_(1)
 
 

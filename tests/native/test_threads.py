@@ -1,5 +1,6 @@
 """How threads share the CPU's cores."""
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,12 +22,13 @@ def test_a_patient_thread_is_so_alone():
     assert policy() == before
 
 
-def test_where_that_is_forbidden_it_is_as_it_was(monkeypatch):
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EINVAL, errno.ENOSYS])
+def test_where_that_is_forbidden_or_unknown_it_is_as_it_was(monkeypatch, number):
     if not hasattr(os, "SCHED_BATCH"):
         pytest.skip("this system has no such policy")
 
     def refuse(*_):
-        raise PermissionError
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
     with ThreadPoolExecutor(1, "patient", be_patient) as threads:
