@@ -177,7 +177,7 @@ def test_closed_it_waits_for_reads_and_gives_its_memory_back_at_once(tmp_path, m
         closed.result(timeout=60)
     gc.disable()
     try:
-        del source, wait, closed
+        del wait, closed
         monkeypatch.undo()
         assert [room() for room in rooms] == [None] * (AHEAD + 1)
     finally:

@@ -198,7 +198,7 @@ def test_a_file_that_refuses_such_a_read_is_read_through_its_cache(tier, tmp_pat
         pytest.skip("the temporary folder is in memory")
     os.close(tier._env.ways._direct)
     tier._env.ways._direct = refusing = os.pidfd_open(os.getpid())  # no file at all
-    with pytest.raises(OSError, match="argument|seek") as error:
+    with pytest.raises(OSError, match=r"argument|seek") as error:
         os.preadv(refusing, [bytearray(1)], 0)
     if error.value.errno != errno.EINVAL:
         pytest.skip("before Linux 6.9 it refuses in another way")
