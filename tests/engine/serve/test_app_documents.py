@@ -10,12 +10,20 @@ import openai
 import pytest
 
 from engine.catalogue import Catalogue, Document
+from engine.repair import BlendConfig
 from engine.shelf import Reading, Shelf
 from kvstore.config import StoreConfig
 from tests.engine.rag import FACTS, blocks, documents
 from tests.engine.serve.server import LIMIT_S, Running, running
 
 FIRST, SECOND = FACTS[0], FACTS[1]
+
+
+@pytest.fixture(scope="module")
+def server():
+    """What was stored is loaded, also where that happens to be slower than computing it."""
+    with running(engine={"blend": BlendConfig(controller=False)}) as made:
+        yield made
 
 
 @pytest.fixture
