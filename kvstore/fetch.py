@@ -17,7 +17,7 @@ from kvstore.codecs.codec import Codec, Payload, landing_place
 from kvstore.entry import Entry
 from kvstore.errors import CorruptRecord
 from kvstore.layout import covering
-from kvstore.values import PAGE_BYTES, Values
+from kvstore.values import Values
 from kvstore.ways import Ways
 from native.library import library
 
@@ -56,10 +56,9 @@ class Part:
         """Of the payload."""
         return self._landed.nbytes
 
-    def job(self, way: int) -> bytes:
+    def job(self, file: Values, way: int) -> bytes:
         """What `copy_records` needs to know."""
-        place = self.page * PAGE_BYTES
-        return _JOB.pack(place, self.nbytes, *self._addresses(), b"", 0, way)
+        return _JOB.pack(file.place(self.page), self.nbytes, *self._addresses(), b"", 0, way)
 
     def done(self, digest: bytes, error: int) -> None:
         """Note what came of its job."""
@@ -127,7 +126,7 @@ def copy(parts: Sequence[Part], file: Values, ways: Ways) -> None:
             part.copy(file)
     if compiled is None or not large:
         return
-    jobs = bytearray(b"".join(part.job(ways.way(part.page)) for part in large))
+    jobs = bytearray(b"".join(part.job(file, ways.way(part.page)) for part in large))
     compiled.copy_records(
         ways.source(record.HEADER_BYTES, max(part.nbytes for part in large)),
         ctypes.c_void_p(_address(np.frombuffer(jobs, np.uint8))),

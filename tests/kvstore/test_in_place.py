@@ -111,7 +111,7 @@ def test_every_codec_lands_where_a_disk_can_write(tmp_path, monkeypatch, codec, 
     blocks = [(key, KVBlock(torch.randn(shape, generator=seed).to(torch.bfloat16))) for key in keys]
     out = torch.zeros(len(keys), len(layers), *shape[1:], dtype=torch.bfloat16)
     landings, job = [], Part.job
-    monkeypatch.setattr(Part, "job", lambda self, way: landings.append(self) or job(self, way))
+    monkeypatch.setattr(Part, "job", lambda self, *a: landings.append(self) or job(self, *a))
     with closing(cold(tmp_path / "s", blocks, codec)) as tier:
         seen = watched(monkeypatch)
         assert tier.read_many(keys, layers, out) == [True] * len(keys)

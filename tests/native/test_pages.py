@@ -50,23 +50,17 @@ def test_small_buffers_are_left_alone(monkeypatch):
     assert asked == []
 
 
-def test_a_buffer_in_pages_of_its_own_is_zero_and_asks_for_small_ones():
+@pytest.mark.parametrize(
+    ("kind", "flag", "to"), [(own_pages, "nh", ALIGNED_BYTES), (own_large_pages, "hg", LARGE_BYTES)]
+)
+def test_a_buffer_in_pages_of_its_own_is_zero_begins_one_and_asks_for_its_kind(kind, flag, to):
     if sys.platform != "linux" or not THP.exists():
         pytest.skip("this kernel has no transparent large pages")
-    buffer = own_pages((3, 1 << 20), torch.bfloat16)
+    buffer = kind((3, 1 << 20), torch.bfloat16)
     assert buffer.shape == (3, 1 << 20)
     assert not buffer.any()
-    assert marked(buffer.data_ptr(), "nh")
-
-
-def test_a_buffer_in_large_pages_of_its_own_is_zero_and_begins_one():
-    if sys.platform != "linux" or not THP.exists():
-        pytest.skip("this kernel has no transparent large pages")
-    buffer = own_large_pages((3, 1 << 20), torch.bfloat16)
-    assert buffer.shape == (3, 1 << 20)
-    assert not buffer.any()
-    assert buffer.data_ptr() % LARGE_BYTES == 0
-    assert marked(buffer.data_ptr(), "hg")
+    assert buffer.data_ptr() % to == 0
+    assert marked(buffer.data_ptr(), flag)
 
 
 @pytest.mark.parametrize("kind", [own_pages, own_large_pages])
