@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
-from soaking.table import soak  # noqa: E402  (needs the path)
+from soaking.churn import Churn  # noqa: E402  (needs the path)
+from soaking.table import soak  # noqa: E402
 from soaking.watch import Window, verdict  # noqa: E402
 
 BUDGET = 1 << 30
@@ -53,6 +57,47 @@ def test_thirds_stand_beside_each_other_in_the_table():
     assert "| last | 2.000 | 0 | 7.00 | 2.00 |" in shown
     assert "5,000 blocks" in shown
     assert "- memory grew by 3.0%" in shown
+
+
+class Reads:
+    """A store that says it has every block, and reads each as `read` makes it from what was put."""
+
+    def __init__(self, read):
+        self.read, self.stop, self.there = read, threading.Event(), {}
+
+    @contextmanager
+    def pin(self, keys):
+        yield
+
+    def lookup(self, keys):
+        return sum(key.digest in self.there for key in keys)
+
+    def put(self, items):
+        self.there |= {key.digest: block.data.clone() for key, block in items}
+
+    def read_many(self, keys, layers, out):
+        out.copy_(torch.stack([self.read(self.there[key.digest]) for key in keys]))
+        self.stop.set()
+        return [True] * len(keys)
+
+
+def one_number_else(block):
+    block = block.clone()
+    block.view(torch.int16).view(-1)[-1] += 1
+    return block
+
+
+@pytest.mark.parametrize(
+    ("read", "share"),
+    [(torch.clone, 0), (one_number_else, 1), (lambda block: block.roll(1, -1), 1)],
+)
+def test_what_is_not_what_was_put_is_counted(read, share):
+    store = Reads(read)
+    churn = Churn(store, seed=0)
+    churn.run(store.stop, rate=1e9, number=0)
+    churn.raise_failure()
+    assert churn.wrong == share * churn.blocks_read
+    assert churn.blocks_read > 0
 
 
 @pytest.mark.slow

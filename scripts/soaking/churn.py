@@ -13,7 +13,7 @@ from torch import Tensor
 from kvstore.block import BlockKey, KVBlock
 from kvstore.identity import ModelIdentity
 from kvstore.store import TieredStore
-from kvstore.tier import Item
+from native.pages import own_pages
 
 MODEL = ModelIdentity(b"soak", (), "{}", "bfloat16", 16, 4, 128, "{}")
 SIZE = 64  # tokens: a block of 2 MiB
@@ -21,12 +21,15 @@ LONGEST = 32  # blocks of a conversation
 LIVE = 4096  # conversations that may be asked for, by popularity
 FORGET = 0.02  # chance that one is replaced by another when it is asked for
 TEMPLATES = 8
+MARK = 16  # numbers of two bytes: a digest
 
 
 class Churn:
     """Asks a store for conversations, checks what it gets and puts what it does not.
 
-    Content follows from a block's digest, so that nothing of what was written need be kept.
+    Content follows from a block's digest, so that nothing of what was written need be kept. Every
+    thread has one KV cache, as a loop that decodes has: what is found is read into it, what is not
+    is written there and put from there.
     """
 
     def __init__(self, store: TieredStore, seed: int) -> None:
@@ -47,10 +50,10 @@ class Churn:
     def fill(self) -> int:
         """Put conversations until the slowest tier evicts; how many."""
         tier = self._store.stats().tiers["disk"]
-        number = 0
+        number, cache = 0, _cache()
         while not tier.evictions:
             keys = self._keys(number % LIVE, number // LIVE)
-            self._put(keys)
+            self._put(keys, cache)
             number += 1
             if number % 16 == 0:
                 self._store.flush()
@@ -59,11 +62,11 @@ class Churn:
 
     def run(self, stop: threading.Event, rate: float, number: int) -> None:
         """Ask for `rate` conversations a second until `stop`; what fails ends it."""
-        dice = random.Random(1000 * self._seed + number)
+        dice, cache = random.Random(1000 * self._seed + number), _cache()
         due = time.monotonic()
         try:
             while not stop.is_set():
-                self._ask(dice)
+                self._ask(dice, cache)
                 due = max(due + dice.expovariate(rate), time.monotonic() - 1)
                 stop.wait(max(0.0, due - time.monotonic()))
         except Exception as error:
@@ -81,7 +84,7 @@ class Churn:
         if self._failure is not None:
             raise self._failure
 
-    def _ask(self, dice: random.Random) -> None:
+    def _ask(self, dice: random.Random, cache: Tensor) -> None:
         [rank] = dice.choices(range(LIVE), cum_weights=self._weights)
         with self._lock:
             self._versions[rank] += dice.random() < FORGET
@@ -89,23 +92,23 @@ class Churn:
         keys = self._keys(rank, version)
         with self._store.pin(keys):
             found = self._store.lookup(keys)
-            self._read(keys[:found])
-        self._put(keys[found:], above=keys[:found])
+            self._read(keys[:found], cache)
+        self._put(keys[found:], cache, above=keys[:found])
 
     def _keys(self, rank: int, version: int) -> list[BlockKey]:
         length = random.Random(rank).randint(1, LONGEST)
         tokens = [rank, version, *([0] * (length * SIZE - 2))]
         return BlockKey.chain(tokens, identity=MODEL, tenant=b"soak", size=SIZE)
 
-    def _read(self, keys: Sequence[BlockKey]) -> None:
+    def _read(self, keys: Sequence[BlockKey], cache: Tensor) -> None:
         if not keys:
             return
-        out = torch.empty(len(keys), *MODEL.block_shape(SIZE), dtype=torch.bfloat16)
+        out = cache[: len(keys)]
         began = time.perf_counter()
         there = self._store.read_many(keys, range(MODEL.num_layers), out)
         seconds = time.perf_counter() - began
         wrong = sum(
-            is_ and not torch.equal(row.view(torch.int16), self._content(key))
+            is_ and not self._is_content(row, key)
             for key, is_, row in zip(keys, there, out, strict=True)
         )
         with self._lock:
@@ -113,17 +116,30 @@ class Churn:
             self.blocks_read += sum(there)
             self.wrong += wrong
 
-    def _put(self, keys: Sequence[BlockKey], above: Sequence[BlockKey] = ()) -> None:
+    def _put(self, keys: Sequence[BlockKey], cache: Tensor, above: Sequence[BlockKey] = ()) -> None:
+        items = [(key, KVBlock(row)) for key, row in zip(keys, cache, strict=False)]
+        for key, block in items:
+            numbers = block.data.view(torch.int16)
+            numbers.copy_(self._template(key))[..., :MARK] = _mark(key)
         with self._store.pin([*above, *keys]):
-            self._store.put([self._item(key) for key in keys])
+            self._store.put(items)
         with self._lock:
             self.blocks_put += len(keys)
 
-    def _item(self, key: BlockKey) -> Item:
-        return key, KVBlock(self._content(key).view(torch.bfloat16))
+    def _template(self, key: BlockKey) -> Tensor:
+        return self._templates[key.digest[0] % TEMPLATES]
 
-    def _content(self, key: BlockKey) -> Float[Tensor, "L 2 Hk P D"] | Tensor:
-        data = self._templates[key.digest[0] % TEMPLATES].clone()
-        mark = torch.frombuffer(bytearray(key.digest), dtype=torch.int16)
-        data[..., :16] = mark  # at the start of every row
-        return data
+    def _is_content(self, row: Float[Tensor, "L 2 Hk P D"], key: BlockKey) -> bool:
+        """Whether it is the block's template, with the block's mark at the start of every row."""
+        numbers = row.view(torch.int16)
+        marked = bool((numbers[..., :MARK] == _mark(key)).all())
+        return marked and torch.equal(numbers[..., MARK:], self._template(key)[..., MARK:])
+
+
+def _cache() -> Tensor:
+    """Room for the longest conversation."""
+    return own_pages((LONGEST, *MODEL.block_shape(SIZE)), torch.bfloat16)
+
+
+def _mark(key: BlockKey) -> Tensor:
+    return torch.frombuffer(bytearray(key.digest), dtype=torch.int16)
