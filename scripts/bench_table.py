@@ -57,8 +57,9 @@ def decode(record: dict[str, Any]) -> str:
 
 STORE_SUMMARY = (
     "hot_get_gbps", "hot_get_vs_pread", "cold_get_vs_odirect", "cold_get_vs_pread",
-    "cold_inline_vs_odirect", "put_vs_files", "put_vs_inline", "hidden_512",
-    "hidden_512_elsewhere", "hidden_64", "hidden_64_elsewhere",
+    "cold_inline_vs_odirect", "put_vs_files", "put_vs_inline",
+    "hidden_512", "hidden_512_apart", "hidden_512_elsewhere", "hidden_512_elsewhere_apart",
+    "hidden_64", "hidden_64_apart", "hidden_64_elsewhere", "hidden_64_elsewhere_apart",
 )  # fmt: skip
 
 
@@ -76,7 +77,8 @@ def store(record: dict[str, Any]) -> str:
         "touched.\n1T, 2T, 4T: threads; raw: O_DIRECT reads of the payloads, and nothing else; "
         "inline: values in LMDB itself.\nhidden_N: share of the smaller of loading and "
         "computing, layer by layer, that the other hides, in blocks of N tokens; elsewhere: "
-        "computing takes none of this processor's time.\n"
+        "computing takes none of this processor's time;\napart: the two run beside each other, and "
+        "neither waits for the other.\n"
         "`scripts/bench_store.py`"
     )
     return "\n".join([about, "", *rows, "", *summary])

@@ -4,7 +4,8 @@ A prefix of 8,192 tokens, of 32 layers x 8 KV heads x 128 in bfloat16 (1 GiB), r
 its pages not in the page cache. The engine's loader reads, verifies, rotates and places it, one
 value of layers of every block at a time, while a loop waits for each layer and then computes: as
 long in all as loading alone takes. It multiplies matrices with one thread of the CPU, which loading
-needs, too; or, `elsewhere`, it sleeps, as a loop does whose layers a GPU computes.
+needs, too; or, `elsewhere`, it sleeps, as a loop does whose layers a GPU computes. What the two
+take from each other is measured, too: `apart`, they run beside each other and neither waits.
 
 The share that is hidden is (load + compute - both together) / the smaller of the two, all three
 measured in the same round. A loop that starts with nothing loaded can hide all but the layers of
@@ -83,25 +84,28 @@ class Prefix:
         else:
             self.products = max(1, round(load_s / LAYERS / timed(self.layer) * self.products))
 
-    def run(self, computes: bool) -> float:
+    def run(self, computes: bool, *, waits: bool = True) -> float:
         drop(files_of(self.folder))
         with TieredStore([self._tier()]) as store:
-            return timed(lambda: self._load(store, computes))
+            return timed(lambda: self._load(store, computes, waits))
 
-    def _load(self, store: TieredStore, computes: bool) -> None:
+    def _load(self, store: TieredStore, computes: bool, waits: bool) -> None:
         loader = Loader(self.model, self.cache, store, self.placed, TOKENS)
         for layer in range(LAYERS):
-            loader.wait(layer)
+            if waits:
+                loader.wait(layer)
             if computes:
                 self.layer()
+        loader.result()
         loader.cancel()
 
-    def hidden(self) -> float:
-        """The share hidden in one round."""
+    def hidden(self) -> tuple[float, float]:
+        """The share hidden in one round: by a loop that waits for its layers, and apart."""
         load_s = self.run(computes=False)
         compute_s = timed(lambda: [self.layer() for _ in range(LAYERS)])
-        both_s = self.run(computes=True)
-        return (load_s + compute_s - both_s) / min(load_s, compute_s)
+        both_s = self.run(computes=True), self.run(computes=True, waits=False)
+        pipelined, apart = ((load_s + compute_s - s) / min(load_s, compute_s) for s in both_s)
+        return pipelined, apart
 
 
 def overlap(folder: Path) -> dict[str, float]:
@@ -112,5 +116,8 @@ def overlap(folder: Path) -> dict[str, float]:
         prefix.run(computes=False)  # memory is touched for the first time
         for name, elsewhere in ((f"hidden_{size}", False), (f"hidden_{size}_elsewhere", True)):
             prefix.calibrate(prefix.run(computes=False), elsewhere=elsewhere)
-            shares[name] = statistics.median(prefix.hidden() for _ in range(ROUNDS))
+            rounds = [prefix.hidden() for _ in range(ROUNDS)]
+            shares[name], shares[f"{name}_apart"] = map(
+                statistics.median, zip(*rounds, strict=True)
+            )
     return shares
