@@ -4,7 +4,6 @@ import errno
 import fcntl
 import logging
 import os
-import re
 import resource
 import secrets
 import shutil
@@ -22,7 +21,7 @@ from kvstore.errors import CorruptRecord, DeviceFull, StoreError, StoreFormatErr
 from kvstore.extent import MAP_BYTES, DataFile
 from kvstore.guard import Guard
 from kvstore.space import empty
-from kvstore.values import PREFIX, Values
+from kvstore.values import NAME, PREFIX, Values
 from kvstore.ways import Ways
 from native.folders import sync_folder
 
@@ -31,7 +30,8 @@ if TYPE_CHECKING:
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 DATA_FILE = "data.mdb"
-UNFINISHED = "new-"  # prefix of folders in which a data file is made
+UNFINISHED = ".headrace-unfinished-"  # prefix of folders in which a data file is made
+MADE = {DATA_FILE, "lock.mdb"}  # there, at most
 FORMAT = b"headrace store 4"
 VALUES = b"values"  # in the table of numbers: the name of the file
 START_ANEW = "delete the folder (blocks are a cache and will be computed again)"
@@ -162,7 +162,12 @@ def new_values(path: Path) -> Path:
 
 def files_of(path: Path) -> list[Path]:
     """Of the store in the folder: LMDB's, and that of all KV."""
-    return [path / DATA_FILE, *path.glob(f"{PREFIX}*")]
+    return [path / DATA_FILE, *values_files(path)]
+
+
+def values_files(path: Path) -> list[Path]:
+    """Files in the folder that have names of ours; what users call `values-...` has not."""
+    return [file for file in path.glob(f"{PREFIX}*") if NAME.fullmatch(file.name)]
 
 
 def files_bytes(path: Path) -> int:
@@ -175,11 +180,12 @@ def _clean(path: Path, values: str) -> None:
 
     It is open here, so that nobody compacts it, and its values are in the file of this name.
     """
-    if any(path.glob(f"{UNFINISHED}*")) or len(list(path.glob(f"{PREFIX}*"))) > 1:
+    if any(path.glob(f"{UNFINISHED}*")) or len(values_files(path)) > 1:
         with _alone(path):
             for made in path.glob(f"{UNFINISHED}*"):
-                shutil.rmtree(made)
-            for other in path.glob(f"{PREFIX}*"):
+                if made.is_dir() and MADE.issuperset(os.listdir(made)):
+                    shutil.rmtree(made)
+            for other in values_files(path):
                 if other.name != values:
                     other.unlink()
 
@@ -229,9 +235,10 @@ def checked_format(path: Path, env: lmdb.Environment) -> str:
             f"{path} holds {'no Headrace store' if found is None else repr(found)}, and this "
             f"version reads {FORMAT!r}: choose another disk_path, or {START_ANEW}"
         )
-    if values is None or not re.fullmatch(PREFIX.encode() + rb"[0-9a-f]+", values):
+    name = "" if values is None else values.decode("ascii", "replace")
+    if not NAME.fullmatch(name):
         raise CorruptRecord(f"{path} does not say where its blocks are; {START_ANEW}")
-    return str(values, "ascii")
+    return name
 
 
 def _verify_after_boot(env: lmdb.Environment, path: Path) -> None:
@@ -243,7 +250,7 @@ def _verify_after_boot(env: lmdb.Environment, path: Path) -> None:
     """
     boot = _BOOT_ID.read_text() if _BOOT_ID.exists() else ""
     seen = path / "verified"
-    if boot and seen.exists() and seen.read_text() == boot:
+    if boot and seen.exists() and seen.read_bytes() == boot.encode():
         return
     with env.begin(write=True):  # excludes writers; touches no page but the meta pages
         verify_file(path)

@@ -23,6 +23,8 @@ from kvstore.errors import CorruptRecord, StoreError
 from kvstore.extent import MAP_BYTES, UNKNOWN, DataFile, first_page, span
 
 BATCH_BYTES = 4 << 20  # of one transaction: 3.1 GB/s, with 16 MiB 1.7 (LMDB takes memory for them)
+PREFIX = ".headrace-spill-"  # of its folders
+MADE = {DATA_FILE, "lock.mdb", "owner"}  # there
 Bytes = UInt8[np.ndarray, " N"]
 
 
@@ -135,7 +137,7 @@ def _claim(path: Path, owner: Spill) -> tuple[Path, Callable[[], object]]:
     with os.fdopen(os.open(path / "spill.lock", flags, 0o600)) as door:
         fcntl.flock(door, fcntl.LOCK_EX)  # nobody sweeps a folder before it has its owner
         _sweep(path)
-        folder = Path(tempfile.mkdtemp(prefix="spill-", dir=path))
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=path))
         handle = os.open(folder / "owner", flags, 0o600)
         fcntl.flock(handle, fcntl.LOCK_EX)
     return folder, weakref.finalize(owner, _remove, folder, handle, os.getpid())
@@ -143,8 +145,8 @@ def _claim(path: Path, owner: Spill) -> tuple[Path, Callable[[], object]]:
 
 def _sweep(path: Path) -> None:
     """Remove the folders whose owner's lock went with its process."""
-    for file in path.glob("spill-*/owner"):
-        if file.lstat().st_uid != os.getuid():
+    for file in path.glob(f"{PREFIX}*/owner"):
+        if file.lstat().st_uid != os.getuid() or not MADE.issuperset(os.listdir(file.parent)):
             continue
         with file.open() as handle:
             try:

@@ -15,6 +15,7 @@ import ctypes
 import errno
 import mmap
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from kvstore.extent import MAP_BYTES, DataFile, behind
 
 PAGE_BYTES = 4096
 PREFIX = "values-"
+NAME = re.compile(PREFIX + "[0-9a-f]{16}")
 _LIBC = ctypes.CDLL(None)
 _FAILED = ctypes.c_void_p(-1).value  # MAP_FAILED
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # FALLOC_FL_*

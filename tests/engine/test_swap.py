@@ -266,7 +266,7 @@ def test_the_file_does_not_grow_with_what_passed_through_it(tmp_path):
                 swap.out(cache)
             for cache in caches:
                 swap.forget(cache)
-            (file,) = tmp_path.glob("spill/spill-*/data.mdb")
+            (file,) = tmp_path.glob("spill/.headrace-spill-*/data.mdb")
             sizes.append(file.stat().st_size)
         assert sizes[-1] <= sizes[1] * 1.5
 
@@ -277,7 +277,7 @@ def test_the_file_does_not_grow_with_what_passed_through_it(tmp_path):
 def damage(path, swap, cache, byte=b"damage"):
     """Overwrite some bytes of a request's first piece."""
     spill, number = swap._file.spill, swap._below.copies[cache].disk.numbers[0]
-    (file,) = path.glob("spill/spill-*/data.mdb")
+    (file,) = path.glob("spill/.headrace-spill-*/data.mdb")
     with file.open("r+b") as handle:
         handle.seek(spill._places[number].page * 4096 + 16 + 5000)
         handle.write(byte)
@@ -399,4 +399,4 @@ def test_closing_ends_all_and_twice_is_once(tmp_path):
     swap.close()
     swap.close()
     assert swap.used_bytes == 0
-    assert not list(tmp_path.glob("spill/spill-*"))
+    assert not list(tmp_path.glob("spill/.headrace-spill-*"))

@@ -4,7 +4,9 @@ import errno
 import fcntl
 import os
 import random
+import re
 import signal
+import time
 from pathlib import Path
 
 import lmdb
@@ -14,7 +16,7 @@ from kvstore import compact as module
 from kvstore.codecs.known import RAW
 from kvstore.compact import compact
 from kvstore.disk import DiskTier
-from kvstore.environment import files_bytes
+from kvstore.environment import UNFINISHED, files_bytes
 from kvstore.errors import DeviceFull, StoreError, StoreFormatError
 from kvstore.ledger import entry_cost
 from kvstore.space import Space
@@ -253,7 +255,7 @@ def test_what_a_killed_process_was_creating_goes_when_the_store_is_opened_next(
     pid = forked(opened, path)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     monkeypatch.undo()
-    assert [name[:4] for name in names(path)] == ["new-", "valu"]
+    assert [name[:5] for name in names(path)] == [".head", "value"]
     opened(path).close()
     assert names(path) == NAMES
 
@@ -263,12 +265,32 @@ def test_files_of_no_store_go_and_those_of_a_store_that_others_have_open_stay(pa
     pid = reading(path)
     try:
         (path / "values-0123456789abcdef").write_bytes(b"of a killed compaction")
-        (path / "new-0").mkdir()
+        (path / f"{UNFINISHED}0").mkdir()
         check_whole(path)
         assert values_file(path) == used
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def test_files_of_others_in_the_folder_of_a_store_stay(path):
+    users = [
+        "new-site/index.html",
+        "values-prod.yaml",
+        "values-2026",
+        "values-0123456789abcdef.bak",
+    ]
+    users += ["new-notes", f"{UNFINISHED}site/data.mdb", f"{UNFINISHED}site/mine", f"{UNFINISHED}x"]
+    for name in users:
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text("precious")
+    size = files_bytes(path)
+    opened(path).close()
+    compact(path)
+    assert files_bytes(path) < size
+    with TieredStore([opened(path)]) as store:
+        assert store.lookup(keys(0)) == 8
+    assert {name: (path / name).read_text() for name in users} == dict.fromkeys(users, "precious")
 
 
 def test_folders_in_anothers_folder_stay(tmp_path):
@@ -281,6 +303,32 @@ def test_folders_in_anothers_folder_stay(tmp_path):
         opened(tmp_path)
     mine = {"new-year", "values-of-mine", "values-0123456789abcdef"}
     assert mine < set(os.listdir(tmp_path))
+
+
+def wait_until_locked_out(pid):
+    """Return when that process waits for a lock."""
+    waits = re.compile(rf"-> POSIX +ADVISORY +\w+ {pid} ")
+    while not waits.search(Path("/proc/locks").read_text()):
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "it did not wait"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("commits", range(2))
+def test_who_opens_the_store_meanwhile_waits_and_finds_it_whole(path, monkeypatch, commits):
+    with TieredStore([opened(path)]) as store:
+        for number in range(1, 1 + commits):  # LMDB keeps the last state in one of two places
+            store.put(items(keys(number), MODEL))
+            store.flush()
+    waiting, copy_values = [], module._copy_values
+
+    def copied(*args):
+        waiting.append(forked(check_whole, path))
+        wait_until_locked_out(*waiting)
+        copy_values(*args)
+
+    monkeypatch.setattr(module, "_copy_values", copied)
+    compact(path)
+    assert os.waitpid(waiting[0], 0)[1] == 0
 
 
 def test_damaged_tables_are_not_compacted(path):

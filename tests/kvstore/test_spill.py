@@ -21,7 +21,7 @@ def test_the_file_stays_bounded_however_often_blocks_change(tmp_path):
     with closing(made(tmp_path, LARGE, slots=1, blocks=8)) as pool:
         for seed in range(30):
             filled(pool, 8 * 16, seed)[0].close()
-        (file,) = tmp_path.glob("spill/spill-*/data.mdb")
+        (file,) = tmp_path.glob("spill/.headrace-spill-*/data.mdb")
         assert file.stat().st_size < disk_bytes(LARGE, 8) * 1.5 + (1 << 20)
 
 
@@ -37,7 +37,7 @@ def test_more_than_a_transaction_holds_is_written_in_several(tmp_path):
 def test_damage_on_disk_is_an_error_and_everything_else_is_still_right(tmp_path):
     pool = made(tmp_path, LARGE, slots=2)
     lease, data = filled(pool, 160)
-    (file,) = tmp_path.glob("spill/spill-*/data.mdb")
+    (file,) = tmp_path.glob("spill/.headrace-spill-*/data.mdb")
     place = pool._spill._places[int(lease.table[0])]  # of layer 0
     with file.open("r+b") as handle:
         handle.seek(place.page * 4096 + 16 + 5000)
@@ -105,7 +105,7 @@ def test_a_full_disk_is_an_error_that_loses_nothing(tmp_path):
 
 def test_the_folder_is_private_and_goes_when_the_pool_is_closed(tmp_path):
     pool = made(tmp_path / "a" / "b")
-    (folder,) = tmp_path.glob("a/b/spill/spill-*/")
+    (folder,) = tmp_path.glob("a/b/spill/.headrace-spill-*/")
     assert folder.stat().st_mode & 0o777 == 0o700
     assert {p.stat().st_mode & 0o077 for p in folder.iterdir()} == {0}
     pool.close()
@@ -127,7 +127,10 @@ os._exit(1)
     pipe = subprocess.PIPE
     with subprocess.Popen(run, stdin=pipe, stdout=pipe, text=True) as child:
         theirs = Path(child.stdout.readline().strip())
-        (tmp_path / "spill-of-a-user").mkdir()
+        for mine in (tmp_path / "spill-of-a-user", tmp_path / ".headrace-spill-copied"):
+            mine.mkdir()
+            for name in ("owner", "precious.doc"):
+                (mine / name).touch()
         with closing(Spill(tmp_path, 1 << 20)) as ours, closing(Spill(tmp_path, 1 << 20)):
             assert theirs.is_dir()
             child.communicate("\n")
@@ -135,7 +138,8 @@ os._exit(1)
             with closing(Spill(tmp_path, 1 << 20)):
                 assert not theirs.exists()
                 assert ours.folder.is_dir()
-    assert (tmp_path / "spill-of-a-user").is_dir()
+    assert (tmp_path / "spill-of-a-user" / "precious.doc").is_file()
+    assert (tmp_path / ".headrace-spill-copied" / "precious.doc").is_file()
 
 
 def test_a_process_that_ends_leaves_nothing_even_if_it_forked_and_closed_nothing(tmp_path):
