@@ -111,7 +111,7 @@ def _say_again(env: lmdb.Environment) -> None:
     """
     info = env.open_db(b"info", create=False)
     with env.begin(write=True) as txn:
-        txn.put(VALUES, txn.get(VALUES, db=info), db=info)
+        txn.put(VALUES, txn.get(VALUES, b"", db=info), db=info)
 
 
 def _sound(cursor: lmdb.Cursor) -> Iterator[Entry]:

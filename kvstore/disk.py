@@ -129,6 +129,7 @@ class DiskTier:
     def delete(self, keys: Sequence[BlockKey | bytes]) -> None:
         with self.changing() as txn:
             self.ledger.remove_trees(txn, [k if isinstance(k, bytes) else k.digest for k in keys])
+        self._give_back()
 
     def held(self, keys: Sequence[BlockKey]) -> list[bool]:
         try:
@@ -165,12 +166,13 @@ class DiskTier:
     def clear(self) -> None:
         with self.changing() as txn:
             self.ledger.clear(txn)
+        self._give_back()
 
     def close(self) -> None:
         self._threads.shutdown()
         try:
             if (self._stamps or self._bad) and self._env.is_writable():
-                with suppress(CorruptRecord), self.changing():  # else uses and damage are forgotten
+                with suppress(StoreError), self.changing():  # else uses and damage are forgotten
                     pass
         finally:
             self._env.close()
@@ -183,6 +185,15 @@ class DiskTier:
                 return key is not None and self.ledger.get(txn, key) is not None
         except CorruptRecord:
             return False
+
+    def _give_back(self) -> None:
+        """Free pages become holes: what was deleted can be read from the file no more.
+
+        Nobody takes one meanwhile; whoever is reading one finds that it is not what it was.
+        """
+        with self.changing() as txn:
+            for extent in self.ledger.space.unused(txn, self._env.values.pages):
+                self._env.values.punch(*extent)
 
     def _packed(self, item: Item) -> Packed:
         return packed(*item, self._codec)

@@ -102,8 +102,8 @@ class Level:
             except DeviceFull:
                 raise
             except (TierFull, MissingParent):
-                self._seed()  # other processes may have put blocks we can evict
-                self._put_singly(blocks)
+                self._seed()  # other processes may have put blocks we can evict, or evicted ours
+                self._put_again(blocks)
             return sum(self.tier.held([key for key, _ in blocks]))
 
     def room(self, pinned: Iterable[bytes]) -> int:
@@ -117,19 +117,23 @@ class Level:
         with self._lock:
             self.stats.skipped += count
 
-    def delete(self, keys: Sequence[BlockKey | bytes]) -> int:
-        """Delete blocks, pinned or not, and what rests on them; how many of `keys` were here.
+    def delete(self, digests: Sequence[bytes], rest: Sequence[bytes] = ()) -> int:
+        """Delete blocks, pinned or not, and what rests on them; how many of `digests` were here.
 
         Raises StoreError where the tier cannot be asked: a miss would say that they are gone.
+
+        Args:
+            rest: what rests on them in other tiers, where those between may be.
         """
-        digests = [key if isinstance(key, bytes) else key.digest for key in keys]
         with self._inserting:
-            sizes = self.tier.sizes(digests)
-            present = [key for key, size in zip(keys, sizes, strict=True) if size]
-            if present:
-                self.tier.delete(self._with_rest(present))
+            going = resting_on(list(dict.fromkeys([*digests, *rest])), self.tier.residents())
+            there = [
+                digest for digest, size in zip(going, self.tier.sizes(going), strict=True) if size
+            ]
+            if there:
+                self.tier.delete(there)
                 self._seed()
-            return len(present)
+            return len(set(there).intersection(digests))
 
     def clear(self) -> None:
         with self._inserting:
@@ -162,16 +166,6 @@ class Level:
                 hits_of=Counter(self.stats.hits_of), misses_of=Counter(self.stats.misses_of),
             )  # fmt: skip
 
-    def _with_rest(self, keys: Sequence[BlockKey | bytes]) -> list[bytes]:
-        """Digests of blocks, and of all that rests on them here."""
-        rests_on: dict[bytes | None, list[bytes]] = defaultdict(list)
-        for resident in self.tier.residents():
-            rests_on[resident.parent].append(resident.digest)
-        found = [key if isinstance(key, bytes) else key.digest for key in keys]
-        for digest in found:
-            found += rests_on.pop(digest, ())
-        return found
-
     def _absent(self, blocks: Sequence[Item]) -> list[Item]:
         blocks = list({key: (key, block) for key, block in blocks}.values())
         present = self.tier.held([key for key, _ in blocks])
@@ -191,6 +185,15 @@ class Level:
             chosen = self._admission.choose(offers, free, left, self.tier.__contains__)
             self.stats.refused += chosen.count(False)
         return [item for item, comes in zip(blocks, chosen, strict=True) if comes]
+
+    def _put_again(self, blocks: Sequence[Item]) -> None:
+        """Together, now that it is known what the tier holds; else as many as have room."""
+        try:
+            self._put(blocks)
+        except DeviceFull:
+            raise
+        except (TierFull, MissingParent):
+            self._put_singly(blocks)
 
     def _put_singly(self, blocks: Sequence[Item]) -> None:
         """As many as have room; none without those before it, which a lookup needs first."""
@@ -252,6 +255,17 @@ class Level:
         residents = list(self.tier.residents())
         with self._lock:
             self._ranks.learn(residents)
+
+
+def resting_on(digests: Sequence[bytes], residents: Iterable[Resident]) -> list[bytes]:
+    """Blocks, and all of the residents that rest on them."""
+    rests_on: dict[bytes | None, list[bytes]] = defaultdict(list)
+    for resident in residents:
+        rests_on[resident.parent].append(resident.digest)
+    found = list(digests)
+    for digest in found:
+        found += rests_on.pop(digest, ())
+    return list(dict.fromkeys(found))
 
 
 def _resident(key: BlockKey, nbytes: int) -> Resident:

@@ -54,12 +54,13 @@ class Exported(NamedTuple):
     blocks: int
     nbytes: int  # of the file
     damaged: int  # blocks, which were left out
+    gone: int = 0  # deleted or evicted meanwhile
 
 
 def export(tier: DiskTier, path: Path, chosen: Callable[[Entry], bool]) -> Exported:
     """Write chosen blocks to a file, which is there whole or not at all, and is its owner's alone.
 
-    What rests on a damaged block is left out with it.
+    What rests on a block that is damaged, or gone by then, is left out with it.
     """
     with tier.reading() as txn:
         entries = [entry for entry in tier.ledger.entries(txn) if chosen(entry)]
@@ -76,7 +77,8 @@ def export(tier: DiskTier, path: Path, chosen: Callable[[Entry], bool]) -> Expor
     except BaseException:
         os.unlink(name)
         raise
-    return Exported(len(entries) - len(lost), nbytes, len(lost))
+    damaged = sum(lost.values())
+    return Exported(len(entries) - len(lost), nbytes, damaged, len(lost) - damaged)
 
 
 def imported(file: BufferedIOBase) -> Iterator[Item | None]:
@@ -106,13 +108,14 @@ def _frames(file: BufferedIOBase) -> Iterator[Item | None]:
             at += head.nbytes + head.body
 
 
-def _write_all(tier: DiskTier, file: BufferedIOBase, entries: list[Entry]) -> set[bytes]:
-    """The blocks that could not be written."""
-    lost: set[bytes] = set()
+def _write_all(tier: DiskTier, file: BufferedIOBase, entries: list[Entry]) -> dict[bytes, bool]:
+    """The blocks that could not be written, and whether for damage."""
+    lost: dict[bytes, bool] = {}
     for entry in entries:
-        parts = None if entry.key.parent in lost else _parts(tier, entry)
-        if parts is None:
-            lost.add(entry.key.digest)
+        above = lost.get(entry.key.parent or b"")
+        parts = _parts(tier, entry) if above is None else above
+        if isinstance(parts, bool):
+            lost[entry.key.digest] = parts
             continue
         head = _HEAD.pack(_MARK, entry.key.digest, len(parts[0]), len(parts) - 1)
         head += b"".join(_SIZE.pack(len(part)) for part in parts[1:])
@@ -122,13 +125,13 @@ def _write_all(tier: DiskTier, file: BufferedIOBase, entries: list[Entry]) -> se
     return lost
 
 
-def _parts(tier: DiskTier, entry: Entry) -> list[bytes | memoryview] | None:
-    """A block's entry and records, verified; None if it is damaged, or gone."""
+def _parts(tier: DiskTier, entry: Entry) -> list[bytes | memoryview] | bool:
+    """A block's entry and records, verified; else whether it is damaged, and not gone."""
     try:
         found = tier.records(entry.key.digest)
     except CorruptRecord:
-        return None
-    return None if found is None else [found[0].pack(), *found[1]]
+        return True
+    return False if found is None else [found[0].pack(), *found[1]]
 
 
 def _read_head(file: BufferedIOBase) -> Head | None:

@@ -70,6 +70,14 @@ class Space:
         known = [] if found is None else found[0]
         return sorted(known, key=lambda extent: (extent.pages, extent.start))
 
+    def unused(self, txn: lmdb.Transaction, pages: int) -> list[Extent]:
+        """Of a file of so many pages, all that no entry names; none if that is not known."""
+        found = _unpacked(txn.get(_NAME, b"", db=self._info))
+        if found is None:
+            return []
+        free, end = found
+        return [*free, Extent(end, pages - end)] if pages > end else free
+
     def give(self, extent: Extent) -> None:
         """Take pages back when the transaction ends."""
         self._back.append(extent)

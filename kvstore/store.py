@@ -3,6 +3,8 @@
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from kvstore.disk import DiskTier
 from kvstore.eviction import PolicyName
 from kvstore.kept import Kept
 from kvstore.layout import gaps
-from kvstore.level import Level
+from kvstore.level import Level, resting_on
 from kvstore.pins import PIN_S, Pin, Pins
 from kvstore.quotas import Quotas
 from kvstore.remote.tier import RemoteTier
@@ -264,15 +266,18 @@ class TieredStore:
         Memory of other processes is theirs: what they hold goes when they end or evict it.
 
         Raises:
-            StoreError: something put before could not be written, or the device failed.
+            StoreError: the device failed.
         """
-        self.flush()  # what is on its way to the disk must not arrive afterwards
-        count = sum(level.delete(keys) for level in self._levels)
+        self._settle()
+        digests = [key if isinstance(key, bytes) else key.digest for key in keys]
+        everywhere = chain.from_iterable(level.tier.residents() for level in self._levels)
+        rest = resting_on(digests, everywhere)
+        count = sum(level.delete(digests, rest) for level in self._levels)
         return count if self._remote is None else count + self._remote.delete(keys)
 
     def clear(self) -> None:
         """Delete all blocks of this machine, also those of other tenants and models."""
-        self.flush()
+        self._settle()
         for level in self._levels:
             level.clear()
 
@@ -281,22 +286,29 @@ class TieredStore:
         if self._closed:
             return
         self._closed = True
-        try:
+        with ExitStack() as closing:  # all of them, whatever goes wrong with one; the last first
+            closing.callback(self._spares.close)
+            if self._remote is not None:
+                closing.callback(self._remote.close)
+            for level in reversed(self._levels):
+                closing.callback(level.tier.close)
+            closing.callback(self._readers.shutdown)
             if self._writer is not None:
                 self._writer.close()
-        finally:
-            self._readers.shutdown()
-            for level in self._levels:
-                level.tier.close()
-            if self._remote is not None:
-                self._remote.close()
-            self._spares.close()
 
     def __enter__(self) -> "TieredStore":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _settle(self) -> None:
+        """Return when nothing is on its way to the disk that could arrive afterwards.
+
+        What went wrong on the way is for who flushes to hear.
+        """
+        if self._writer is not None:
+            self._writer.settle()
 
     def _lookup(self, keys: Sequence[BlockKey]) -> int:
         held = [level.held(keys) for level in self._levels]

@@ -93,6 +93,7 @@ class HostTier:
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
         self._blocks: dict[bytes, Item] = {}
+        self._used: dict[bytes, None] = {}  # the same, least recently used first
         self._groups: Groups = {}
         self._lock = threading.Lock()
 
@@ -116,6 +117,7 @@ class HostTier:
             for digest in going:
                 self._drop(digest)
             self._blocks |= fresh
+            self._used |= dict.fromkeys(fresh)
             self.used_bytes += needs.total()
             for key, block in fresh.values():
                 change(self._groups, _group(key), block.nbytes, 1)
@@ -153,11 +155,15 @@ class HostTier:
         return [key.digest in self._blocks for key in keys]
 
     def touched(self, digests: Sequence[bytes]) -> None:
-        pass  # nothing here outlives the policy that asks
+        with self._lock:
+            for digest in digests:
+                if digest in self._used:
+                    del self._used[digest]
+                    self._used[digest] = None
 
     def residents(self) -> Iterator[Resident]:
         with self._lock:
-            items = list(self._blocks.values())
+            items = [self._blocks[digest] for digest in self._used]
         return (Resident(k.digest, k.parent, b.nbytes, k.depth, k.tenant) for k, b in items)
 
     def groups(self) -> Groups:
@@ -167,6 +173,7 @@ class HostTier:
     def clear(self) -> None:
         with self._lock:
             self._blocks.clear()
+            self._used.clear()
             self._groups.clear()
             self.used_bytes = 0
 
@@ -192,6 +199,7 @@ class HostTier:
 
     def _drop(self, digest: bytes) -> None:
         if item := self._blocks.pop(digest, None):
+            del self._used[digest]
             self.used_bytes -= item[1].nbytes
             change(self._groups, _group(item[0]), -item[1].nbytes, -1)
 

@@ -63,11 +63,16 @@ class Writer:
                 self._put_count += 1
                 self._changed.notify_all()
 
-    def flush(self) -> None:
-        """Return when all that was put before is written. Raises what went wrong since the last."""
+    def settle(self) -> None:
+        """Return when all that was put before is written, or could not be."""
         with self._changed:
             target = self._put_count
             self._changed.wait_for(lambda: self._done_count >= target)
+
+    def flush(self) -> None:
+        """As `settle`. Raises what went wrong since the last time."""
+        self.settle()
+        with self._changed:
             error, self._error = self._error, None
         if error is not None:
             raise error

@@ -39,6 +39,8 @@ def write(args: Namespace, path: Path, config: StoreConfig) -> int:
         print(f"{args.file}: {done.blocks:,} blocks, {decimal(done.nbytes)}")
         if done.damaged:
             print(f"{done.damaged:,} damaged ones left out: headrace store audit --repair")
+        if done.gone:
+            print(f"{done.gone:,} were evicted or deleted meanwhile")
     return 0 if not done.damaged else 1
 
 

@@ -5,9 +5,12 @@ import threading
 import pytest
 
 from kvstore.block import Kind
+from kvstore.codecs.codec import byte_view
+from kvstore.errors import StoreError
 from kvstore.store import TieredStore
 from kvstore.tier import HostTier
 from tests.kvstore.make import chain, items, right
+from tests.kvstore.stored import values_file
 from tests.kvstore.test_store import opened
 
 KEEP = chain(range(100, 140))
@@ -101,3 +104,50 @@ def test_a_child_that_came_to_memory_before_its_parent_goes_with_it():
             store._levels[0].tier.put([item])
         assert store.delete([KEEP[0]]) == 1
         assert store.stats().tiers["host"].used_bytes == 0
+
+
+def test_what_rests_on_a_block_that_only_the_disk_has_goes_from_memory_too(path):
+    with opened(path) as store:
+        store.put(items(KEEP))
+        store.flush()
+        memory = store._levels[0]
+        memory.tier.delete([KEEP[0]])  # as after a restart
+        assert store.resting(KEEP[:2]) == ["disk", "host"]
+        assert store.delete([KEEP[0]]) == 1
+        assert not any(key in store for key in KEEP)
+        assert len(memory._ranks) == 0
+
+
+@pytest.mark.parametrize("how", ["clear", "delete", "delete the last"])
+def test_what_was_deleted_can_be_read_from_the_file_no_more(path, how):
+    keys = KEEP[5:] if how == "delete the last" else KEEP
+    secrets = [bytes(byte_view(block.data)[:64]) for _, block in items(keys)]
+    with opened(path, host=0) as store:
+        store.put(items(KEEP))
+        store.flush()
+        values, before = values_file(path), values_file(path).stat().st_blocks
+        assert all(secret in values.read_bytes() for secret in secrets)
+        store.clear() if how == "clear" else store.delete(keys[:1])
+        assert not any(secret in values.read_bytes() for secret in secrets)
+        assert values.stat().st_blocks <= before // 2
+        store.put(items(KEEP))
+        store.flush()
+        assert all(right(store.get(key), key) for key in KEEP)
+        assert store.audit().clean
+
+
+def test_a_write_that_failed_keeps_no_block_from_being_deleted(path, monkeypatch):
+    with opened(path) as store:
+        store.put(items(GONE))
+        store.flush()
+        with monkeypatch.context() as failing:
+            failing.setattr(store._levels[1].tier, "put", broken)
+            store.put(items(KEEP))
+            assert store.delete(GONE) == 2 * len(GONE)
+            with pytest.raises(StoreError, match="broken"):  # who wants to know, is told
+                store.flush()
+        assert store.lookup(GONE) == 0
+
+
+def broken(*_):
+    raise StoreError("broken")

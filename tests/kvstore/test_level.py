@@ -72,7 +72,7 @@ def level_of(tier, policy, blocks=()):
 def test_a_deletion_takes_nothing_from_what_the_policy_knows_of_the_others():
     level = level_of(HostTier(4 * items(SINGLES[0])[0][1].nbytes), "lru", SINGLES[:4])
     level.touch(SINGLES[0])
-    level.delete(SINGLES[3])
+    level.delete([key.digest for key in SINGLES[3]])
     for keys in (SINGLES[3], SINGLES[4]):
         level.insert(items(keys))
     assert level.held([keys[0] for keys in SINGLES]) == [True, False, True, True, True]
@@ -123,3 +123,30 @@ def test_tiers_say_how_deep_in_their_chains_blocks_are(tmp_path):
             found = {resident.digest: resident.depth for resident in tier.residents()}
             assert found == {key.digest: key.depth for key in keys}
             assert blocks_of(level) == blocks_of(level_of(tier, "gdsf"))
+
+
+def test_a_batch_goes_in_at_once_where_another_process_had_evicted_what_was_to_go(tmp_path):
+    old, theirs, new = (items(chain(range(n, n + 32))) for n in (0, 1000, 2000))
+    cost = entry_cost(old[0][1].data)
+    with closing(DiskTier(tmp_path, 8 * cost)) as tier:
+        level = Level(tier, threading.RLock(), Counter())
+        assert level.insert(old) == 8
+        tier.delete([key for key, _ in old])  # as another process does that evicts
+        tier.put(theirs)
+        batches = []
+        put = tier.put
+        tier.put = lambda blocks, *rest: batches.append(len(blocks)) or put(blocks, *rest)
+        assert level.insert(new) == 8
+        assert batches == [8, 8]
+
+
+def test_a_quota_that_is_set_later_leaves_the_order_of_use():
+    first, *others = singles = [chain(range(n, n + 4)) for n in range(0, 32, 4)]
+    with TieredStore([HostTier(8 * items(first)[0][1].nbytes)]) as store:
+        for keys in singles:
+            store.put(items(keys))
+        assert store.lookup(first) == 1
+        store.limit(b"somebody", 1 << 20)
+        store.put(items(chain(range(100, 104))))
+        assert store.lookup(first) == 1
+        assert [store.lookup(keys) for keys in others] == [0, *[1] * 6]

@@ -124,3 +124,18 @@ def test_a_summary_says_who_has_what_and_how_old_it_is(tmp_path):
         aged = ages(tier)
         assert 0 <= aged.youngest_s <= aged.median_s <= aged.oldest_s < 600
         assert ages(tier, now_ns=0) == (0, 0, 0)  # a clock that was set back
+
+
+def test_what_goes_meanwhile_is_not_called_damaged(tmp_path, monkeypatch):
+    with closing(DiskTier(tmp_path / "store", 1 << 20)) as tier:
+        tier.put(items([*KEYS, *OTHERS]))
+        records = tier.records
+
+        def overtaken(digest):
+            tier.delete([KEYS[2]])
+            return records(digest)
+
+        monkeypatch.setattr(tier, "records", overtaken)
+        done = export(tier, tmp_path / "blocks", lambda entry: True)
+    gone = len(KEYS) - 2
+    assert (done.blocks, done.damaged, done.gone) == (2 + len(OTHERS), 0, gone)

@@ -10,7 +10,7 @@ from kvstore.block import KVBlock
 from kvstore.config import StoreConfig
 from kvstore.disk import DiskTier
 from kvstore.environment import files_of
-from kvstore.errors import StoreError, TierFull
+from kvstore.errors import DeviceFull, StoreError, TierFull
 from kvstore.ledger import entry_cost
 from kvstore.store import TieredStore
 from kvstore.tier import HostTier, Tier
@@ -309,3 +309,29 @@ def test_a_host_only_store_needs_no_disk():
         assert store.audit().clean
         store.clear()
         assert store.lookup(KEYS) == 0
+
+
+def test_a_full_disk_ends_no_program_that_only_read(path, monkeypatch):
+    with opened(path) as store:
+        store.put(items(KEYS))
+    store = opened(path, host=0)
+    assert store.lookup(KEYS) == 10
+    monkeypatch.setattr(store._levels[0].tier, "changing", full)
+    store.close()
+    with opened(path, host=0) as store:
+        assert all(right(store.get(key), key) for key in KEYS)
+
+
+def full():
+    raise DeviceFull("no space left")
+
+
+def test_all_that_a_store_has_is_closed_where_one_of_it_fails(path, monkeypatch):
+    store, closed = opened(path), []
+    disk = store._levels[1].tier
+    monkeypatch.setattr(store._levels[0].tier, "close", full)
+    close = disk.close
+    monkeypatch.setattr(disk, "close", lambda: closed.append(close()))
+    with pytest.raises(DeviceFull):
+        store.close()
+    assert closed == [None]
