@@ -188,7 +188,8 @@ class Catalogue:
     def _remove(self, ids: Iterable[str]) -> None:
         for id_ in ids:
             document = self.documents.pop(id_, None)
-            for chunk in dict.fromkeys(document.chunks if document else ()):
+            own = {chunk.id: chunk for chunk in document.chunks} if document else {}
+            for chunk in own.values():
                 left = tuple(owner for owner in self.owners.pop(chunk.id) if owner != id_)
                 if left:
                     self.owners[chunk.id] = left

@@ -93,8 +93,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """
         try:
             settings = tomllib.loads(Path(path).read_text())
-            if "preset" in (method := settings.get("method", {})):
-                settings["method"] = msgspec.to_builtins(preset(method.pop("preset"), **method))
+            method = settings.get("method")
+            if isinstance(method, dict) and "preset" in method:
+                settings["method"] = msgspec.to_builtins(
+                    preset(str(method.pop("preset")), **method)
+                )
             return msgspec.convert(settings, cls)
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error

@@ -1,6 +1,7 @@
 """Documents as people have them: texts, records with a title, files."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from engine.catalogue import Chunk, Document
 from engine.errors import PromptError
 from engine.splitter import Piece
+from engine.unicode import check_unicode
 
 Source = str | Path | Mapping[str, str]  # a text; a file; "text" with an "id" and a "title"
 FIELDS = {"id", "title", "text"}
@@ -73,7 +75,9 @@ def _listed(sources: Source | Iterable[Source]) -> Iterator[Source]:
 def _parts(source: Source) -> tuple[str, str, str]:
     """Id, title and text."""
     if isinstance(source, Path):
-        return str(source.resolve()), source.name, read_file(source)
+        text = read_file(source)
+        check_unicode(str(source.resolve()), f"the name of {os.fsencode(source)!r}")
+        return str(source.resolve()), source.name, text
     if isinstance(source, str):
         return _hash(source), "", source
     if unknown := source.keys() - FIELDS:
@@ -81,6 +85,7 @@ def _parts(source: Source) -> tuple[str, str, str]:
     if "text" not in source or not all(isinstance(value, str) for value in source.values()):
         raise PromptError("a document needs a 'text'; it, 'id' and 'title' are strings")
     text, title = source["text"], source.get("title", "")
+    check_unicode(source.get("id", ""), "a document's id")
     return source.get("id") or _hash(f"{title}\0{text}"), title, text
 
 

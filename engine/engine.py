@@ -312,11 +312,11 @@ class Engine:
             while live := [run for run in runs if run.finish_reason is None]:
                 for run, row in zip(live, decoder.step(live), strict=True):
                     yield run, self._step(run, row)
-            for run in runs:  # after the last token: it reads them once more
-                self.store.promote(run.stored)
         finally:
             for run in runs:
                 run.release()
+                if run.finish_reason is not None:  # behind the last token: it reads them once more
+                    self.store.promote(run.stored)
 
     def _step(self, run: Running, logits: Float[Tensor, " vocab"]) -> Event:
         """Choose the next token; what the store may have goes there, and an ended run is freed."""

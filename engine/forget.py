@@ -1,7 +1,7 @@
 """Deleting KV that belongs to no document any more, wherever prompts have put it."""
 
 from collections.abc import Mapping, Sequence, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.catalogue import Catalogue, Origin, Trace
 from engine.engine import Engine
@@ -11,6 +11,14 @@ from kvstore.block import BlockKey, Kind, Precision
 
 TRACES = 1024  # with so many more than last time, those whose blocks were evicted are looked for
 ORIGINS = 128  # likewise, of prefixes
+
+
+class Doomed(NamedTuple):
+    """Chunks that belong to no document, all names that their KV may have, and where it was put."""
+
+    chunks: list[str]
+    names: list[BlockKey | bytes]
+    traces: list[Trace]
 
 
 class Forgetting:
@@ -24,17 +32,24 @@ class Forgetting:
         self._enough, self._enough_origins = TRACES, ORIGINS
         self._seen: dict[Origin, BlockKey] = {}  # a block of a chunk that was there the last time
 
-    def finish(self) -> int:
-        """Delete the KV of all doomed chunks, also those of a process that died; how many."""
-        doomed = {chunk.id: chunk.tokens for chunk in self._catalogue.doomed.values()}
-        self._forget(doomed)
-        return len(doomed)
+    def doomed(self) -> Doomed:
+        """All doomed chunks, also those of a process that died. `gone` must follow."""
+        return self._found({chunk.id: chunk.tokens for chunk in self._catalogue.doomed.values()})
+
+    def gone(self, doomed: Doomed) -> None:
+        """Their KV is deleted."""
+        traces = [*doomed.traces, *self._stale()]
+        if traces or doomed.chunks:
+            self._catalogue.settle(doomed.chunks, traces)
 
     def after(self, chunks: Mapping[str, Sequence[int]]) -> None:
         """Of chunks whose KV was just stored, delete what was deleted in the meantime."""
         known, doomed = self._catalogue.chunks, self._catalogue.doomed.values()
         gone = {id_: tokens for id_, tokens in chunks.items() if id_ not in known}
-        self._forget(gone | {chunk.id: chunk.tokens for chunk in doomed})
+        found = self._found(gone | {chunk.id: chunk.tokens for chunk in doomed})
+        if found.names:
+            self._engine.store.delete(found.names)
+        self.gone(found)
 
     def note(
         self,
@@ -75,7 +90,7 @@ class Forgetting:
         origins = self._catalogue.origins.keys()
         if len(origins) <= self._enough_origins:
             return
-        self._engine.store.flush()
+        self._engine.store.settle()
         stale = [origin for origin in origins - needed if not self._stored(origin)]
         self._enough_origins = len(origins) - len(stale) + ORIGINS
         self._seen = {origin: key for origin, key in self._seen.items() if origin not in stale}
@@ -95,25 +110,21 @@ class Forgetting:
                     return True
         return False
 
-    def _forget(self, chunks: Mapping[str, Sequence[int]]) -> None:
+    def _found(self, chunks: Mapping[str, Sequence[int]]) -> Doomed:
         traces = [trace for trace in self._catalogue.traces if trace.chunk in chunks]
         names: list[BlockKey | bytes] = [bytes.fromhex(trace.block) for trace in traces]
         for tokens in chunks.values():
             for origin in self._catalogue.origins:
                 warmup = digest(origin.prefix)
                 names += self._of_chunk(tokens, origin.block_tokens, warmup)
-        if names:
-            self._engine.store.delete(names)
-        traces += self._stale()
-        if traces or chunks:
-            self._catalogue.settle(chunks, traces)
+        return Doomed(list(chunks), names, traces)
 
     def _stale(self) -> list[Trace]:
         """Traces of blocks that are in no tier any more, if there are too many traces."""
         traces = list(self._catalogue.traces)
         if len(traces) <= self._enough:
             return []
-        self._engine.store.flush()  # what waits to be written is not lost
+        self._engine.store.settle()  # what waits to be written is not lost
         stale = [trace for trace in traces if bytes.fromhex(trace.block) not in self._engine.store]
         self._enough = len(traces) - len(stale) + TRACES
         return stale

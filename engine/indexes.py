@@ -1,12 +1,13 @@
 """Indexes by name, for one layer of a model."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_args
 
 from engine.errors import ConfigError
 from engine.method import Method
 from engine.model import Shape
 from retrieval.exact import Exact
-from retrieval.index import KVIndex
+from retrieval.index import KeySpace, KVIndex
 from retrieval.landmarks import Landmarks
 from retrieval.pq import PQIndex
 from retrieval.quest import Quest
@@ -23,6 +24,10 @@ INDEXES: dict[str, type[Any]] = {
 }
 
 
+LEAST = {  # of options that are whole numbers
+    "chunk": 1, "page": 1, "centroids": 1, "points": 1, "iterations": 1, "subspaces": 1, "bits": 1,
+    "outlier_chunks": 0, "seed": 0,
+}  # fmt: skip
 OUTLIER_SHARE = 6  # ShadowKV keeps 384 outliers of 2,464 tokens: a sixth
 
 
@@ -32,9 +37,10 @@ def make_index(method: Method, shape: Shape, budget: int) -> KVIndex:
     Outliers of landmarks are as many as its option says, but no more than a sixth of the budget.
     """
     kind, options = INDEXES[method.index], dict(method.options)
-    if method.index == "landmarks":
-        options["outlier_chunks"] = outlier_chunks(method, budget)
     try:
+        _check(options)
+        if method.index == "landmarks":
+            options["outlier_chunks"] = outlier_chunks(method, budget)
         made: KVIndex = kind(
             shape.num_kv_heads, shape.head_dim, shape.dtype, shape.device, **options
         )
@@ -43,7 +49,17 @@ def make_index(method: Method, shape: Shape, budget: int) -> KVIndex:
     return made
 
 
+def _check(options: Mapping[str, int | float | str]) -> None:
+    for name, value in options.items():
+        least = LEAST.get(name)
+        if least is not None and (not isinstance(value, int) or value < least):
+            raise ValueError(f"{name} is a whole number, {least} or more, got {value!r}")
+        if name == "key_space" and value not in get_args(KeySpace):
+            raise ValueError(f"{name} is one of {', '.join(get_args(KeySpace))}, got {value!r}")
+
+
 def outlier_chunks(method: Method, budget: int) -> int:
     """Of landmarks: as many as asked for that fit a budget."""
-    fit = budget // (OUTLIER_SHARE * int(method.options.get("chunk", 8)))
+    chunk = int(method.options.get("chunk", 8))
+    fit = min(budget // (OUTLIER_SHARE * chunk), (budget - method.sinks - method.window) // chunk)
     return min(int(method.options.get("outlier_chunks", 48)), fit)

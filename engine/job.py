@@ -76,10 +76,14 @@ class Job:
 
     @property
     def unread(self) -> int:
-        """Prompt tokens it could be given now; of a `whole` job at least one until settled."""
+        """Prompt tokens it could be given now.
+
+        A `whole` job may take more than its prompt has, as it computes some of it twice: until it
+        is settled it can be given as many as the step has room for.
+        """
         if self.state is not State.PROMPT or not self.ready:
             return 0
-        return max(self.prompt - self.done, int(self.whole))
+        return self.prompt if self.whole else self.prompt - self.done
 
     @property
     def decodes(self) -> bool:

@@ -45,14 +45,14 @@ class Library:
         prefix: tuple[int, ...],
         folder: str | Path | None,
     ) -> None:
-        self._retriever = retriever
+        self._engine, self._retriever = engine, retriever
         self._indexed: set[str] = set()
         self._origin = Origin(prefix, engine.config.block_tokens)
         self._reading: Counter[Origin] = Counter()  # by prompts that run
         self._lock = threading.RLock()  # guards all others; never held while a model computes
         self._catalogue = Catalogue(catalogue_file(engine, folder))
         self._forgetting = Forgetting(engine, self._catalogue)
-        self._forgetting.finish()
+        self._finish()
 
     def documents(self) -> list[Document]:
         """All documents, in the order in which they came."""
@@ -74,14 +74,29 @@ class Library:
             self._catalogue.add(documents, self._origin)
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Forget documents; how many chunks no other document has. Unknown: an id is."""
+        """Forget documents; how many chunks no other document has. Unknown: an id is.
+
+        KV that an earlier deletion left, as the store failed, goes in any case.
+        """
         with self._lock:
             self._catalogue.refresh()
-            for id_ in ids:
-                if id_ not in self._catalogue.documents:
-                    raise Unknown(f"there is no document {id_!r}: nothing was deleted")
-            self._catalogue.remove(ids)
-            return self._forgetting.finish()
+            unknown = [id_ for id_ in ids if id_ not in self._catalogue.documents]
+            if not unknown:
+                self._catalogue.remove(ids)
+        count = self._finish()
+        if unknown:
+            raise Unknown(f"there is no document {unknown[0]!r}: nothing was deleted")
+        return count
+
+    def _finish(self) -> int:
+        """Delete the KV of chunks that are doomed; how many. Others have their turns meanwhile."""
+        with self._lock:
+            doomed = self._forgetting.doomed()
+        if doomed.names:
+            self._engine.store.delete(doomed.names)
+        with self._lock:
+            self._forgetting.gone(doomed)
+        return len(doomed.chunks)
 
     def search(self, question: str, top_k: int) -> list[Hit]:
         """The chunks that the retriever finds, best first."""
@@ -183,8 +198,13 @@ class Library:
             self._retriever.remove(sorted(gone))
             self._indexed -= gone
         if new := [id_ for id_ in known if id_ not in self._indexed]:
-            self._retriever.add(new, [f"{self._title(id_)}\n{known[id_].text}" for id_ in new])
-            self._indexed.update(new)
+            self._indexed.update(new)  # some of them may be, whatever goes wrong
+            try:
+                self._retriever.add(new, [f"{self._title(id_)}\n{known[id_].text}" for id_ in new])
+            except BaseException:
+                self._retriever.remove(new)
+                self._indexed.difference_update(new)
+                raise
 
 
 def catalogue_file(engine: Engine, folder: str | Path | None) -> Path | None:

@@ -1,5 +1,6 @@
 """How a long context is attended to in decode: settings, and the presets that name systems."""
 
+from math import inf
 from typing import Any, Literal
 
 import msgspec
@@ -59,11 +60,11 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     distance: int = 2048
 
     def __post_init__(self) -> None:
-        if not self.budget > 0 or (self.budget >= 1 and self.budget != int(self.budget)):
+        if not 0 < self.budget < inf or (self.budget >= 1 and self.budget != int(self.budget)):
             raise ConfigError(
                 f"method.budget is a whole number of tokens, or a share below 1: {self.budget}"
             )
-        if self.hot < 1:
+        if not 1 <= self.hot < inf:
             raise ConfigError(f"method.hot must be at least 1 (times the budget), got {self.hot}")
         for name in ("rank", "distance"):
             if getattr(self, name) < 1:
@@ -88,9 +89,13 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         asked = self.budget if self.budget >= 1 else self.budget * prompt_tokens
         return max(round(asked), self.sinks + self.window + 1)
 
-    def hot_slots(self, budget: int) -> int:
-        """Rows that a buffer on the device holds of a KV head, at a budget in tokens."""
-        return round(self.hot * budget) + self.window
+    def hot_slots(self, budget: int, capacity: int) -> int:
+        """Rows that a buffer on the device holds of a KV head, at a budget in tokens.
+
+        Args:
+            capacity: the most tokens that there will be.
+        """
+        return min(round(self.hot * budget) + self.window, capacity)
 
     def policy(self, budget: int) -> Policy:
         """How tokens are selected. ConfigError names the setting that does not fit."""
@@ -116,7 +121,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset(name: str, **changes: Any) -> Method:
+def preset(name: str, /, **changes: Any) -> Method:
     """The settings that go by a system's name, with changes. ConfigError for an unknown name."""
     if name not in PRESETS:
         raise ConfigError(f"no method {name!r}; there are {', '.join(PRESETS)}")

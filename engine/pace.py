@@ -23,6 +23,7 @@ class Pace:
         self._alone_s: float | None = None  # a step that only decodes
         self._token_s: float | None = None  # each prompt token more
         self._since = 0  # steps with prompts since one without
+        self._owed_s = 0.0  # of steps that decode, before they may pause again
 
     def allows(self) -> int | None:
         """Prompt tokens beside decodes; None if there is no bound."""
@@ -34,8 +35,17 @@ class Pace:
             return LEAST
         return max(LEAST, int((self._slowdown - 1) * self._alone_s / self._token_s))
 
+    def may_pause(self) -> bool:
+        """Whether something else may come between two steps."""
+        return not self._owed_s
+
+    def paused(self, seconds: float) -> None:
+        """Something else came between two steps, for so long."""
+        self._owed_s = seconds / (self._slowdown - 1)
+
     def learn(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
         """What a step took."""
+        self._owed_s = max(0.0, self._owed_s - seconds) if decodes else 0.0
         if not decodes:
             return
         if not prompt_tokens:

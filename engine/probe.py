@@ -34,6 +34,7 @@ class Probe:
         nothing = self._reuse.active(~self._reuse.everything)
         active = Active(self._model, self._reuse, nothing)
         self.tokens = len(active.positions)
+        asking = min(ASKING, _tail(active.positions, len(tokens)))
         x, found = self._model.embed(tokens[active.positions]), []
         for layer in self._model.layers[: self.layers]:
             if layer.owns:
@@ -41,10 +42,16 @@ class Probe:
             fresh, kv = layer.qkv(x), self._cache.view(layer.owner, len(tokens))
             q, k = active.rotate(layer, fresh.q), active.rotate(layer, fresh.k)
             active.write(layer, self._cache, kv, fresh, k)
-            mass = attention_mass(q[:, -ASKING:], kv.k, layer.attention)
+            mass = attention_mass(q[:, -asking:], kv.k, layer.attention)
             found.append(self._reuse.sum(_spread(mass)).amax(0))
             x = layer.finish(x, active.attend(layer, q, kv))
         return torch.stack(found).mean(0)
+
+
+def _tail(positions: Int[Tensor, " n"], length: int) -> int:
+    """How many of the positions are the last ones of the prompt, without a gap."""
+    ends = torch.arange(length - len(positions), length, device=positions.device)
+    return int((positions == ends).sum())
 
 
 def _spread(mass: Float[Tensor, "Hq N"]) -> Float[Tensor, "Hq N"]:

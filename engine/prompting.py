@@ -8,6 +8,7 @@ from jinja2 import TemplateError
 from engine.errors import PromptError
 from engine.request import Prompt
 from engine.segments import Segments, Tokens, ids_of
+from engine.unicode import check_unicode
 
 
 def rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -28,6 +29,7 @@ def tokenized(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text, with the special tokens the tokenizer adds."""
     if tokenizer is None:
         raise PromptError("this engine has no tokenizer: pass token ids")
+    check_unicode(text, "the prompt")
     return list(tokenizer(text)["input_ids"])
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import TemplateError
 
 from engine.errors import PromptError
+from engine.unicode import check_unicode
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -41,6 +42,8 @@ def around(engine: "Engine", instructions: str, question: str) -> Around:
     """
     if not question.strip():
         raise PromptError("the question is empty")
+    check_unicode(question, "the question")
+    check_unicode(instructions, "what stands in front of the texts")
     before = f"{instructions}\n\n" if instructions else ""
     tokenizer = engine.tokenizer
     if tokenizer is None or not tokenizer.chat_template:

@@ -118,7 +118,8 @@ class Rag:
     def ask(self, question: str, chunks: Sequence[str] | None = None, **options: Any) -> Answer:
         """The answer to a question. As `stream`, which lists the options."""
         with closing(self.stream(question, chunks, **options)) as steps:
-            return next(step.answer for step in steps if step.answer is not None)
+            [answer] = [step.answer for step in steps if step.answer is not None]
+            return answer
 
     def stream(
         self,
@@ -169,10 +170,8 @@ class Rag:
     ) -> Answer:
         """As `ask`, while the event loop goes on. Cancelling it frees the request."""
         async with aclosing(self.astream(question, chunks, **options)) as steps:
-            async for step in steps:
-                if step.answer is not None:
-                    return step.answer
-        raise AssertionError("a stream ends with an answer")
+            [answer] = [step.answer async for step in steps if step.answer is not None]
+            return answer
 
     def astream(
         self, question: str, chunks: Sequence[str] | None = None, **options: Any
@@ -186,7 +185,8 @@ class Rag:
     def _behind(self, question: str) -> tuple[int, ...]:
         """The question's tokens. PromptError where it alone is too much, or nothing."""
         before, behind = around(self.engine, self._instructions, question)
-        if before != self.prefix:
+        anew = around(self.engine, self._instructions, "?").before  # a template may say the date
+        if before not in (self.prefix, anew):
             raise PromptError("the chat template puts the question in front of the texts")
         positions = self.engine.model.shape.max_positions
         if len(before) + len(behind) > positions:

@@ -205,6 +205,7 @@ def listed(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str | Segments):
         return [prompts]
     given = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)
+    given = [prompt.tolist() if hasattr(prompt, "tolist") else prompt for prompt in given]
     alone = [hasattr(prompt, "__index__") for prompt in given]
     if any(alone) and not all(alone):
         raise PromptError("prompts mixes token ids with prompts: wrap each token list in a list")

@@ -189,9 +189,12 @@ class Service:
         self._move(plan)
         worked = self._step(plan)
         with self._door:
-            chore = self._chores.next(reading=bool(plan.prompt))
+            reading = bool(plan.prompt)
+            chore = self._chores.next(reading=reading) if self._pace.may_pause() else None
         if chore is not None:
+            began = time.perf_counter()
             chore.slice()
+            self._pace.paused(time.perf_counter() - began)
             with self._door:
                 self._chores.put_back(chore)
                 self._door.notify_all()

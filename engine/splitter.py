@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from engine.errors import PromptError
+from engine.unicode import check_unicode
 
 LITERALLY = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
 BREAK = "\n\n"  # between a title and its text, and between chunks
@@ -52,6 +53,7 @@ class Splitter:
             PromptError: a title that takes half of a chunk, no room for a single character, text
                 that is not Unicode, or a tokenizer that does not say where its tokens stand.
         """
+        check_unicode(title, "the title")
         head = f"{title.strip()}{BREAK}" if title.strip() else ""
         room = limit - len(self.encode(head))
         if 2 * room < limit:
@@ -61,7 +63,7 @@ class Splitter:
             )
         cutter = _Cutter(self._tokenizer, text, head, limit, *_places(self._tokenizer, text))
         pieces, at = [], _next(text, 0)
-        while at < len(text):
+        while at < len(text) and cutter.ends:
             piece, stop = cutter.cut(at, room)
             pieces.append(piece)
             at = _next(text, stop)
@@ -137,12 +139,11 @@ def _places(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     """Where in the text each of its tokens starts and ends, in characters."""
     if not getattr(tokenizer, "is_fast", False):
         raise PromptError("this tokenizer does not say where its tokens stand: use a fast one")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(f"the text is not Unicode: {error.reason} at {error.start}") from error
+    check_unicode(text, "the text")
     offsets = tokenizer(text, return_offsets_mapping=True, **LITERALLY)["offset_mapping"]
-    return [start for start, _ in offsets], [end for _, end in offsets]
+    starts = [start for start, _ in offsets]
+    # up to the next one: what a tokenizer drops, an accent on its letter, is nobody's else
+    return starts, [*starts[1:], len(text)] if starts else []
 
 
 def _next(text: str, at: int) -> int:

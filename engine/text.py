@@ -19,6 +19,7 @@ class TextStream:
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self.stopped = False
         self._tokenizer, self._stop = tokenizer, stop
+        self._special = frozenset(tokenizer.all_special_ids)
         self._tokens: list[int] = []
         # [context, done) was decoded before and gives the next tokens their left neighbours
         self._context = self._done = 0
@@ -26,6 +27,8 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Text that `token` makes certain; empty once stopped."""
+        if token in self._special:
+            return ""  # and no left neighbour: some decoders drop the blank behind a beginning
         self._tokens.append(token)
         before = self._decode(self._context, self._done)
         after = self._decode(self._context, len(self._tokens))

@@ -66,6 +66,17 @@ def open_folder(path: str | Path, made: dict[str, Any]) -> Journal:
     return journal
 
 
+class _Made(msgspec.Struct):
+    """What a run's file has at least."""
+
+    settings: dict[str, Any]
+    data: dict[str, str]
+    weights: str
+    tokenizer: str
+    dtype: str
+    starts: list[Any]
+
+
 def _start(made: dict[str, Any]) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -98,9 +109,11 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        msgspec.convert(found, _Made)
     except msgspec.DecodeError as error:
         raise ConfigError(f"{path} does not say how the run was made: {error}") from error
+    return found
 
 
 def _write(path: Path, made: dict[str, Any]) -> None:

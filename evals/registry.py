@@ -59,6 +59,8 @@ def parse(name: str) -> Asked:
 
 def make_suite(name: str, settings: RunSettings) -> Suite:
     """A suite with the seed and the data of a run. ConfigError where its data is missing."""
+    if name not in SUITES:
+        raise ConfigError(f"no suite {name!r}; there are {', '.join(SUITES)}")
     kind = SUITES[name]
     made: Suite = getattr(importlib.import_module(kind.module), kind.name)(
         **{("folder" if key in FOLDERS else key): _value(settings, key) for key in kind.takes}

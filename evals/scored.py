@@ -145,6 +145,8 @@ def _rows(path: Path, rows: Iterable[Row], task: str | None) -> Iterator[_Judged
     for number, row in enumerate(rows, 1):
         name = task or row.get("task") or row.get("dataset") or path.stem
         try:
+            if not isinstance(name, str):
+                raise ConfigError(f"its task is a name, got {name!r}")
             yield from _judged(row, name)
         except (msgspec.ValidationError, ConfigError) as error:
             raise ConfigError(f"{path}, row {number}: {error}") from error

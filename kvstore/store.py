@@ -187,6 +187,14 @@ class TieredStore:
         if self._writer is not None:
             self._writer.flush()
 
+    def settle(self) -> None:
+        """Return when nothing that was put before is on its way to the disk any more.
+
+        What went wrong on the way is for those to hear who flush.
+        """
+        if self._writer is not None:
+            self._writer.settle()
+
     def pin(self, keys: Sequence[BlockKey], ttl_s: int | float = PIN_S) -> Pin:
         """Keep keys from being evicted. What a lookup finds while they are pinned, stays.
 
@@ -268,7 +276,7 @@ class TieredStore:
         Raises:
             StoreError: the device failed.
         """
-        self._settle()
+        self.settle()
         digests = [key if isinstance(key, bytes) else key.digest for key in keys]
         everywhere = chain.from_iterable(level.tier.residents() for level in self._levels)
         rest = resting_on(digests, everywhere)
@@ -277,7 +285,7 @@ class TieredStore:
 
     def clear(self) -> None:
         """Delete all blocks of this machine, also those of other tenants and models."""
-        self._settle()
+        self.settle()
         for level in self._levels:
             level.clear()
 
@@ -301,14 +309,6 @@ class TieredStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _settle(self) -> None:
-        """Return when nothing is on its way to the disk that could arrive afterwards.
-
-        What went wrong on the way is for who flushes to hear.
-        """
-        if self._writer is not None:
-            self._writer.settle()
 
     def _lookup(self, keys: Sequence[BlockKey]) -> int:
         held = [level.held(keys) for level in self._levels]

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from engine.commands.session import decoded, open_engine, progress
 from engine.documents import files, read_file
 from engine.errors import ConfigError, PromptError
+from engine.unicode import check_unicode
 
 if TYPE_CHECKING:
     from engine.answer import Answer, Step
@@ -55,6 +56,7 @@ def _files(path: Path) -> Iterator[Path]:
     for file in files(path):
         try:
             text = read_file(file)
+            check_unicode(str(file), f"the name of {os.fsencode(file)!r}")
         except PromptError as error:
             progress().print(f"left out: {error}", style="yellow", soft_wrap=True)
             continue

@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import queue
+import select
 import sys
 import threading
 from contextlib import suppress
@@ -56,7 +57,12 @@ class AccessLog(logging.Handler):
     def _put(self, data: bytes) -> None:
         try:
             while data:
-                data = data[self._out.write(data) :]
+                written = self._out.write(data)
+                if written is None:  # a full pipe that makes nobody wait
+                    select.select([], [self._out], [], LAST_S)
+                    if self._ended:
+                        raise OSError("nobody reads the access log")
+                data = data[written or 0 :]
         except OSError:  # whoever read it has gone, or a disk is full
             self.lost += 1
 

@@ -29,7 +29,8 @@ from engine.service import Service
 T = TypeVar("T")
 
 THREADS = 4  # for texts, which take as long as they are
-RECORDERS = 2  # for what others wait for: to be cancelled, noted, deleted
+RECORDERS = 2  # for what others wait for: to be cancelled, noted
+KEEPERS = 2  # for what waits for the store, which waits for its disk
 # of a model that has no chat template
 PLAIN = (
     "{{- bos_token -}}{%- for message in messages -%}"
@@ -67,6 +68,7 @@ class Desk:
         self.observed = Observed(name, read_of(engine, service, self.tenants.names()))
         self.threads = ThreadPoolExecutor(THREADS, "headrace-http")
         self.recorders = ThreadPoolExecutor(RECORDERS, "headrace-records")
+        self.keepers = ThreadPoolExecutor(KEEPERS, "headrace-keeper")
         self.draining = False
 
     @property
@@ -126,6 +128,10 @@ class Desk:
         """What changes or asks records, which does not wait for anybody's long text."""
         return await _done(self.recorders, work, place)
 
+    async def kept(self, work: Callable[[], T], place: Place) -> T:
+        """What waits until the store has written, or deleted."""
+        return await _done(self.keepers, work, place)
+
     async def parsed(self, parse: Callable[[bytes], T], body: bytes, place: Place) -> T:
         """The request that a body holds. A large one does not hold up the others."""
         if len(body) <= SMALL:
@@ -140,8 +146,8 @@ class Desk:
 
     def close(self) -> None:
         """Finish what waits in threads."""
-        self.threads.shutdown()
-        self.recorders.shutdown()
+        for threads in (self.threads, self.keepers, self.recorders):
+            threads.shutdown()
 
 
 async def _done(threads: Executor, work: Callable[[], T], place: Place | None) -> T:

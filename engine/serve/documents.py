@@ -58,30 +58,42 @@ class Documents:
 
     async def list(self, request: Request) -> Response:
         """GET /v1/documents."""
-        shelf = shelf_of(self._desk.tenant(request))
-        page = parse_page(request.query_params)
+        with ExitStack() as held:
+            shelf, place = self._admitted(request, held)
+            page = parse_page(request.query_params)
 
-        def listed() -> Response:
-            return _json(page_of([_object(document) for document in shelf.documents()], page))
+            def listed() -> Response:
+                return _json(page_of([_object(document) for document in shelf.documents()], page))
 
-        return await self._desk.in_thread(listed)
+            return await self._desk.in_thread(listed, place)
 
     async def one(self, request: Request) -> Response:
         """GET /v1/documents/{id}."""
-        shelf, id_ = shelf_of(self._desk.tenant(request)), request.path_params["id"]
-        try:
-            return _json(_object(await self._desk.in_thread(lambda: shelf.document(id_))))
-        except Unknown:
-            raise no_document(id_) from None
+        id_ = request.path_params["id"]
+        with ExitStack() as held:
+            shelf, place = self._admitted(request, held)
+            try:
+                return _json(
+                    _object(await self._desk.in_thread(lambda: shelf.document(id_), place))
+                )
+            except Unknown:
+                raise no_document(id_) from None
 
     async def delete(self, request: Request) -> Response:
         """DELETE /v1/documents/{id}."""
-        shelf, id_ = shelf_of(self._desk.tenant(request)), request.path_params["id"]
-        try:
-            await self._desk.recorded(lambda: shelf.delete(id_))
-        except Unknown:
-            raise no_document(id_) from None
-        return _json(DocumentDeleted(id=id_))
+        id_ = request.path_params["id"]
+        with ExitStack() as held:
+            shelf, place = self._admitted(request, held)
+            try:
+                await self._desk.kept(lambda: shelf.delete(id_), place)
+            except Unknown:
+                raise no_document(id_) from None
+            return _json(DocumentDeleted(id=id_))
+
+    def _admitted(self, request: Request, held: ExitStack) -> tuple[Shelf, Place]:
+        """A tenant's documents, if it may ask for something now, and the place that this takes."""
+        tenant, place = self._desk.admit(request, held)
+        return shelf_of(tenant), place
 
 
 class Adding:
@@ -131,9 +143,8 @@ class Adding:
         if done.cancelled():
             raise ServerStopping("the server is stopping: not all KV was computed")
         done.result()
-        await self._desk.in_thread(
-            engine.store.flush, self._place
-        )  # a slice would hold up who is answered
+        # a slice would hold up who is answered; what could not be written is computed when needed
+        await self._desk.kept(engine.store.settle, self._place)
 
     async def _recorded(self, work: Callable[[], T]) -> T:
         return await self._desk.recorded(work, self._place)

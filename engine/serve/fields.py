@@ -15,9 +15,11 @@ StopString = Annotated[str, Meta(min_length=1, max_length=LONGEST_STOP)]
 Seed = Annotated[int, Meta(ge=-SEEDS, le=SEEDS - 1)]
 One = Annotated[int, Meta(ge=1, le=1)]
 Zero = Annotated[float, Meta(ge=0, le=0)]
+Neutral = Annotated[float, Meta(ge=1, le=1)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 TopK = Annotated[
-    int, Meta(ge=0, le=(1 << 31) - 1, description="Only the k most probable tokens; 0 for all.")
+    int,
+    Meta(ge=-1, le=(1 << 31) - 1, description="Only the k most probable tokens; 0 or -1 for all."),
 ]
 Priority = Annotated[
     int, Meta(ge=-100, le=100, description="Higher ones run first, as far as the key allows.")
@@ -35,12 +37,17 @@ ONLY = {
     "frequency_penalty": "0",
     "function_call": '"none"',
     "functions": "[]",
+    "ignore_eos": "false",
     "logit_bias": "{}",
     "messages.content.type": '"text"',
     "messages.role": '"system", "developer", "user" or "assistant"',
     "messages.tool_calls": "[]",
     "messages.function_call": "null",
     "messages.audio": "null",
+    "messages.reasoning": "null",
+    "messages.reasoning_content": "null",
+    "min_p": "0",
+    "min_tokens": "0",
     "modalities": '["text"]',
     "moderation": "null",
     "n": "1",
@@ -49,6 +56,7 @@ ONLY = {
     "presence_penalty": "0",
     "prompt_cache_options": "null",
     "reasoning_effort": '"none"',
+    "repetition_penalty": "1",
     "response_format.type": '"text"',
     "service_tier": '"auto" or "default"',
     "stream_options.include_obfuscation": "false",

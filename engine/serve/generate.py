@@ -1,5 +1,6 @@
 """Chats and completions: from a request to its answer, at once or as a stream."""
 
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack
@@ -8,6 +9,7 @@ from typing import TypeAlias
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.errors import EngineError
 from engine.request import Event
 from engine.serve.answering import Answering
 from engine.serve.asks import ask_of, refuse_hopeless
@@ -24,6 +26,7 @@ from engine.serve.tenants import Tenant
 from engine.serve.wire import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from engine.spans import span
 
+log = logging.getLogger(__name__)
 Asked: TypeAlias = ChatRequest | CompletionRequest
 
 
@@ -78,7 +81,7 @@ class Job:
     async def body(self, events: list[Event]) -> bytes:
         """The whole answer, whose first events are there."""
         done = events if self._answering.completion else events + await self._answering.all()
-        await self._answering.settled()
+        await self._noted()
         with span(self._call.trace, "detokenise"):
             made = await self._made(done)
         self._call.made_ns = time.perf_counter_ns()
@@ -93,7 +96,7 @@ class Job:
                 with span(self._call.trace, "detokenise"):
                     out += b"".join(stream.push(event) for event in events)
                 if self._answering.completion is not None:
-                    await self._answering.settled()
+                    await self._noted()
                 if out or not events:
                     yield out or WAITING
                 if self._answering.completion is not None:
@@ -111,6 +114,13 @@ class Job:
             self._call.stats, self._call.outcome = done.stats, done.finish_reason
         self._tenant.tokens.owe(self._answering.generated)
         self._answering.close()
+
+    async def _noted(self) -> None:
+        """What was read is on record, if that can be: who has an answer by now, gets it."""
+        try:
+            await self._answering.settled()
+        except EngineError:
+            log.exception("where an answer has put KV is not on record: deletions will not find it")
 
     async def _made(self, events: list[Event]) -> bytes:
         def make() -> bytes:

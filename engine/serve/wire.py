@@ -12,6 +12,7 @@ from engine.serve.fields import (
     SEEDS,
     Count,
     Name,
+    Neutral,
     Nothing,
     One,
     Priority,
@@ -51,6 +52,8 @@ class Message(Wire, frozen=True, kw_only=True):
     name: str | None = None
     refusal: None = None
     annotations: Nothing | None = None
+    reasoning: None = None
+    reasoning_content: None = None
     audio: None = None
     function_call: None = None
     tool_calls: Nothing | None = None
@@ -94,7 +97,8 @@ class TextFormat(Wire, frozen=True, kw_only=True):
 
 
 class Options(Wire, frozen=True, kw_only=True):
-    """What chats and completions have in common. `top_k` and what follows are Headrace's own."""
+    """What chats and completions have in common. `top_k` and what follows are not OpenAI's; of
+    some of vLLM's, clients send what has no effect."""
 
     model: Name
     max_tokens: Count | None = None
@@ -110,6 +114,10 @@ class Options(Wire, frozen=True, kw_only=True):
     logit_bias: Annotated[dict[str, float], Meta(max_length=0)] | None = None
     user: str | None = None
     top_k: TopK | None = None
+    repetition_penalty: Neutral | None = None
+    min_p: Zero | None = None
+    min_tokens: Zero | None = None
+    ignore_eos: Annotated[bool, Meta(extra_json_schema={"const": False})] | None = None
     priority: Priority | None = None
     timeout_s: Timeout | None = None
 
@@ -131,7 +139,7 @@ class Options(Wire, frozen=True, kw_only=True):
         if top_p == 0:  # the most probable token alone
             temperature, top_p = 0.0, 1.0
         seed = None if self.seed is None else self.seed % SEEDS
-        return Sampling(temperature, self.top_k or 0, top_p, seed)
+        return Sampling(temperature, max(self.top_k or 0, 0), top_p, seed)
 
 
 class ChatRequest(Options, frozen=True, kw_only=True):
@@ -241,6 +249,8 @@ def parse_completion(body: bytes) -> CompletionRequest:
 
 
 def _refuse_options(request: Options) -> None:
+    if request.ignore_eos:
+        raise _unsupported("ignore_eos")
     if request.stream_options is None:
         return
     if not request.stream:

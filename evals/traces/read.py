@@ -2,6 +2,7 @@
 
 import gzip
 import heapq
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def _read(path: Path, limit: int | None) -> RequestTrace:
             chains = [np.array(talk.hash_ids, np.int64) for talk in talks]
         else:
             chains = _sessions(_decoded(lines, _Turn), limit)
-    except (msgspec.DecodeError, gzip.BadGzipFile, EOFError, OverflowError) as error:
+    except (msgspec.DecodeError, gzip.BadGzipFile, zlib.error, EOFError, OverflowError) as error:
         raise ConfigError(
             f"{path} is no trace: needs lines with hash_ids, or with s, i, t, n, p, and k: {error}"
         ) from error

@@ -118,7 +118,7 @@ class Caller:
         for job, count in plan.prompt:
             assert job.state is State.PROMPT
             assert job.ready
-            assert 1 <= count <= max(job.prompt - job.done, int(job.whole))
+            assert 1 <= count <= (job.prompt if job.whole else job.prompt - job.done)
         self._look_at_bytes(granted)
         if plan.tokens < has.step_tokens:
             self._look_at_what_is_left(plan, granted)

@@ -5,10 +5,11 @@ import threading
 import pytest
 import torch
 
-from engine import BlendConfig, ConfigError, Engine, EngineConfig, PromptError, Segments
+from engine import BlendConfig, ConfigError, Engine, EngineConfig, PromptError, Segments, probe
 from engine.decode import decode
 from engine.method import preset
 from engine.perfmodel import Decision
+from engine.probe import attention_mass
 from engine.sampling import Sampling
 from kvstore.block import Kind
 from kvstore.config import StoreConfig
@@ -434,3 +435,22 @@ def test_segments_are_equal_if_their_parts_are():
     asked = segments()
     assert asked.ordered([0, 1, 2, 3]) == asked
     assert asked.ordered([1, 0, 2, 3]) != asked
+
+
+@pytest.mark.parametrize("asked", [3, 16, 80])
+def test_relevance_is_what_the_end_of_the_question_attends_to(engine, monkeypatch, asked):
+    """Not what separators and the prefix do, whose rows are not the prompt's last ones."""
+    made = segments()
+    made = Segments(made.prefix, made.chunks, (prompt(asked) % 50).tolist(), made.separator)
+    engine.precompute(made.chunks, made.prefix)
+    rows = []
+
+    def noted(q, k, spec):
+        rows.append(q.shape[1])
+        return attention_mass(q, k, spec)
+
+    monkeypatch.setattr(probe, "attention_mass", noted)
+    blended(engine, made, policy="query", share=0.3)
+    behind = asked + len(made.separator)
+    assert rows
+    assert set(rows) <= {min(probe.ASKING, asked), min(probe.ASKING, behind)}

@@ -276,3 +276,16 @@ def test_a_killed_process_leaves_a_readable_catalogue(path):
         kept = [i for i in acknowledged if i % 3 != 1]
         assert all(f"run{number}-{i}" in found for i in kept)
         Catalogue(path).add([document(f"after {number}", "a")], HERE)
+
+
+@IN_MEMORY_AND_ON_DISK
+def test_a_document_may_have_a_chunk_twice_in_other_words(path, kept):
+    """Tokenizers that normalize make the same tokens of both."""
+    catalogue = Catalogue(path if kept else None)
+    twice = (Chunk("a", "caf\u00e9", (1, 2)), Chunk("a", "cafe\u0301", (1, 2)))
+    for _ in range(2):  # and in its own place
+        catalogue.add([Document("menu", "", twice)], HERE)
+    assert catalogue.owners == {"a": ("menu",)}
+    catalogue.remove(["menu"])
+    assert not catalogue.documents
+    assert list(catalogue.doomed) == ["a"]

@@ -1,13 +1,20 @@
 """The engine with a sparse method, as its users see it."""
 
 import msgspec
+import numpy as np
 import pytest
+import torch
 
 from engine import Engine, EngineConfig, PromptError
 from engine.errors import ConfigError
+from engine.hf import HFModel
+from engine.indexes import make_index
 from engine.method import preset
+from engine.request import listed
 from engine.sampling import Sampling
+from engine.sparse_cache import SparseCache, pool_shape
 from kvstore.config import StoreConfig
+from kvstore.device import DeviceTier
 from tests.engine.families import build, prompt
 
 BIG = StoreConfig(host_bytes=1 << 26)
@@ -81,3 +88,70 @@ def test_the_method_is_read_from_toml_as_a_preset_with_changes(tmp_path):
         file.write_text(f"[method]\n{bad}\n")
         with pytest.raises(ConfigError):
             EngineConfig.from_toml(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("method = 5", "method"),
+        ('method = "preset"', "method"),
+        ('preset = ["x"]', "no method"),
+        ('preset = "headrace"\nname = "x"', "no setting name"),
+        ('preset = "headrace"\nbudget = inf', "method.budget"),
+        ('preset = "headrace"\nhot = inf', "method.hot"),
+        ('preset = "headrace"\nhot = nan', "method.hot"),
+    ],
+)
+def test_settings_that_cannot_be_are_told_in_one_line(tmp_path, text, said):
+    path = tmp_path / "engine.toml"
+    path.write_text(text if text.startswith("method") else f"[method]\n{text}")
+    with pytest.raises(ConfigError, match=said):
+        EngineConfig.from_toml(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("shadowkv", {"chunk": 0}),
+        ("shadowkv", {"chunk": "x"}),
+        ("quest", {"page": 16.5}),
+        ("headrace", {"seed": 1.5}),
+        ("headrace", {"key_space": "foo"}),
+        ("a2ats", {"centroids": 1.5}),
+        ("pqcache", {"points": 0}),
+    ],
+)
+def test_options_of_an_index_that_cannot_be_are_refused(name, options):
+    [option] = options
+    shape = HFModel(build("llama")).shape
+    with pytest.raises(ConfigError, match=f"method.options of .*: {option} is"):
+        make_index(preset(name, options=options), shape, 100)
+
+
+def test_outliers_leave_room_for_what_is_always_attended_to():
+    method = preset("shadowkv", sinks=100, window=100, budget=210, rank=1000)
+    config = EngineConfig(store=BIG, method=method, pinned_bytes=64 << 20)
+    with Engine(build("llama"), None, config) as engine:
+        assert len(engine.generate(prompt(400).tolist(), max_new_tokens=4)[0].tokens) == 4
+
+
+def test_a_budget_above_the_context_takes_memory_for_the_context_only():
+    model, used = HFModel(build("llama")), []
+    for budget in (1000, 10**9):
+        method = preset("shadowkv", budget=budget, rank=1000, options={"outlier_chunks": 0})
+        pool = DeviceTier(pool_shape(model, method), 64 << 20)
+        cache = SparseCache(model, 200, method, pool)
+        layer = cache.layer(0)
+        s = model.shape
+        layer.fill(*torch.randn(2, s.num_kv_heads, 150, s.head_dim))
+        used.append(cache.device_bytes)
+        cache.close()
+        pool.close()
+    assert used[0] == used[1]
+
+
+def test_prompts_may_be_tensors_and_arrays():
+    for kind in (torch.tensor, np.array):
+        assert len(listed([kind([5]), kind([6])])) == 2
+        assert len(listed(kind([5, 6]))) == 1
+        assert len(listed([*kind([5, 6])])) == 1

@@ -66,3 +66,19 @@ def test_steps_without_decodes_teach_nothing_and_no_bound_is_none():
     assert Pace(inf).allows() is None
     with pytest.raises(ConfigError, match="slowdown"):
         ScheduleConfig(slowdown=1.0)
+
+
+def test_what_pauses_answers_comes_again_when_they_had_their_share():
+    pace = Pace(1.5)
+    pace.learn(4, 0, 0.01)
+    assert pace.may_pause()
+    pace.paused(0.02)
+    steps = 0
+    while not pace.may_pause():
+        pace.learn(4, 0, 0.01)
+        steps += 1
+    assert steps == 4, "0.02 s more in 0.04 s are one and a half times as long"
+    pace.paused(0.02)
+    pace.learn(0, 0, 0.001)
+    assert pace.may_pause(), "nobody is answered"
+    Pace(inf).paused(1.0)

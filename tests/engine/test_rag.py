@@ -1,5 +1,6 @@
 """The RAG SDK: right answers from chunks in any order, and one clear line for what is wrong."""
 
+import asyncio
 import json
 import threading
 
@@ -383,3 +384,67 @@ def test_a_full_disk_is_told_and_adding_again_completes(parts, path, monkeypatch
         assert len(rag.documents()) == 4
         rag.add(documents())
         assert right(rag) == [True] * 4
+
+
+def test_a_template_that_says_the_time_keeps_answering(parts):
+    with parts.engine() as engine:
+        plain = engine.tokenizer.chat_template
+        ticking = "{{- tick() -}}{%- for m in messages -%}{{- m['content'] -}}{%- endfor -%}"
+        engine.tokenizer.chat_template = ticking.replace("tick()", "7")
+        try:
+            rag = Rag(engine, 128)
+            rag.add(documents())
+            engine.tokenizer.chat_template = ticking.replace("tick()", "8")
+            answer = rag.ask(FACTS[0].question, top_k=4, **SHORT)
+            assert answer.report.missed == 0
+        finally:
+            engine.tokenizer.chat_template = plain
+
+
+def test_a_retriever_that_fails_halfway_keeps_nothing_that_is_deleted(parts):
+    failing = [True]
+
+    def embed(texts):
+        if failing[0] and any("otter" in text for text in texts):
+            raise ConnectionError("too many requests")
+        return np.array([[1.0 + len(text), "otter" in text] for text in texts], np.float32)
+
+    with parts.engine() as engine:
+        rag = Rag(engine, 128, retriever=Vectors(embed, batch=1))
+        for name in ("tiger", "otter"):
+            rag.add({"id": name, "text": f"The special magic number for {name} is 314159."})
+        with pytest.raises(ConnectionError):
+            rag.search("Which number?")
+        rag.delete("tiger")
+        failing[0] = False
+        [hit] = rag.search("Which number?")
+        [otter] = rag.documents()
+        assert hit.id == otter.chunks[0].id
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_what_is_asked_again_is_in_memory(parts, path, wait):
+    with parts.engine(path) as engine:
+        Rag(engine, 128).add(documents())
+    with parts.engine(path) as engine:
+        rag = Rag(engine, 128)
+        if wait:
+            asyncio.run(rag.aask(FACTS[0].question, **SHORT))
+        else:
+            rag.ask(FACTS[0].question, **SHORT)
+        assert engine.stats().tiers["host"].blocks > 0
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda rag: rag.ask("caf\udce9"),
+        lambda rag: rag.engine.generate("caf\udce9"),
+        lambda rag: rag.add({"id": "caf\udce9", "text": "It rained."}),
+        lambda rag: rag.add({"title": "caf\udce9", "text": "It rained."}),
+        lambda rag: Rag(rag.engine, 128, prefix="caf\udce9"),
+    ],
+)
+def test_what_is_not_unicode_is_a_mistake(rag, ask):
+    with pytest.raises(PromptError, match="is not Unicode"):
+        ask(rag)

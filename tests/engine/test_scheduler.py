@@ -111,7 +111,7 @@ def test_a_whole_prompt_gets_tokens_until_it_is_settled():
     caller = fcfs(at_once=False)
     job = caller.add(12, 2, whole=True)
     granted = [caller.step().prompt for _ in range(4)]
-    assert granted == [((job, 10),), ((job, 2),), ((job, 1),), ((job, 1),)]
+    assert granted == [((job, 10),)] * 4
     caller.scheduler.settled(job)
     assert caller.step().decode == (job,)
 
@@ -263,7 +263,7 @@ def test_a_whole_prompt_is_moved_only_after_it_is_settled():
     caller.step()
     caller.scheduler.force_out(job)
     assert job.held == 16, "all it may need"
-    assert caller.step() == Plan(prompt=((job, 2),))
+    assert caller.step() == Plan(prompt=((job, 10),))
     caller.scheduler.settled(job)
     assert job.held == 12
     assert caller.step().out == (job,)

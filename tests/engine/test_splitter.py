@@ -7,6 +7,7 @@ from pydoc_data.topics import topics
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from engine import PromptError
 from engine.loader import load_tokenizer
@@ -145,3 +146,23 @@ def test_what_is_cut_at_the_same_time_changes_no_other_tokens():
 def test_the_longest_token_bounds_how_much_text_a_token_can_be():
     assert all(len(text.encode()) <= SPLITTER.longest * len(SPLITTER.encode(text)) for text in WIDE)
     assert SPLITTER.longest < 200
+
+
+@pytest.mark.parametrize("form", [normalizers.NFC(), normalizers.StripAccents()])
+@pytest.mark.parametrize(
+    "text", ["Cafe\u0301", "Cafe\u0301. " * 40, "\u0301", "a\u0301\u0302\n\n" * 20]
+)
+def test_what_a_tokenizer_drops_stays_with_what_is_before_it(form, text):
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.backend_tokenizer.normalizer = form
+    pieces = Splitter(tokenizer).split(text, limit=16)
+    if pieces:
+        assert bare("".join(piece.text for piece in pieces)) == bare(text)
+    assert all(not piece.text.startswith("\u0301") for piece in pieces[1:])
+    assert bool(pieces) == bool(Splitter(tokenizer).encode(text))
+
+
+@pytest.mark.parametrize(("text", "title"), [("\udce9", ""), ("It rained.", "caf\udce9")])
+def test_what_is_not_unicode_is_refused(text, title):
+    with pytest.raises(PromptError, match="is not Unicode"):
+        SPLITTER.split(text, limit=64, title=title)

@@ -78,3 +78,22 @@ def test_an_unfinished_character_at_the_end_is_shown_as_such(tokenizer):
     first = tokenizer("€")["input_ids"][0]
     assert out.push(first) == ""
     assert out.finish() == "\ufffd"
+
+
+@pytest.mark.parametrize("special", [0, 1, 2])
+def test_a_blank_behind_a_special_token_stays(special):
+    """Of decoders that drop the blank that begins a text, as Llama 2's."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581hello": 3, "\u2581world": 4, "!": 5}
+    tok = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    tok.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tok, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    for ids in ([3, special, 4, 5], [special, 3, 4, 5], [3, 4, special]):
+        out = TextStream(made)
+        text = "".join(map(out.push, ids)) + out.finish()
+        assert text == made.decode(ids, skip_special_tokens=True)

@@ -98,3 +98,11 @@ def test_records_without_a_word_how_they_were_made_are_refused(engine, tmp_path)
     journal.close()
     with pytest.raises(ConfigError, match=r"no run\.json"):
         open_folder(tmp_path, facts(engine, settings()))
+
+
+@pytest.mark.parametrize("found", ['{"a": 1}', "[]", '{"settings": 1}', "x", ""])
+def test_a_folder_of_another_tool_is_refused_and_left_alone(engine, tmp_path, found):
+    (tmp_path / RUN).write_text(found)
+    with pytest.raises(ConfigError, match="does not say how the run was made"):
+        open_folder(tmp_path, facts(engine, settings()))
+    assert (tmp_path / RUN).read_text() == found

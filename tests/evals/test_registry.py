@@ -38,3 +38,8 @@ def test_data_that_a_suite_looks_for_by_itself_is_hashed_too(tmp_path, monkeypat
     assert found["hotpotqa"] == "hub/name"
     (tmp_path / "squad" / "dev.json").rename(tmp_path / "squad" / "test.json")
     assert registry.data_digests(["ruler"], settings())["squad"] != found["squad"]
+
+
+def test_a_suite_that_there_is_not_is_named():
+    with pytest.raises(ConfigError, match="no suite 'rulers'; there are needle, "):
+        registry.make_suite("rulers", settings())

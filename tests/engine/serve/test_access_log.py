@@ -50,3 +50,27 @@ def test_a_pipe_that_nobody_reads_holds_up_nobody(monkeypatch):
             with suppress(BlockingIOError):
                 os.read(reader, 1 << 20)
     os.close(reader)
+
+
+def test_a_full_pipe_that_makes_nobody_wait_takes_no_time_of_the_processor(monkeypatch):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        calls = []
+        select = access_log.select.select
+        monkeypatch.setattr(
+            access_log.select, "select", lambda *args: calls.append(args) or select(*args)
+        )
+        log = AccessLog("-")
+        lines = 30
+        for number in range(lines):
+            log.emit(said(f"{number:02} " + "x" * 10_000))
+        read = b""
+        while read.count(b"\n") < lines:
+            read += os.read(reader, 1 << 16)
+        log.close()
+    os.close(reader)
+    assert [line[:2] for line in read.splitlines()] == [b"%02d" % n for n in range(lines)]
+    assert log.lost == 0
+    assert 0 < len(calls) < 1000

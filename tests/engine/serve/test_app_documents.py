@@ -9,10 +9,11 @@ from typing import Any
 import openai
 import pytest
 
-from engine.catalogue import Catalogue, Document
+from engine.catalogue import Catalogue, CatalogueError, Document
 from engine.repair import BlendConfig
 from engine.shelf import Reading, Shelf
 from kvstore.config import StoreConfig
+from kvstore.errors import StoreError
 from tests.engine.rag import FACTS, blocks, documents
 from tests.engine.serve.server import LIMIT_S, Running, running
 
@@ -297,3 +298,67 @@ def test_a_reading_that_the_server_does_not_end_is_told(monkeypatch):
         answer = adding.result(LIMIT_S)
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "shutting_down"
+
+
+def test_who_waits_for_the_disk_holds_up_nobody(monkeypatch):
+    """Neither others' requests nor the end of those that were given up."""
+    goes = threading.Event()
+    with running() as server, server.http() as client:
+        store = server.engine.store
+        given = documents()
+        assert client.post("/v1/documents", json={"documents": given}).status_code == 200
+        monkeypatch.setattr(store, "settle", lambda: goes.wait(LIMIT_S))
+        with ThreadPoolExecutor(8) as others:
+            waiting = [
+                others.submit(client.delete, f"/v1/documents/{one['id']}") for one in given[:2]
+            ]
+            waiting.append(others.submit(client.post, "/v1/documents", json={"documents": given}))
+            try:
+                assert client.get("/v1/documents").status_code == 200
+                asked = {"model": server.model, "prompt": "One.", "max_tokens": 2}
+                assert client.post("/v1/completions", json=asked).status_code == 200
+                assert not any(future.done() for future in waiting)
+            finally:
+                goes.set()
+            assert {future.result().status_code for future in waiting} == {200}
+
+
+def test_a_deletion_that_failed_is_done_by_the_next_try(monkeypatch):
+    with running() as server, server.http() as client:
+        client.post("/v1/documents", json={"documents": documents()[:1]})
+        before = blocks(server.engine)
+        with monkeypatch.context() as failing:
+            failing.setattr(server.engine.store, "delete", broken)
+            url = f"/v1/documents/{documents()[0]['id']}"
+            assert client.delete(url).status_code == 500
+        assert blocks(server.engine) == before
+        assert client.delete(url).status_code == 404, "it is on record no more"
+        assert blocks(server.engine) == {0}
+
+
+def broken(*_: object) -> None:
+    raise StoreError("the disk failed")
+
+
+def test_a_failed_write_of_somebody_is_nobodys_error(monkeypatch, tmp_path):
+    store = StoreConfig(disk_path=str(tmp_path))
+    with running(engine={"store": store}) as server, server.http() as client:
+        monkeypatch.setattr(server.engine.store._writer, "_error", StoreError("of another"))
+        assert client.post("/v1/documents", json={"documents": documents()[:1]}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_given_though_it_cannot_be_noted(server, added, monkeypatch, stream):
+    def fails(*_: object) -> None:
+        raise CatalogueError("no space left")
+
+    monkeypatch.setattr(Reading, "end", fails)
+    asked = {
+        "model": server.model, "max_tokens": 8, "temperature": 0, "documents": added,
+        "messages": [{"role": "user", "content": FIRST.question}], "stream": stream,
+    }  # fmt: skip
+    with server.http() as client:
+        answer = client.post("/v1/chat/completions", json=asked)
+    assert answer.status_code == 200
+    assert "error" not in answer.text
+    assert not stream or answer.text.endswith("data: [DONE]\n\n")

@@ -122,6 +122,7 @@ HARMLESS = {
     "tool_choice": "none", "functions": [], "function_call": "none", "modalities": ["text"],
     "response_format": {"type": "text"}, "reasoning_effort": "none", "verbosity": "medium",
     "audio": None, "prediction": None, "web_search_options": None, "moderation": None,
+    "repetition_penalty": 1.0, "min_p": 0.0, "min_tokens": 0, "ignore_eos": False, "top_k": -1,
 }  # fmt: skip
 
 
@@ -142,6 +143,7 @@ def test_every_field_of_openais_is_known(request_type, params):
     ours = set(request_type.__struct_fields__)
     assert names <= ours
     extras = {"top_k", "priority", "timeout_s", "documents", "blend"}
+    extras |= {"repetition_penalty", "min_p", "min_tokens", "ignore_eos"}  # vLLM's
     assert ours - names <= extras
 
 
@@ -163,6 +165,7 @@ def test_a_whole_number_may_have_a_point():
         ("modalities", ["audio"]), ("audio", {"voice": "x"}), ("reasoning_effort", "low"),
         ("verbosity", "high"), ("prediction", {"type": "content"}), ("web_search_options", {}),
         ("parallel_tool_calls", True), ("service_tier", "flex"), ("moderation", {"model": "m"}),
+        ("repetition_penalty", 1.1), ("min_p", 0.1), ("min_tokens", 5), ("ignore_eos", True),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_says_so(field, value):
@@ -229,7 +232,7 @@ def test_a_wrong_message_is_named(messages, param, code):
         ("seed", 10**400, "invalid_value"), ("stop", ["a"] * 5, "invalid_value"),
         ("stop", "", "invalid_value"), ("stop", 5, "invalid_type"),
         ("stream", "yes", "invalid_type"), ("top_logprobs", 21, "invalid_value"),
-        ("top_k", -1, "invalid_value"), ("priority", 101, "invalid_value"),
+        ("top_k", -2, "invalid_value"), ("priority", 101, "invalid_value"),
         ("timeout_s", 0, "invalid_value"), ("model", "", "invalid_value"),
         ("model", None, "invalid_type"), ("metadata", {"a": 1}, "invalid_type"),
         ("user", 5, "invalid_type"),

@@ -178,3 +178,9 @@ def test_files_without_rows_are_errors(tmp_path):
     broken = {"suite": "longbench", "method": "dense", "turn": "x"}
     with pytest.raises(ConfigError, match="rows that are no records of a run"):
         score_file(write(tmp_path / "x.jsonl", [broken]))
+
+
+def test_a_task_that_is_no_name_is_refused(tmp_path):
+    path = write(tmp_path / "x.jsonl", [LONGBENCH[0] | {"task": ["hotpotqa"]}])
+    with pytest.raises(ConfigError, match="its task is a name"):
+        score_file(path)

@@ -85,7 +85,8 @@ def test_what_is_no_trace_is_refused_by_name(tmp_path, text):
 
 def test_damaged_archives_are_refused(tmp_path):
     whole = write(tmp_path / "a.jsonl.gz", [turn(1, 0, 0, 1)]).read_bytes()
-    for damaged in (b"plain", whole[:-12]):
+    damages = [whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :] for at in range(10, 30)]
+    for damaged in (b"plain", whole[:-12], *damages):
         (tmp_path / "a.jsonl.gz").write_bytes(damaged)
         with pytest.raises(ConfigError, match="is no trace"):
             read_traces(tmp_path)
