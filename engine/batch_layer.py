@@ -122,7 +122,7 @@ class SelectedLayer:
         self._policy = method.policy(min(budget, capacity))
         self._layout = raw_rows(shape)
         self._index = device_index(method, shape, slots, capacity, budget)
-        hot = method.hot_slots(budget, capacity)
+        hot = method.hot_slots(budget, shape.max_positions)
         size = (slots, shape.num_kv_heads, hot, self._layout.row_bytes)
         self._hot = torch.zeros(size, dtype=torch.uint8, device=shape.device)
         self._there: Residency = empty(

@@ -89,13 +89,13 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         asked = self.budget if self.budget >= 1 else self.budget * prompt_tokens
         return max(round(asked), self.sinks + self.window + 1)
 
-    def hot_slots(self, budget: int, capacity: int) -> int:
+    def hot_slots(self, budget: int, positions: int) -> int:
         """Rows that a buffer on the device holds of a KV head, at a budget in tokens.
 
         Args:
-            capacity: the most tokens that there will be.
+            positions: that the model has: there are no more tokens.
         """
-        return min(round(self.hot * budget) + self.window, capacity)
+        return min(round(self.hot * budget) + self.window, positions)
 
     def policy(self, budget: int) -> Policy:
         """How tokens are selected. ConfigError names the setting that does not fit."""

@@ -29,7 +29,6 @@ class SparseLayer:
 
     Args:
         number: of the layer in its pool.
-        capacity: tokens there will be at most.
         budget: tokens each KV head attends to; see `Method.tokens`.
     """
 
@@ -42,7 +41,6 @@ class SparseLayer:
         lease: Lease,
         pool: Pool,
         number: int,
-        capacity: int,
     ) -> None:
         self.stats = SparseStats()
         self.last: Query | None = None
@@ -52,7 +50,6 @@ class SparseLayer:
         self.tail: Tail | None = None
         self._shape, self._spec, self._rope, self._method = shape, spec, rope, method
         self._lease, self._pool, self._number = lease, pool, number
-        self._capacity = capacity
         self._far: FarTable | None = None
         self._dice = torch.Generator(shape.device).manual_seed(number)  # what `certify` looks at
         self._fresh: Tensor | None = None  # slots that a prefetch filled, until they are used
@@ -135,7 +132,7 @@ class SparseLayer:
         assert self.choice is not None
         policy = self.choice.policy
         s, length = self._shape, v.shape[1]
-        slots = self._method.hot_slots(policy.budget, self._capacity)
+        slots = self._method.hot_slots(policy.budget, s.max_positions)
         self.hot = HotBuffer(s.num_kv_heads, slots, raw_rows(s), v.device)
         sinks = torch.arange(min(policy.sinks, length), device=v.device)
         ends = torch.arange(max(len(sinks), length - policy.window), length, device=v.device)

@@ -83,7 +83,7 @@ class SparseCache:
         self._num_layers = model.shape.num_layers
         self._lease = pool.lease()
         self._layers = {
-            i: _layer(model, method, pool, self._lease, number, i, capacity)
+            i: _layer(model, method, pool, self._lease, number, i)
             for number, i in enumerate(sparse_layers(model, method))
         }
         self._selecting = sum(layer.owner in self._layers for layer in model.layers)
@@ -279,7 +279,7 @@ def _prefetch(layer: SparseLayer, guess: Query) -> None:
 
 
 def _layer(
-    model: Model, method: Method, pool: Pool, lease: Lease, number: int, i: int, capacity: int
+    model: Model, method: Method, pool: Pool, lease: Lease, number: int, i: int
 ) -> SparseLayer:
     piece, shape = owners(model)[i], model.shape
-    return SparseLayer(shape, piece.attention, piece.rope, method, lease, pool, number, capacity)
+    return SparseLayer(shape, piece.attention, piece.rope, method, lease, pool, number)

@@ -93,7 +93,7 @@ class Ours:
         blocks = -(-length // pools.block_tokens)
         pool = DeviceTier(pools, blocks * pools.block_bytes)
         rope = Rope(torch.ones(DIM // 2, dtype=torch.float64))  # keys come rotated
-        self.layer = SparseLayer(shape, SPEC, rope, METHOD, pool.lease(), pool, 0, length + 1)
+        self.layer = SparseLayer(shape, SPEC, rope, METHOD, pool.lease(), pool, 0)
         start = time.perf_counter()
         self.layer.fill(k, v)
         self.fill_s = time.perf_counter() - start

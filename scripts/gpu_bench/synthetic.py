@@ -119,7 +119,7 @@ def layer_of(model: Model, method: Method, pool: OneSlab, lease: Lease, length: 
     size = (s.num_kv_heads, length, s.head_dim)
     k, v = (torch.randn(size, dtype=s.dtype, device=s.device) for _ in range(2))
     queries = torch.randn(s.num_heads, 128, s.head_dim, dtype=s.dtype, device=s.device)
-    layer = SparseLayer(s, piece.attention, piece.rope, method, lease, pool, 0, s.max_positions)
+    layer = SparseLayer(s, piece.attention, piece.rope, method, lease, pool, 0)
     with mock.patch("retrieval.learner.train_codebook", drawn):
         layer.fill(k, v, queries)
     return layer

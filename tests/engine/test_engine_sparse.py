@@ -135,9 +135,9 @@ def test_outliers_leave_room_for_what_is_always_attended_to():
         assert len(engine.generate(prompt(400).tolist(), max_new_tokens=4)[0].tokens) == 4
 
 
-def test_a_budget_above_the_context_takes_memory_for_the_context_only():
+def test_a_budget_above_all_positions_takes_memory_for_these_only():
     model, used = HFModel(build("llama")), []
-    for budget in (1000, 10**9):
+    for budget in (model.shape.max_positions, 10**9):
         method = preset("shadowkv", budget=budget, rank=1000, options={"outlier_chunks": 0})
         pool = DeviceTier(pool_shape(model, method), 64 << 20)
         cache = SparseCache(model, 200, method, pool)
