@@ -342,7 +342,7 @@ def broken(*_: object) -> None:
 
 def test_a_failed_write_of_somebody_is_nobodys_error(monkeypatch, tmp_path):
     store = StoreConfig(disk_path=str(tmp_path))
-    with running(engine={"store": store}) as server, server.http() as client:
+    with running(store=store) as server, server.http() as client:
         monkeypatch.setattr(server.engine.store._writer, "_error", StoreError("of another"))
         assert client.post("/v1/documents", json={"documents": documents()[:1]}).status_code == 200
 
