@@ -345,6 +345,8 @@ def test_a_failed_write_of_somebody_is_nobodys_error(monkeypatch, tmp_path):
     with running(store=store) as server, server.http() as client:
         monkeypatch.setattr(server.engine.store._writer, "_error", StoreError("of another"))
         assert client.post("/v1/documents", json={"documents": documents()[:1]}).status_code == 200
+        with pytest.raises(StoreError, match="of another"):  # who flushes hears of it
+            server.engine.store.flush()
 
 
 @pytest.mark.parametrize("stream", [False, True])
