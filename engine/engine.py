@@ -310,11 +310,13 @@ class Engine:
                 if run.finish_reason is None:
                     decoder.join(run)
             while live := [run for run in runs if run.finish_reason is None]:
+                self._refuse_closed()
                 for run, row in zip(live, decoder.step(live), strict=True):
                     yield run, self._step(run, row)
         finally:
             for run in runs:
                 run.release()
+            for run in [] if self._ended else runs:
                 if run.finish_reason is not None:  # behind the last token: it reads them once more
                     self.store.promote(run.stored)
 
@@ -330,8 +332,12 @@ class Engine:
         """Logits after the prompt."""
         return (self.plain if run.segments is None else self.blending).prefill(run)
 
+    @property
+    def _ended(self) -> bool:
+        return self._closed or (self._parent is not None and self._parent._closed)
+
     def _refuse_closed(self) -> None:
-        if self._closed or (self._parent is not None and self._parent._closed):
+        if self._ended:
             raise EngineError("this engine is closed: make a new one")
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:

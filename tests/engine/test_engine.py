@@ -280,6 +280,19 @@ def test_a_closed_engine_says_so(module):
             call([1, 2, 3])
 
 
+@pytest.mark.parametrize("after", [1, 7, 8])
+def test_a_stream_says_that_its_engine_was_closed(module, tmp_path, after):
+    store = StoreConfig(disk_path=str(tmp_path))
+    with Engine(module, config=EngineConfig(store=store)) as engine:
+        stream = engine.stream(prompt(100).tolist(), max_new_tokens=8)
+        for _ in range(after):
+            next(stream)
+    if after < 8:
+        with pytest.raises(EngineError, match="closed"):
+            next(stream)
+    stream.close()
+
+
 def test_an_error_inside_is_not_hidden_by_one_at_the_end(module, monkeypatch, caplog):
     engine = Engine(module)
     monkeypatch.setattr(engine.store, "close", lambda: (_ for _ in ()).throw(StoreError("full")))
