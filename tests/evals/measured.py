@@ -12,6 +12,7 @@ class Numbers:
     """A tokenizer whose words are token ids."""
 
     chat_template = None
+    all_special_ids = ()
 
     def __call__(self, text, **_):
         return {"input_ids": [int(word) for word in text.split()]}

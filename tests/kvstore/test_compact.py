@@ -80,11 +80,11 @@ def test_compacting_keeps_every_block_and_no_other_page(path, monkeypatch, at_on
     monkeypatch.setattr(module, "_AT_ONCE", at_once)
     sizes = {name: len(data) for name, data in files(path).items()}
     before, after = compact(path)
-    assert before >= sum(sizes.values()) - 100
-    assert after == files_bytes(path) < before / 4
+    assert after == files_bytes(path) <= before  # which has holes where blocks were deleted
     assert names(path) == NAMES
     now = {name: len(data) for name, data in files(path).items()}
     assert now["data.md"] < sizes["data.md"]
+    assert sum(now.values()) < sum(sizes.values()) / 4
     tier = opened(path)
     pages = [entry_of(tier, key).extent for key in keys(0)]
     assert now["values-"] == 4096 * sum(extent.pages for extent in pages)
