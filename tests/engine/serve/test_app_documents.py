@@ -11,6 +11,7 @@ import pytest
 
 from engine.catalogue import Catalogue, CatalogueError, Document
 from engine.repair import BlendConfig
+from engine.serve.desk import THREADS
 from engine.shelf import Reading, Shelf
 from kvstore.config import StoreConfig
 from kvstore.errors import StoreError
@@ -309,9 +310,8 @@ def test_who_waits_for_the_disk_holds_up_nobody(monkeypatch):
         assert client.post("/v1/documents", json={"documents": given}).status_code == 200
         monkeypatch.setattr(store, "settle", lambda: goes.wait(LIMIT_S))
         with ThreadPoolExecutor(8) as others:
-            waiting = [
-                others.submit(client.delete, f"/v1/documents/{one['id']}") for one in given[:2]
-            ]
+            waiting = [others.submit(client.delete, f"/v1/documents/{one['id']}") for one in given]
+            assert len(waiting) >= THREADS
             waiting.append(others.submit(client.post, "/v1/documents", json={"documents": given}))
             try:
                 assert client.get("/v1/documents").status_code == 200

@@ -126,6 +126,10 @@ def _any(_ledger, _txn, digests):
     return bool(digests)
 
 
+def _changed(space, _txn, _used):  # not where pages are given back behind a deletion
+    return space._free is not None or space._back or space._doubtful
+
+
 def _doubtful(space, _txn, _used):
     return space._doubtful
 
@@ -138,8 +142,8 @@ WRITING = {  # once in a store that has room, once where pages of others are use
     "written, not flushed": Point(Values, "sync", False, 2),
     "flushed, without entries": Point(Values, "sync", True, 2),
     "between entries": Point(Ledger, "add", True, 2 * BLOCKS),
-    "before free pages are noted": Point(Space, "settle", False, 2),
-    "before the commit": Point(Space, "settle", True, 2),
+    "before free pages are noted": Point(Space, "settle", False, 2, _changed),
+    "before the commit": Point(Space, "settle", True, 2, _changed),
 }
 PHASES = {
     **{f"putting: {name}": Phase(churn, point) for name, point in WRITING.items()},
