@@ -85,10 +85,10 @@ REFERENCE = Recipe(
 # What comes hardest, from the weights that REFERENCE gives: all values of a key, and one key among
 # hundreds of its kind. Where values are few and near they are learned first.
 HARD = {
-    "single": 2.0, "single_uuid": 3.0, "multi_value": 4.0, "other_values": 2.0, "multi_query": 2.0,
-    "plain": 1.0, "two_hops": 4.0, "tracing": 1.0,
+    "single": 2.0, "single_uuid": 3.0, "multi_value": 5.0, "other_values": 3.0, "multi_query": 2.0,
+    "plain": 1.0, "two_hops": 4.0, "tracing": 2.0,
 }  # fmt: skip
-FEW = Mix(HARD | {"multi_value": 6.0, "other_values": 3.0}, copies=0.02, lines=0.3, alone=0.2)
+FEW = Mix(HARD | {"multi_value": 7.0, "other_values": 4.0}, copies=0.02, lines=0.3, alone=0.2)
 MANY = Mix(HARD, copies=0.02, lines=0.45, alone=0.4)
 
 REFINED = Recipe(
@@ -98,8 +98,8 @@ REFINED = Recipe(
         Phase(0.85, {512: 0.3, 1024: 0.2, 2048: 0.25, 4096: 0.25}, MANY),
         Phase(1.0, {1024: 0.2, 2048: 0.2, 4096: 0.3, 8192: 0.3}, MANY),
     ),
-    muon_rate=0.004,
-    adam_rate=0.001,
+    muon_rate=0.006,
+    adam_rate=0.0015,
     steady=0.4,
 )
 
