@@ -97,13 +97,10 @@ class Level:
         """
         with self._inserting:
             blocks = self._admitted(self._absent(blocks))
-            try:
-                self._put(blocks)
-            except DeviceFull:
-                raise
-            except (TierFull, MissingParent):
+            if not self._fits(blocks):
                 self._seed()  # other processes may have put blocks we can evict, or evicted ours
-                self._put_again(blocks)
+                if not self._fits(blocks):
+                    self._put_singly(blocks)
             return sum(self.tier.held([key for key, _ in blocks]))
 
     def room(self, pinned: Iterable[bytes]) -> int:
@@ -126,7 +123,7 @@ class Level:
             rest: what rests on them in other tiers, where those between may be.
         """
         with self._inserting:
-            going = resting_on(list(dict.fromkeys([*digests, *rest])), self.tier.residents())
+            going = resting_on([*digests, *rest], self.tier.residents())
             there = [
                 digest for digest, size in zip(going, self.tier.sizes(going), strict=True) if size
             ]
@@ -186,29 +183,23 @@ class Level:
             self.stats.refused += chosen.count(False)
         return [item for item, comes in zip(blocks, chosen, strict=True) if comes]
 
-    def _put_again(self, blocks: Sequence[Item]) -> None:
-        """Together, now that it is known what the tier holds; else as many as have room."""
+    def _fits(self, blocks: Sequence[Item]) -> bool:
+        """Store all of the blocks, or none. Raises DeviceFull."""
         try:
             self._put(blocks)
         except DeviceFull:
             raise
         except (TierFull, MissingParent):
-            self._put_singly(blocks)
+            return False
+        return True
 
     def _put_singly(self, blocks: Sequence[Item]) -> None:
         """As many as have room; none without those before it, which a lookup needs first."""
         skipped: set[bytes | None] = set()
         for item in blocks:
             key = item[0]
-            try:
-                if key.parent not in skipped:
-                    self._put([item])
-                    continue
-            except DeviceFull:
-                raise
-            except (TierFull, MissingParent):
-                pass
-            skipped.add(key.digest)
+            if key.parent in skipped or not self._fits([item]):
+                skipped.add(key.digest)
         with self._lock:
             self.stats.skipped += len(skipped)
 

@@ -13,6 +13,7 @@ from tests.kvstore.make import chain, items, right
 from tests.kvstore.stored import values_file
 from tests.kvstore.test_store import opened
 
+TABLE = 4096 // 512  # a block of the file system, in units of st_blocks
 KEEP = chain(range(100, 140))
 GONE = chain(range(30), kind=Kind.CHUNK, warmup=b"warm")  # 8 blocks, the last one ragged
 
@@ -129,7 +130,7 @@ def test_what_was_deleted_can_be_read_from_the_file_no_more(path, how):
         assert all(secret in values.read_bytes() for secret in secrets)
         store.clear() if how == "clear" else store.delete(keys[:1])
         assert not any(secret in values.read_bytes() for secret in secrets)
-        assert values.stat().st_blocks <= before // 2
+        assert values.stat().st_blocks <= before // 2 + TABLE  # ext4 may note holes in one more
         store.put(items(KEEP))
         store.flush()
         assert all(right(store.get(key), key) for key in KEEP)
