@@ -17,7 +17,7 @@ PER_TOKEN = {"decode", "sample", "detokenise"}
 
 def complete(client: openai.OpenAI, model: str, sentences: int, *, stream: bool) -> None:
     answer: Any = client.completions.create(
-        model=model, prompt=SENTENCE * sentences, max_tokens=24, stream=stream
+        model=model, prompt=SENTENCE * sentences, max_tokens=24, temperature=0, stream=stream
     )
     if stream:
         assert len(list(answer)) > 0
@@ -28,6 +28,7 @@ def chat(client: openai.OpenAI, model: str, documents: list[Any], *, stream: boo
         model=model,
         messages=[{"role": "user", "content": "What is green?"}],
         max_tokens=16,
+        temperature=0,  # by chance, an answer may be its end alone
         stream=stream,
         extra_body={"documents": documents} if documents else {},
     )
