@@ -63,7 +63,7 @@ def _sample(task: str, length: int, index: int, row: Row) -> Sample:
         family=kind.family,
         length=length,
         context=context,
-        turns=(Turn(question, "", row.answers, kind.new_tokens, kind.stop),),
+        turns=(Turn(question, "", row.answers, kind.new_tokens),),
         chat=kind.chat,
         extra={"all_classes": list(row.all_classes)} if row.all_classes else {},
     )

@@ -19,7 +19,6 @@ class Task(NamedTuple):
     family: str
     new_tokens: int
     chat: bool = True
-    stop: tuple[str, ...] = ()
 
 
 TASKS = {
@@ -37,7 +36,7 @@ TASKS = {
     "vcsum": Task("summary", 512),
     "trec": Task("few-shot", 64, chat=False),
     "triviaqa": Task("few-shot", 32, chat=False),
-    "samsum": Task("few-shot", 128, chat=False, stop=("\n",)),
+    "samsum": Task("few-shot", 128, chat=False),
     "lsht": Task("few-shot", 64, chat=False),
     "passage_count": Task("synthetic", 32),
     "passage_retrieval_en": Task("synthetic", 32),

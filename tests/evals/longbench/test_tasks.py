@@ -70,9 +70,8 @@ def test_braces_and_slots_in_a_text_are_only_text():
     assert after.endswith("\n\nQuestion: {context} {x}\nAnswer:")
 
 
-def test_new_tokens_stops_and_chat_are_longbenchs():
+def test_new_tokens_and_chat_are_longbenchs():
     for tokens, tasks in NEW_TOKENS.items():
         assert {TASKS[task].new_tokens for task in tasks.split()} == {tokens}
     assert sum(len(tasks.split()) for tasks in NEW_TOKENS.values()) == 21
     assert {task for task in TASKS if not TASKS[task].chat} == NO_CHAT
-    assert {task: kind.stop for task, kind in TASKS.items() if kind.stop} == {"samsum": ("\n",)}
