@@ -107,7 +107,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 PRESETS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "headrace": {"index": "scalar", "options": {"bits": 2}},
+    "headrace": {"index": "scalar", "options": {"bits": 2}, "tail": True},
     "oracle": {"index": "exact"},
     "shadowkv": {
         "index": "landmarks",

@@ -12,7 +12,7 @@ from retrieval.pending import products
 from retrieval.units import Units
 
 RUN_TOKENS = 4096  # summarised at once
-CLUSTER_TOKENS = 32
+CLUSTER_TOKENS = 128
 MOST_WIDENING = 2.0  # of a cluster's logit: one strange key must not widen it without end
 
 
