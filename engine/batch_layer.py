@@ -131,7 +131,7 @@ class SelectedLayer:
         self._lowrank: BatchFactors | None = None
         if method.keys == "lowrank":
             self._lowrank = BatchFactors(shape, rope, method.rank, slots, capacity)
-        self._tail = BatchTail(shape, slots, capacity) if method.tail else None
+        self._tail = BatchTail(shape, slots, capacity, spec.softcap) if method.tail else None
         self.counts = torch.zeros(slots, 3, dtype=torch.int64, device=shape.device)
 
     @property

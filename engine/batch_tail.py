@@ -8,31 +8,28 @@ from engine.kernels.merge_parts import Partials
 from engine.kernels.tail import estimate_tail
 from engine.model import Shape
 from kvstore.rows import RowLayout
-from retrieval.estimate import CLUSTER_TOKENS, Tail
+from retrieval.estimate import CLUSTER_TOKENS, Tail, joined
 
 PITCH = 4  # numbers: rows begin at multiples of 16 bytes
 
 
 class BatchTail:
-    """Clusters of all tokens of all slots, and the tokens of each slot's last one, which grows.
+    """Clusters of all tokens of all slots: mean key, mean value, variance of the keys.
 
-    summaries [B, Hk, C, 2 D + 1]   mean key, mean value, variance of the keys
-    open [B, Hk, cluster, 2 D]   keys and values of the cluster that is being filled
+    Args:
+        softcap: of the layer's scores, see `Tail`.
     """
 
-    def __init__(self, shape: Shape, slots: int, capacity: int) -> None:
-        heads, dim, where = shape.num_kv_heads, shape.head_dim, shape.device
-        clusters, self._width = -(-capacity // CLUSTER_TOKENS), 2 * dim + 1
+    def __init__(self, shape: Shape, slots: int, capacity: int, softcap: float | None) -> None:
+        heads, clusters = shape.num_kv_heads, -(-capacity // CLUSTER_TOKENS)
+        self._width, self._softcap = 2 * shape.head_dim + 1, softcap
         pitch = -(-self._width // PITCH) * PITCH
-        self._rows = torch.zeros(slots, heads, clusters, pitch, device=where)
-        size = (slots, heads, CLUSTER_TOKENS, 2 * dim)
-        self._open = torch.zeros(size, dtype=shape.dtype, device=where)
-        self._within = torch.arange(CLUSTER_TOKENS, device=where)
-        self._slots = torch.arange(slots, device=where)
+        self._rows = torch.zeros(slots, heads, clusters, pitch, device=shape.device)
+        self._slots = torch.arange(slots, device=shape.device)
 
     @property
     def nbytes(self) -> int:
-        return self._rows.nbytes + self._open.nbytes
+        return self._rows.nbytes
 
     @property
     def summaries(self) -> Float32[Tensor, "B Hk C F"]:
@@ -41,9 +38,8 @@ class BatchTail:
 
     def adopt(self, slot: int, tail: Tail) -> None:
         """The clusters of one request."""
-        rows, begun = tail.summaries, tail.open
+        rows = tail.summaries
         self.summaries[slot, :, : rows.shape[1]] = rows
-        self._open[slot, :, : begun.shape[1]] = begun
 
     def append(
         self,
@@ -53,10 +49,11 @@ class BatchTail:
     ) -> None:
         """The newest token of every slot, rotated; a free slot's lands where nobody reads."""
         at = positions.clamp_min(0).long()
-        self._open[self._slots, :, at % CLUSTER_TOKENS] = torch.cat([k, v], -1)
-        there = (self._within <= at[:, None] % CLUSTER_TOKENS)[:, None, :, None]
-        row = _summarised(self._open.float().where(there, 0.0), there)
-        self.summaries[self._slots, :, at // CLUSTER_TOKENS] = row
+        cluster, before = at // CLUSTER_TOKENS, (at % CLUSTER_TOKENS)[:, None, None]
+        alone = torch.cat([k.float(), v.float(), k.new_zeros(*k.shape[:2], 1).float()], -1)
+        begun = self.summaries[self._slots, :, cluster]
+        row = torch.where(before > 0, joined(begun, before, alone, 1), alone)
+        self.summaries[self._slots, :, cluster] = row
 
     def estimate(
         self,
@@ -69,14 +66,7 @@ class BatchTail:
         scale: float,
     ) -> Partials:
         """Attention over every token but `ids`, whose rows are in `slots`, estimated."""
-        rows = self.summaries
-        return estimate_tail(q, rows, lengths, ids, hot, slots, layout, CLUSTER_TOKENS, scale)
-
-
-def _summarised(rows: Float[Tensor, "B Hk N E"], there: Tensor) -> Float[Tensor, "B Hk F"]:
-    """As Tail has it, of those of the N keys and values that are there; the others are 0."""
-    count = there.sum(2)
-    mean = rows.sum(2) / count
-    off = (rows - mean[:, :, None]).chunk(2, -1)[0].where(there, 0.0)
-    variance = off.square().sum((2, 3), keepdim=True)[..., 0] / (count * off.shape[-1])
-    return torch.cat([mean, variance], -1)
+        return estimate_tail(
+            *(q, self.summaries, lengths, ids, hot, slots, layout),
+            *(CLUSTER_TOKENS, scale, self._softcap),
+        )

@@ -27,8 +27,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         sinks, window: leading and trailing tokens always attended to.
         reduce: how the query heads of a KV head agree: "max" or "sum" of their probabilities.
         top_p: see `retrieval.select.Policy`; None takes the whole budget.
-        tail: estimate what is not selected by clusters of 32 tokens (RetroInfer, 2025): 33 bytes a
-            token and KV head more, and less error where attention is spread.
+        tail: estimate what is not selected by clusters of 128 tokens (RetroInfer, 2025): 8 bytes a
+            token and KV head more (of head_dim 128), and several times less error.
         certify: the share of attention that may be missed: where a sample does not rule out, with
             confidence 0.95, that a query head misses more, the step's budget in this layer is
             doubled, until it does (`engine.certified`). None looks at no sample.

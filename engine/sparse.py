@@ -1,16 +1,24 @@
 """One layer of one request in sparse decode: its KV, its index, and attention over a choice."""
 
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from engine.attention import attend_part, merge
 from engine.cache import Query, SparseStats
 from engine.certified import SAMPLED, most_missed
 from engine.choice import Choice
-from engine.errors import ConfigError
 from engine.hot import HotBuffer
-from engine.kernels.attend_token import Partial, attend_rows_native, can_attend, row_place
+from engine.kernels.attend_tail import attend_tail_native, can_estimate
+from engine.kernels.attend_token import (
+    Partial,
+    RowPlace,
+    attend_rows_native,
+    can_attend,
+    row_place,
+)
 from engine.method import Method
 from engine.model import AttentionSpec, Shape
 from engine.rope import RUN_TOKENS, FarTable, Rope
@@ -20,6 +28,14 @@ from kvstore.pool import Pool
 from kvstore.rows import Raw, RowLayout
 from retrieval.estimate import Tail, draw
 from retrieval.lowrank import Gram, LowRankKeys
+
+
+class Lying(NamedTuple):
+    """Rows of chosen tokens, where they lie; see `engine.kernels.attend_token`."""
+
+    rows: UInt8[Tensor, "N bytes"]
+    chosen: Int[Tensor, "Hk K"]
+    place: RowPlace
 
 
 class SparseLayer:
@@ -167,11 +183,17 @@ class SparseLayer:
         self.stats.steps += 1
         self.stats.selected += tokens.numel()
         self.last = query
-        if kv is None and self.tail is None:
-            if self.hot is None:
-                return self.attend_there(query.rotated, tokens).out
-            return self._attend_here(query.rotated, self._fetch(tokens)).out
+        if kv is None and self.tail is None and self.hot is None:
+            return self.attend_there(query.rotated, tokens).out
+        if kv is None and (lying := self._lying(tokens)) is not None:
+            return self._attend_lying(query.rotated, tokens, lying).out
         return self._attend_held(query.rotated, tokens, kv or self._held(tokens)).out
+
+    def _attend_lying(self, q: Tensor, tokens: Tensor, lying: Lying) -> Partial:
+        """As `_attend_held`, in compiled code, and nothing is copied."""
+        if self.tail is None:
+            return attend_rows_native(q, *lying, self._spec.scale)
+        return attend_tail_native(q, self.tail, tokens, *lying, self._spec.scale)
 
     def _attend_held(self, q: Tensor, tokens: Tensor, kv: LayerKV) -> Partial:
         """What is selected exactly, and with a tail an estimate of all else."""
@@ -214,12 +236,8 @@ class SparseLayer:
         return LayerKV(kv.k, kv.v)
 
     def _new_tail(self) -> Tail:
-        if self._spec.softcap is not None:
-            raise ConfigError(
-                "method.tail cannot estimate capped attention (Gemma 2): leave it out"
-            )
         s = self._shape
-        return Tail(s.num_kv_heads, s.head_dim, dtype=s.dtype, device=s.device)
+        return Tail(s.num_kv_heads, s.head_dim, softcap=self._spec.softcap, device=s.device)
 
     def prefetch(self, query: Query) -> None:
         """Bring here what a guessed query selects, and count what of it is used later."""
@@ -232,8 +250,8 @@ class SparseLayer:
         """Where the KV lies: only the query and the result travel."""
         there = self._pool.device
         self.stats.host_key_rows += tokens.numel()
-        place, tokens = row_place(self._pool.shape.layout), tokens.to(there)
-        if place is not None and self._pool.stationary and self._in_place(place.dtype, there):
+        place, tokens = self._place(self._pool.shape.layout, there), tokens.to(there)
+        if place is not None and self._pool.stationary:
             rows, flat = self._lease.rows(tokens), self._pool.flat(self._number)
             part = attend_rows_native(q.to(there), flat, rows, place, self._spec.scale)
         else:
@@ -242,19 +260,29 @@ class SparseLayer:
             part = attend_part(q.to(there), kv.k, kv.v, self._spec)
         return Partial(part.out.to(q.device), part.lse.to(q.device))
 
-    def _attend_here(self, q: Tensor, slots: Tensor) -> Partial:
-        assert self.hot is not None
-        place = row_place(self.hot.layout)
-        if place is not None and self._in_place(place.dtype, q.device):
-            return attend_rows_native(
-                q, self.hot.flat, self.hot.numbers(slots), place, self._spec.scale
-            )
-        kv = self.hot.read(slots)
-        assert kv.k is not None
-        return attend_part(q, kv.k, kv.v, self._spec)
+    def _lying(self, tokens: Tensor) -> Lying | None:
+        """Rows of tokens where compiled code can take them: in the buffer, or else in the pool.
 
-    def _in_place(self, dtype: torch.dtype, device: torch.device) -> bool:
-        return self._spec.softcap is None and can_attend(dtype, self._shape.head_dim, device)
+        None if there is none. What misses in the buffer is fetched.
+        """
+        here, tail = self._shape.device, self.tail
+        layout = self._pool.shape.layout if self.hot is None else self.hot.layout
+        place = self._place(layout, here)
+        if place is None or not (tail is None or can_estimate(tail, place.dtype, layout.head_dim)):
+            return None
+        if self.hot is not None:
+            return Lying(self.hot.flat, self.hot.numbers(self._fetch(tokens)), place)
+        if self._pool.device != here or not self._pool.stationary:
+            return None
+        self.stats.host_key_rows += tokens.numel()
+        return Lying(self._pool.flat(self._number), self._lease.rows(tokens), place)
+
+    def _place(self, layout: RowLayout, device: torch.device) -> RowPlace | None:
+        """None where rows must be decoded, or their numbers are not for compiled code."""
+        place = row_place(layout)
+        if place is None or self._spec.softcap is not None:
+            return None
+        return place if can_attend(place.dtype, self._shape.head_dim, device) else None
 
     def _fetch(self, tokens: Tensor, *, guess: bool = False) -> Int[Tensor, "Hk K"]:
         """Slots of the hot buffer that hold these tokens; what misses comes from the pool."""

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
-from retrieval.pending import products
-from retrieval.units import Units
+from retrieval.pending import Rows, products
 
 RUN_TOKENS = 4096  # summarised at once
 CLUSTER_TOKENS = 128
@@ -32,7 +32,7 @@ class Tail:
 
     Args:
         cluster_tokens: 1 makes the estimate exact. A cluster takes 8 D + 4 bytes a KV head.
-        dtype: of the keys and values that will come.
+        softcap: scores become softcap · tanh(score / softcap) (Gemma 2); None for none.
     """
 
     def __init__(
@@ -41,39 +41,46 @@ class Tail:
         head_dim: int,
         *,
         cluster_tokens: int = CLUSTER_TOKENS,
-        dtype: torch.dtype = torch.float32,
+        softcap: float | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if cluster_tokens < 1:
             raise ValueError(f"need cluster_tokens >= 1, got {cluster_tokens}")
-        self._cluster = cluster_tokens
-        rows = torch.empty(num_kv_heads, 0, 2 * head_dim, dtype=dtype, device=device)
-        nothing = _summarised(rows.unflatten(1, (0, 1)))
-        self._units = Units.of(cluster_tokens, _summarised, {"summaries": nothing, "open": rows})
-
-    @property
-    def length(self) -> int:
-        """Tokens there are."""
-        return self._units.length
+        self.length = 0  # tokens there are
+        self.cluster_tokens, self.softcap = cluster_tokens, softcap
+        self._rows = Rows(num_kv_heads, (2 * head_dim + 1,), torch.float32, device)
 
     @property
     def nbytes(self) -> int:
-        return self._units.nbytes
+        return self._rows.nbytes
 
     @property
     def summaries(self) -> Float[Tensor, "Hk C F"]:
         """Mean key, mean value and variance of the keys of every cluster, the last one begun."""
-        return self._units.summaries
-
-    @property
-    def open(self) -> Float[Tensor, "Hk N E"]:
-        """Keys and values of the cluster that is not full, side by side."""
-        return self._units.state()["open"]
+        return self._rows.view
 
     def append(self, keys: Float[Tensor, "Hk N D"], values: Float[Tensor, "Hk N D"]) -> None:
         """The next N tokens, keys rotated: a prompt in any cut, then generated ones."""
-        for k, v in zip(keys.split(RUN_TOKENS, 1), values.split(RUN_TOKENS, 1), strict=True):
-            self._units.append(torch.cat([k, v], -1))
+        begun = min(-self.length % self.cluster_tokens, keys.shape[1])
+        if begun:
+            self._join(_summarised(keys[:, None, :begun], values[:, None, :begun]), begun)
+        run = RUN_TOKENS // self.cluster_tokens * self.cluster_tokens or self.cluster_tokens
+        for k, v in zip(
+            keys[:, begun:].split(run, 1), values[:, begun:].split(run, 1), strict=True
+        ):
+            whole = k.shape[1] // self.cluster_tokens * self.cluster_tokens
+            if whole:
+                folded = (x[:, :whole].unflatten(1, (-1, self.cluster_tokens)) for x in (k, v))
+                self._rows.append(_summarised(*folded))
+            if whole < k.shape[1]:
+                self._rows.append(_summarised(k[:, None, whole:], v[:, None, whole:]))
+            self.length += k.shape[1]
+
+    def _join(self, more: Float[Tensor, "Hk 1 F"], count: int) -> None:
+        """These tokens belong to the cluster that is begun."""
+        last = self._rows.view[:, -1:]
+        last[:] = joined(last, self.length % self.cluster_tokens, more, count)
+        self.length += count
 
     def estimate(
         self,
@@ -91,9 +98,9 @@ class Tail:
                 codec they differ a little from what `append` took, and so does what is left.
             scale: factor on q · k.
         """
-        rows, counts = self._units.summaries, self._counts()
+        rows, counts = self.summaries, self._counts()
         means, spread = rows[..., :-1].chunk(2, -1), rows[:, None, :, -1]
-        touched = (ids // self._cluster).long()
+        touched = (ids // self.cluster_tokens).long()
         left = counts.scatter_add(1, touched, -torch.ones_like(touched, dtype=counts.dtype))
         divisor = left.clamp_min(1)[:, None]
         folded = query.float().unflatten(0, (len(ids), -1))
@@ -101,6 +108,8 @@ class Tail:
         sums = folded @ means[0].mT * counts[:, None]  # of q · k over each cluster
         sums.scatter_add_(2, where, -products(query, keys).view(where.shape))
         logits = sums * scale / divisor + _widening(folded, spread, scale)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
         shares, lse = _softmax(logits + left.log()[:, None])
         weights = shares / divisor
         out = (weights * counts[:, None]) @ means[1] - weights.gather(2, where) @ values.float()
@@ -108,17 +117,33 @@ class Tail:
 
     def _counts(self) -> Float[Tensor, "Hk C"]:
         """Tokens of each cluster."""
-        rows = self._units.summaries
-        starts = torch.arange(rows.shape[1], device=rows.device) * self._cluster
-        counts = (self.length - starts).clamp_max(self._cluster).float()
+        rows = self.summaries
+        starts = torch.arange(rows.shape[1], device=rows.device) * self.cluster_tokens
+        counts = (self.length - starts).clamp_max(self.cluster_tokens).float()
         return counts.expand(len(rows), -1)
 
 
-def _summarised(rows: Float[Tensor, "Hk U N E"]) -> Float[Tensor, "Hk U F"]:
-    """Mean key, mean value, and variance of the keys of runs of keys and values."""
-    means = rows.float().mean(2)
-    keys, _ = (rows.float() - means[:, :, None]).chunk(2, -1)
-    return torch.cat([means, keys.square().mean((2, 3))[..., None]], -1)
+def joined(
+    one: Float[Tensor, "... F"], n: int | Tensor, other: Float[Tensor, "... F"], m: int
+) -> Float[Tensor, "... F"]:
+    """The summary of n tokens and m others (Chan, Golub and LeVeque 1979); of m alone if n is 0."""
+    share = m / (n + m)
+    off = other - one
+    row = one + share * off
+    dim = (off.shape[-1] - 1) // 2
+    row[..., -1:] += share * (1 - share) * off[..., :dim].square().mean(-1, keepdim=True)
+    return row
+
+
+def _summarised(
+    keys: Float[Tensor, "Hk U N D"], values: Float[Tensor, "Hk U N D"]
+) -> Float[Tensor, "Hk U F"]:
+    """Mean key, mean value, and variance of the keys of runs of tokens."""
+    if keys.shape[2] == 1:
+        mean = torch.cat([keys, values], -1)[:, :, 0].float()
+        return F.pad(mean, (0, 1))
+    spread, mean = torch.var_mean(keys.float(), 2, correction=0)
+    return torch.cat([mean, values.float().mean(2), spread.mean(-1, keepdim=True)], -1)
 
 
 def _widening(

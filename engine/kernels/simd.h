@@ -1,5 +1,6 @@
 // Registers of LANES floats, and what the kernels here do with them. GNU C: gcc 12 or newer, or clang.
 
+#pragma once
 #include <stdint.h>
 #include <string.h>
 

@@ -4,7 +4,7 @@ Cluster c is tokens [c n, (c + 1) n) of a context. Its summary is the mean key, 
 the variance of its keys; count[c] of its tokens exist, left[c] are not selected.
 
     key[c]   = (count mean_k - sum of the selected keys) / left      value[c] likewise
-    logit[c] = scale q . key[c] + min(2, scale² |q|² spread[c] / 2) + log left[c]
+    logit[c] = cap(scale q . key[c] + min(2, scale² |q|² spread[c] / 2)) + log left[c]
     out      = sum over c of softmax(logit)[c] value[c],    lse = log-sum-exp of logit
 
     summaries [B, Hk, C, 2 D + 1]: mean_k | mean_v | spread    hot [B, Hk, S, row]: K | V
@@ -22,7 +22,7 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int32, UInt8
 from torch import Tensor
 
-from engine.kernels.attend_slots import POINTERS, chosen, numbers, sizes
+from engine.kernels.attend_slots import POINTERS, capped, chosen, numbers, sizes
 from engine.kernels.merge_parts import (
     LOG2E,
     Partials,
@@ -35,10 +35,10 @@ from engine.kernels.merge_parts import (
 )
 from kvstore.rows import Raw, RowLayout
 from native.gpu import Build, on_gpu
-from retrieval.estimate import MOST_WIDENING
+from retrieval.estimate import CLUSTER_TOKENS, MOST_WIDENING
 
 # 16 summaries of 257 numbers are 16 KiB in flight for a program, three of which fit the registers
-# of a multiprocessor. Of 128k tokens 2,048 are 8 of such a run's 512. In fp32 there is no tensor
+# of a multiprocessor. Of 128k tokens 2,048 are 32 of such a run's 2,048. In fp32 there is no tensor
 # core for it, and what is multiplied needs the registers of more threads.
 CLUSTERS, TOKENS = 16, 16
 WARPS, WIDE_WARPS = 4, 8
@@ -55,6 +55,7 @@ def estimate_tail(
     layout: RowLayout,
     cluster: int,
     scale: float,
+    softcap: float | None = None,
 ) -> Partials:
     """Attention over every token of each context that is not selected, estimated.
 
@@ -64,11 +65,13 @@ def estimate_tail(
             may lie further apart (by a multiple of 4, for wide loads).
         ids: the selected tokens, ascending, none twice, then -1.
         slots: of their rows; a token with a slot of -1 is not selected.
-        scale: factor on q . k. There is no softcap: none can be estimated through.
+        scale: factor on q . k.
+        softcap: None for none.
     """
+    run = estimate_tail_torch
     if on_gpu(q, summaries, lengths, ids, hot, slots):
-        return estimate_tail_triton(q, summaries, lengths, ids, hot, slots, layout, cluster, scale)
-    return estimate_tail_torch(q, summaries, lengths, ids, hot, slots, layout, cluster, scale)
+        run = estimate_tail_triton
+    return run(q, summaries, lengths, ids, hot, slots, layout, cluster, scale, softcap)
 
 
 def estimate_tail_torch(
@@ -81,6 +84,7 @@ def estimate_tail_torch(
     layout: RowLayout,
     cluster: int,
     scale: float,
+    softcap: float | None = None,
 ) -> Partials:
     """The definition."""
     starts = torch.arange(summaries.shape[2], device=q.device) * cluster
@@ -96,6 +100,8 @@ def estimate_tail_torch(
     folded = q.unflatten(1, (ids.shape[1], -1)).float()
     wider = scale * scale / 2 * folded.square().sum(-1, keepdim=True) * rows[:, :, None, :, -1]
     logits = folded @ keys.mT * scale / left.clamp_min(1) + wider.clamp_max(MOST_WIDENING)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     logits = logits + left.log()
     lse = logits.logsumexp(-1)
     shares = (logits - finite(lse)[..., None]).exp() / left.clamp_min(1)
@@ -112,6 +118,7 @@ def estimate_tail_triton(
     layout: RowLayout,
     cluster: int,
     scale: float,
+    softcap: float | None = None,
 ) -> Partials:
     """The same by a kernel, and by another that merges parts."""
     rows, k_at, v_at = numbers(hot, layout, q.dtype)
@@ -124,7 +131,7 @@ def estimate_tail_triton(
         *(made.out, made.lse, heads, clusters, count, rows.shape[2], part, scale),
         *summaries.stride()[:3],
         **_constants(q.shape[1] // heads, layout.head_dim, q.dtype, cluster, count),
-        **{"K_AT": k_at, "V_AT": v_at, "ROW": rows.shape[3]},
+        **{"K_AT": k_at, "V_AT": v_at, "ROW": rows.shape[3], "SOFTCAP": softcap},
         num_warps=_warps(q.dtype),
     )
     return merged(made, q.dtype)
@@ -214,7 +221,7 @@ def _estimate(
     G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr,
     PRECISION: tl.constexpr, K_AT: tl.constexpr, V_AT: tl.constexpr, ROW: tl.constexpr,
     CLUSTER: tl.constexpr, CLUSTERS: tl.constexpr, TOKENS: tl.constexpr, WIDEST: tl.constexpr,
-    PROBES: tl.constexpr, STEP: tl.constexpr,
+    PROBES: tl.constexpr, STEP: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """One part of the clusters of one KV head of one request."""
     n, head = tl.program_id(0), tl.program_id(1)
@@ -242,7 +249,7 @@ def _estimate(
         divisor = tl.maximum(left, 1.0)
         logits = _products(query, keys, PRECISION) * scale / divisor[None, :]
         logits += tl.minimum(widening[:, None] * spread[None, :], WIDEST)
-        logits = tl.where((left > 0)[None, :], logits, float("-inf"))
+        logits = tl.where((left > 0)[None, :], capped(logits, SOFTCAP), float("-inf"))
         logits = logits * LOG2E + tl.log2(divisor)[None, :]
         weights, shrink, top, total = softmax_step(logits, top, total)
         acc = acc * shrink[:, None]
@@ -250,10 +257,10 @@ def _estimate(
     store_part(out, lse, (n * tl.num_programs(1) + head) * G, acc, top, total, G, D, GP, DP)
 
 
-def _build(dtype: torch.dtype, group: int, dim: int) -> Build:
+def _build(dtype: torch.dtype, group: int, dim: int, softcap: float | None = None) -> Build:
     size, pointer = dtype.itemsize, POINTERS[dtype]
     layout = RowLayout(Raw(dtype), Raw(dtype), dim, dtype)
-    constants = _constants(group, dim, dtype, 32, 2048)
+    constants = _constants(group, dim, dtype, CLUSTER_TOKENS, 2048) | {"SOFTCAP": softcap}
     constants |= {"K_AT": layout.k_at // size, "V_AT": layout.v_at // size}
     constants |= {"ROW": layout.row_bytes // size}
     signature = {"q": pointer, "summaries": "*fp32", "lengths": "*i32", "ids": "*i32"}
@@ -261,12 +268,13 @@ def _build(dtype: torch.dtype, group: int, dim: int) -> Build:
     signature |= dict.fromkeys(("heads", "C", "K", "S", "part"), "i32")
     signature |= dict.fromkeys(("by_request", "by_head", "by_cluster"), "i32")
     signature |= dict.fromkeys(constants, "constexpr")
-    name = f"estimate_tail, {dtype}, G={group}, D={dim}"
+    name = f"estimate_tail, {dtype}, G={group}, D={dim}, softcap {softcap}"
     return Build(name, _estimate, signature, constants, _warps(dtype))
 
 
 AOT: list[Build] = [
     _build(torch.bfloat16, 4, 128),
+    _build(torch.bfloat16, 2, 256, 50.0),
     _build(torch.float16, 3, 80),
     _build(torch.float32, 4, 128),
 ]

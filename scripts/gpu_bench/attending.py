@@ -10,7 +10,6 @@ from gpu_bench.rows import finite, layout_of, some
 from gpu_bench.trial import ROUNDED, Sizes, Trial, size
 
 REPAIRED = 0.15  # of the tokens of a blend
-CLUSTER = 32
 PROMPT = 20_480  # tokens of ten chunks
 
 
@@ -50,15 +49,15 @@ def merged(sizes: Sizes) -> Trial:
 
 
 def estimated(sizes: Sizes) -> Trial:
-    """The tail of what is not selected, by clusters of 32 tokens."""
+    """The tail of what is not selected, by clusters."""
     layout, slots = layout_of(sizes), round(HOT * sizes.budget) + 16
     q = sizes.randn(sizes.batch, sizes.query_heads, sizes.dim)
-    shape = sizes.batch, sizes.heads, sizes.tokens // CLUSTER, 2 * sizes.dim + 1
+    shape = sizes.batch, sizes.heads, sizes.tokens // CLUSTER_TOKENS, 2 * sizes.dim + 1
     summaries = sizes.randn(*shape, dtype=torch.float32).mul_(0.3)
     summaries[..., -1].abs_()  # a variance
     hot = finite(sizes, sizes.batch, sizes.heads, slots, layout.row_bytes)
     ids, at = some(sizes, sizes.tokens), some(sizes, slots)
-    asked = q, summaries, sizes.full(), ids, hot, at, layout, CLUSTER, sizes.dim**-0.5
+    asked = q, summaries, sizes.full(), ids, hot, at, layout, CLUSTER_TOKENS, sizes.dim**-0.5
     return Trial(
         run=lambda: tail.estimate_tail(*asked),
         define=lambda: tail.estimate_tail_torch(*asked),

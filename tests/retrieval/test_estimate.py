@@ -32,7 +32,7 @@ def attended(query, keys, values, scale):
 
 
 def made(keys, values, cluster, cuts=()):
-    tail = Tail(len(keys), keys.shape[2], cluster_tokens=cluster, dtype=keys.dtype)
+    tail = Tail(len(keys), keys.shape[2], cluster_tokens=cluster)
     ends = [*cuts, keys.shape[1]]
     for start, stop in zip([0, *ends], ends):
         tail.append(keys[:, start:stop], values[:, start:stop])
@@ -167,8 +167,7 @@ def test_tokens_may_come_in_any_cut_and_generated_ones_after_the_prompt(cluster)
         tail = made(keys, values, cluster, cuts)
         assert tail.length == 300
         got = estimated(tail, query, ids, keys, values, scale)
-        assert torch.equal(got.out, want.out)
-        assert torch.equal(got.lse, want.lse)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_token_just_appended_counts():
@@ -226,6 +225,20 @@ def test_one_strange_key_does_not_make_its_cluster_take_all_attention():
     want = attended(query, rows(keys, others(ids, 256)), rows(values, others(ids, 256)), scale)
     got = estimated(made(keys, values, 32), query, ids, keys, values, scale)
     assert (got.lse - want.lse).abs().max() < 1.0
+
+
+def test_scores_are_capped_as_the_models_are():
+    query, keys, values, scale = case((2, 4, 64), 300)
+    tail, ids = Tail(2, 64, cluster_tokens=1, softcap=0.5), selected_ids(2, 40, 300)
+    tail.append(keys, values)
+    got, rest = estimated(tail, query, ids, keys, values, scale), others(ids, 300)
+    folded = query.double().unflatten(0, (2, -1)) @ rows(keys, rest).double().mT * scale
+    logits = 0.5 * torch.tanh(folded / 0.5)
+    out = logits.softmax(-1) @ rows(values, rest).double()
+    torch.testing.assert_close(got.out.double(), out.flatten(0, 1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        got.lse.double(), logits.logsumexp(-1).flatten(), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_memory_is_two_rows_and_a_number_a_cluster():

@@ -21,9 +21,9 @@ def case(heads, dim, dtype, cluster, count=70, lengths=LENGTHS, pitch=0):
     room = torch.full((len(lengths), hk, clusters, width + pitch), torch.nan)
     summaries, tails = room[..., :width], []
     for b, length in enumerate(lengths):
-        tail = Tail(hk, dim, cluster_tokens=cluster, dtype=dtype)
+        tail = Tail(hk, dim, cluster_tokens=cluster)
         tail.append(k[b, :, :length], v[b, :, :length])
-        rows = tail._units.summaries
+        rows = tail.summaries
         summaries[b, :, : rows.shape[1]] = rows
         tails.append(tail)
     ids = some_ids(lengths, hk, count, seed=count)
@@ -78,6 +78,16 @@ def test_the_definition_is_the_per_request_estimate(heads, cluster, dtype):
 def test_the_kernel_equals_its_definition(heads, dim, dtype):
     given, *_ = case(heads, dim, dtype, 32, pitch=3)
     assert_alike(estimate_tail_triton(*given), estimate_tail_torch(*given), dtype)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 50.0])
+def test_scores_are_capped(softcap):
+    given, tails, k, v = case((4, 2), 64, torch.float32, 16)
+    for tail in tails:
+        tail.softcap = softcap
+    want = by_request(given, tails, k, v)
+    assert_alike(estimate_tail_torch(*given, softcap), want, torch.float32)
+    assert_alike(estimate_tail_triton(*given, softcap), want, torch.float32)
 
 
 @pytest.mark.parametrize("cluster", [1, 5, 16])
