@@ -183,25 +183,26 @@ class SparseLayer:
         self.stats.steps += 1
         self.stats.selected += tokens.numel()
         self.last = query
+        return self.attend_chosen(query.rotated, tokens, kv).out
+
+    def attend_chosen(self, q: Tensor, tokens: Tensor, kv: LayerKV | None = None) -> Partial:
+        """Attention over some tokens, ascending, and with a tail over an estimate of all else.
+
+        Args:
+            kv: of the tokens, if it is at hand.
+        """
         if kv is None and self.tail is None and self.hot is None:
-            return self.attend_there(query.rotated, tokens).out
-        if kv is None and (lying := self._lying(tokens)) is not None:
-            return self._attend_lying(query.rotated, tokens, lying).out
-        return self._attend_held(query.rotated, tokens, kv or self._held(tokens)).out
-
-    def _attend_lying(self, q: Tensor, tokens: Tensor, lying: Lying) -> Partial:
-        """As `_attend_held`, in compiled code, and nothing is copied."""
-        if self.tail is None:
-            return attend_rows_native(q, *lying, self._spec.scale)
-        return attend_tail_native(q, self.tail, tokens, *lying, self._spec.scale)
-
-    def _attend_held(self, q: Tensor, tokens: Tensor, kv: LayerKV) -> Partial:
-        """What is selected exactly, and with a tail an estimate of all else."""
+            return self.attend_there(q, tokens)
+        scale, lying = self._spec.scale, self._lying(tokens) if kv is None else None
+        if lying is not None:
+            if self.tail is None:
+                return attend_rows_native(q, *lying, scale)
+            return attend_tail_native(q, self.tail, tokens, *lying, scale)
+        kv = kv or self._held(tokens)
         part = attend_part(q, kv.k, kv.v, self._spec)
         if self.tail is None:
             return part
-        rest = self.tail.estimate(q, tokens, kv.k, kv.v, self._spec.scale)
-        return merge([part, Partial(*rest)])
+        return merge([part, Partial(*self.tail.estimate(q, tokens, kv.k, kv.v, scale))])
 
     def _enough(
         self, query: Query, tokens: Tensor, tolerated: float

@@ -44,6 +44,7 @@ from kvstore.pinned import PinnedTier
 THEIRS = ("static sdpa", "dynamic sdpa")
 METHODS = {
     "headrace, sparse": preset("headrace"),
+    "headrace, sparse, no tail": preset("headrace", tail=False),
     "headrace, sparse, on device": preset("headrace", attend_on="device"),
     "headrace, sparse, on device, prefetch": preset(
         "headrace", attend_on="device", prefetch="layer"
@@ -148,7 +149,7 @@ def main() -> None:
     device = torch.device("cpu")
     record = facts(device) | {"benchmark": "end_to_end", "dtype": "bfloat16", "batch": 1}
     module = build_model(TINY if options.tiny else SHAPE, device)
-    record |= {"tokens": options.tokens, "rounds": options.rounds}
+    record |= {"tokens": options.tokens, "rounds": options.rounds, "tail": True}
     record["parameters"] = sum(p.numel() for p in module.parameters())
     record["result"] = measure(module, options.tokens, options.rounds, 2)
     if options.save:

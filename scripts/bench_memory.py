@@ -51,6 +51,7 @@ SHAPE = dict(
 # name -> method, share of the KV that the pool may hold in memory, target for device ÷ KV
 CASES: dict[str, tuple[dict[str, Any], float | None, float]] = {
     "headrace": (dict(name="headrace", attend_on="device"), None, 1 / 8),
+    "headrace, no tail": (dict(name="headrace", attend_on="device", tail=False), None, 1 / 8),
     "shadowkv": (dict(name="shadowkv"), None, 1 / 5),
     "lowrank + scalar + int4": (
         dict(name="headrace", keys="lowrank", values="int4", attend_on="device"),
@@ -143,7 +144,8 @@ def main() -> int:
     if options.alone:
         print(json.dumps(measure(options.alone, options.tokens)))
         return 0
-    record = facts(torch.device("cpu")) | {"benchmark": "memory", "tokens": options.tokens}
+    record = facts(torch.device("cpu")) | {"benchmark": "memory", "tail": True}
+    record["tokens"] = options.tokens
     record |= {"model": SHAPE, "cases": {case: alone(case, options.tokens) for case in CASES}}
     if options.save:
         CONSOLE.print(f"saved to {save('memory', record)}")

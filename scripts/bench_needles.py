@@ -46,18 +46,21 @@ CALIBRATION_SEED = 1000  # of the text that ranks are chosen on
 RANKS = (16, 32, 48, 64, 80, 96, 112, 128)  # 128: all joint dimensions of these models' keys
 TOLERANCE = 0.1  # of the output error, see `choose_rank`
 CHOSEN = 0  # stands for the rank that was chosen
+INDEX: dict[str, Any] = {"tail": False}  # the index alone: what it does not select is not estimated
+LOWRANK = INDEX | {"keys": "lowrank"}
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "oracle": ("oracle", {}),
     "window": ("oracle", {}),
     "headrace": ("headrace", {}),
-    "headrace 1 bit": ("headrace", {"options": {"bits": 1}}),
-    "headrace 4 bits": ("headrace", {"options": {"bits": 4}}),
+    "headrace, no tail": ("headrace", INDEX),
+    "headrace 1 bit": ("headrace", INDEX | {"options": {"bits": 1}}),
+    "headrace 4 bits": ("headrace", INDEX | {"options": {"bits": 4}}),
     "shadowkv": ("shadowkv", {"rank": CHOSEN}),
     "a2ats": ("a2ats", {}),
     "quest": ("quest", {}),
     "pqcache": ("pqcache", {}),
-    "lowrank+scalar+int4": ("headrace", {"keys": "lowrank", "rank": CHOSEN, "values": "int4"}),
-    **{f"rank {n}": ("headrace", {"keys": "lowrank", "rank": n}) for n in (16, 20, 32, 48)},
+    "lowrank+scalar+int4": ("headrace", LOWRANK | {"rank": CHOSEN, "values": "int4"}),
+    **{f"rank {n}": ("headrace", LOWRANK | {"rank": n}) for n in (16, 20, 32, 48)},
     "a2ats@64": ("a2ats", {"distance": 64}),
     "a2ats@512": ("a2ats", {"distance": 512}),
     "landmarks": ("shadowkv", {"keys": "exact", "options": {"chunk": 8, "outlier_chunks": 0}}),
@@ -234,7 +237,7 @@ def record(results: list[Result], seconds: float) -> dict[str, Any]:
     """What a line of benchmarks/results/ holds."""
     found = facts(torch.device("cpu")) | {"benchmark": "needles", "seconds": round(seconds)}
     found |= {"sinks": Method().sinks, "window": Method().window, "tolerance": TOLERANCE}
-    found["threads"] = 1  # of each document's process
+    found |= {"threads": 1, "tail": True}  # threads of each document's process
     found |= {"summary": summary(results), "models": {}}
     for model, mine in by_model(results):
         found["models"][model] = mine[0].job.setup._asdict() | {

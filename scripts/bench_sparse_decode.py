@@ -5,7 +5,8 @@
 
 32 query heads on 8 KV heads of 128 dimensions in bf16, a budget of 2,048 tokens, evidence scattered
 over the context (`evals.fixtures`). Ours is a `SparseLayer` of the default method, as the engine
-uses it: score and select, find the rows, attend where they lie. Against it stand the dense
+uses it: score and select, find the rows, attend where they lie and to an estimate of the rest; and
+without the estimate. Against it stand the dense
 formulations that torch has (grouped matrix products, and SDPA with folded query groups; the faster
 one of the two is the baseline), and the project's own compiled dense kernel. Beside the selection
 stands FAISS's fast scan of 4-bit product codes of the same size (PQ64x4), which returns the best
@@ -32,7 +33,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.attention import attend_token, attend_token_torch
 from engine.cache import Query
-from engine.method import preset
+from engine.method import Method, preset
 from engine.model import AttentionSpec, Shape
 from engine.rope import Rope
 from engine.sparse import SparseLayer
@@ -44,6 +45,7 @@ HQ, HK, DIM, BUDGET = 32, 8, 128, 2048
 LENGTHS = (8192, 32768, 131072)
 SPEC = AttentionSpec(scale=DIM**-0.5)
 METHOD = preset("headrace", budget=BUDGET)
+NO_TAIL = preset("headrace", budget=BUDGET, tail=False)
 DENSE = "headrace, dense kernel"
 TORCH = ("grouped matmul", "SDPA, folded groups")
 CONSOLE = Console(stderr=True, soft_wrap=True)
@@ -85,7 +87,7 @@ class Faiss:
 class Ours:
     """A filled layer, and the times of its parts."""
 
-    def __init__(self, k: Tensor, v: Tensor) -> None:
+    def __init__(self, k: Tensor, v: Tensor, method: Method = METHOD) -> None:
         length = k.shape[1]
         shape = Shape(1, HQ, HK, DIM, 100, length + 1, torch.bfloat16, torch.device("cpu"))
         layout = RowLayout(Raw(torch.bfloat16), Raw(torch.bfloat16), DIM, torch.bfloat16)
@@ -93,7 +95,7 @@ class Ours:
         blocks = -(-length // pools.block_tokens)
         pool = DeviceTier(pools, blocks * pools.block_bytes)
         rope = Rope(torch.ones(DIM // 2, dtype=torch.float64))  # keys come rotated
-        self.layer = SparseLayer(shape, SPEC, rope, METHOD, pool.lease(), pool, 0)
+        self.layer = SparseLayer(shape, SPEC, rope, method, pool.lease(), pool, 0)
         start = time.perf_counter()
         self.layer.fill(k, v)
         self.fill_s = time.perf_counter() - start
@@ -106,7 +108,7 @@ class Ours:
         start = time.perf_counter()
         tokens = self.layer.select(query)
         middle = time.perf_counter()
-        self.layer.attend_there(query.rotated, tokens)
+        self.layer.attend_chosen(query.rotated, tokens)
         return {
             "score and select": middle - start,
             "gather and attend": time.perf_counter() - middle,
@@ -134,6 +136,7 @@ def measure(length: int, rounds: int) -> dict[str, Any]:
     ours = Ours(k, v)
     runners: dict[str, Callable[[Query], Any]] = {
         "headrace": ours.attend,
+        "headrace, no tail": Ours(k, v, NO_TAIL).attend,
         TORCH[0]: lambda q: grouped(q.rotated, k, v),
         TORCH[1]: lambda q: attend_token_torch(q.rotated, k, v, SPEC),
         DENSE: lambda q: attend_token(q.rotated, k, v, SPEC),
@@ -207,7 +210,13 @@ def main() -> None:
     rounds = options.rounds or (5 if options.quick else 21)
     lengths = options.lengths or (LENGTHS[:2] if options.quick else LENGTHS)
     record = facts(torch.device("cpu")) | {"benchmark": "sparse_decode", "dtype": "bfloat16"}
-    record |= {"heads": [HQ, HK], "head_dim": DIM, "budget": BUDGET, "method": "headrace"}
+    record |= {
+        "heads": [HQ, HK],
+        "head_dim": DIM,
+        "budget": BUDGET,
+        "method": "headrace",
+        "tail": True,
+    }
     record |= {"rounds": rounds, "lengths": {n: measure(n, rounds) for n in lengths}}
     record["summary"] = summary(record)
     if options.save:

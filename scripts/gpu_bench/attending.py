@@ -8,6 +8,7 @@ from engine.kernels import attend_runs, attend_slots, merge_parts, tail
 from gpu_bench.choosing import HOT
 from gpu_bench.rows import finite, layout_of, some
 from gpu_bench.trial import ROUNDED, Sizes, Trial, size
+from retrieval.estimate import CLUSTER_TOKENS
 
 REPAIRED = 0.15  # of the tokens of a blend
 PROMPT = 20_480  # tokens of ten chunks
