@@ -80,7 +80,7 @@ def measure(case: str, tokens: int) -> dict[str, Any]:
     torch.manual_seed(0)
     config = AutoConfig.for_model("qwen3", **SHAPE)
     model = HFModel(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval())
-    method = preset(**settings)
+    method = preset(settings["name"], **{k: v for k, v in settings.items() if k != "name"})
     shape = pool_shape(model, method)
     pool_kv = -(-(tokens + STEPS) // shape.block_tokens) * shape.block_bytes
     pool_bytes = pool_kv if share is None else int(share * pool_kv)
