@@ -8,7 +8,7 @@ from engine.kernels.merge_parts import Partials
 from engine.kernels.tail import estimate_tail
 from engine.model import Shape
 from kvstore.rows import RowLayout
-from retrieval.estimate import CLUSTER_TOKENS, Tail, joined
+from retrieval.estimate import CLUSTER_TOKENS, Tail, alone, joined
 
 PITCH = 4  # numbers: rows begin at multiples of 16 bytes
 
@@ -50,9 +50,8 @@ class BatchTail:
         """The newest token of every slot, rotated; a free slot's lands where nobody reads."""
         at = positions.clamp_min(0).long()
         cluster, before = at // CLUSTER_TOKENS, (at % CLUSTER_TOKENS)[:, None, None]
-        alone = torch.cat([k.float(), v.float(), k.new_zeros(*k.shape[:2], 1).float()], -1)
-        begun = self.summaries[self._slots, :, cluster]
-        row = torch.where(before > 0, joined(begun, before, alone, 1), alone)
+        newest, begun = alone(k, v), self.summaries[self._slots, :, cluster]
+        row = torch.where(before > 0, joined(begun, before, newest, 1), newest)
         self.summaries[self._slots, :, cluster] = row
 
     def estimate(

@@ -123,6 +123,11 @@ class Tail:
         return counts.expand(len(rows), -1)
 
 
+def alone(keys: Float[Tensor, "... D"], values: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
+    """The summaries of single tokens."""
+    return F.pad(torch.cat([keys, values], -1).float(), (0, 1))
+
+
 def joined(
     one: Float[Tensor, "... F"], n: int | Tensor, other: Float[Tensor, "... F"], m: int
 ) -> Float[Tensor, "... F"]:
@@ -140,8 +145,7 @@ def _summarised(
 ) -> Float[Tensor, "Hk U F"]:
     """Mean key, mean value, and variance of the keys of runs of tokens."""
     if keys.shape[2] == 1:
-        mean = torch.cat([keys, values], -1)[:, :, 0].float()
-        return F.pad(mean, (0, 1))
+        return alone(keys[:, :, 0], values[:, :, 0])
     spread, mean = torch.var_mean(keys.float(), 2, correction=0)
     return torch.cat([mean, values.float().mean(2), spread.mean(-1, keepdim=True)], -1)
 

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.decode import decode
 from engine.hf import HFModel
-from engine.method import preset
+from engine.method import Method, preset
 from engine.model import Shape
 from engine.sparse_cache import SparseCache, pool_shape
 from kvstore.pinned import PinnedTier
@@ -49,16 +49,16 @@ SHAPE = dict(
     tie_word_embeddings=True,
 )
 # name -> method, share of the KV that the pool may hold in memory, target for device ÷ KV
-CASES: dict[str, tuple[dict[str, Any], float | None, float]] = {
-    "headrace": (dict(name="headrace", attend_on="device"), None, 1 / 8),
-    "headrace, no tail": (dict(name="headrace", attend_on="device", tail=False), None, 1 / 8),
-    "shadowkv": (dict(name="shadowkv"), None, 1 / 5),
+CASES: dict[str, tuple[Method, float | None, float]] = {
+    "headrace": (preset("headrace", attend_on="device"), None, 1 / 8),
+    "headrace, no tail": (preset("headrace", attend_on="device", tail=False), None, 1 / 8),
+    "shadowkv": (preset("shadowkv"), None, 1 / 5),
     "lowrank + scalar + int4": (
-        dict(name="headrace", keys="lowrank", values="int4", attend_on="device"),
+        preset("headrace", keys="lowrank", values="int4", attend_on="device"),
         None,
         1 / 4,
     ),
-    "headrace, a quarter in memory": (dict(name="headrace", attend_on="device"), 0.25, 1 / 8),
+    "headrace, a quarter in memory": (preset("headrace", attend_on="device"), 0.25, 1 / 8),
 }
 CONSOLE = Console(stderr=True, soft_wrap=True)
 
@@ -76,11 +76,10 @@ def layers(shape: Shape, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def measure(case: str, tokens: int) -> dict[str, Any]:
     """One method, in this process."""
-    settings, share, _ = CASES[case]
+    method, share, _ = CASES[case]
     torch.manual_seed(0)
     config = AutoConfig.for_model("qwen3", **SHAPE)
     model = HFModel(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval())
-    method = preset(settings["name"], **{k: v for k, v in settings.items() if k != "name"})
     shape = pool_shape(model, method)
     pool_kv = -(-(tokens + STEPS) // shape.block_tokens) * shape.block_bytes
     pool_bytes = pool_kv if share is None else int(share * pool_kv)

@@ -75,17 +75,7 @@ INLINE void estimate(const float *q, const float *wider, Clusters c, long from, 
 // Scores to weights: exp(score - top).
 INLINE void weigh(long n, int G, Part part) {
   for (long start = 0; start < n; start += BLOCK)
-    for (int g = 0; g < G; g++) {
-      float *score = part.scores[start / BLOCK][g], four[4];
-      vec s = {};
-      for (int j = 0; j < BLOCK; j += LANES) {
-        vec e = exponential(load(score + j) - part.top[g]);
-        memcpy(score + j, &e, sizeof e);
-        s += e;
-      }
-      sum4(s, s, s, s, four);
-      part.total[g] += four[0];
-    }
+    for (int g = 0; g < G; g++) part.total[g] += weights(part.scores[start / BLOCK][g], BLOCK, part.top[g]);
 }
 
 // Mean values by their weights; a selected token is taken out of its cluster by a smaller weight of its own.
@@ -96,16 +86,16 @@ INLINE void add(Clusters c, long from, long to, Selected s, long begin, int G, i
     const float *v = mean(c, i) + D;
     vec logits = {};
     for (int g = 0; g < G; g++) logits[g] = part.logits[i - from][g] - part.top[g];
-    vec weights = exponential(logits);
+    vec each = exponential(logits);
     for (int g = 0; g < G; g++) {
-      part.total[g] += left * weights[g];
-      for (long t = before - begin; t < j - begin; t++) part.scores[t / BLOCK][g][t % BLOCK] -= weights[g];
+      part.total[g] += left * each[g];
+      for (long t = before - begin; t < j - begin; t++) part.scores[t / BLOCK][g][t % BLOCK] -= each[g];
     }
-    weights *= (float)n;
+    each *= (float)n;
     for (int d = 0; d < D; d += LANES) {
       vec x = load(v + d);
       for (int g = 0; g < G; g++) {
-        vec o = load(part.out + g * D + d) + weights[g] * x;
+        vec o = load(part.out + g * D + d) + each[g] * x;
         memcpy(part.out + g * D + d, &o, sizeof o);
       }
     }

@@ -10,15 +10,7 @@ INLINE void weigh(long m, int D, float *score, float *out, float *top, float *to
   for (long j = 0; j < m; j++) best = score[j] > best ? score[j] : best;
   for (long j = m; j < BLOCK; j++) score[j] = -1e30f;
   float shrink = exponential((vec){} + (*top - best))[0];
-  vec s = {};
-  for (int j = 0; j < BLOCK; j += LANES) {
-    vec e = exponential(load(score + j) - best);
-    memcpy(score + j, &e, sizeof e);
-    s += e;
-  }
-  float four[4];
-  sum4(s, s, s, s, four);
-  *total = *total * shrink + four[0];
+  *total = *total * shrink + weights(score, BLOCK, best);
   *top = best;
   for (int d = 0; d < D; d++) out[d] *= shrink;
 }

@@ -29,6 +29,19 @@ INLINE vec exponential(vec x) {
   return p;
 }
 
+// n scores, a multiple of LANES, to weights exp(score - top). Returns their sum.
+INLINE float weights(float *score, int n, float top) {
+  float four[4];
+  vec s = {};
+  for (int j = 0; j < n; j += LANES) {
+    vec e = exponential(load(score + j) - top);
+    memcpy(score + j, &e, sizeof e);
+    s += e;
+  }
+  sum4(s, s, s, s, four);
+  return four[0];
+}
+
 // sums [Hk parts G D], with top and total [Hk parts G], as one: out [Hk G D] and lse [Hk G], the logarithm of the sum of
 // exponentials. Parts in which nothing was attended to have a total of 0; where all do, out is 0 and lse -inf.
 static void merge(const float *sums, const float *top, const float *total, int Hk, int G, int D, int parts, float *out,
