@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
 
     def keep() -> None:
         training.save(args.out / "checkpoint.pt")
-        export(training.network, tokenizer, args.out / "model")
+        export(training.network, tokenizer, args.out / "model", sharpness=recipe.sharpness)
 
     steps = TINY_STEPS if args.tiny else args.steps
     train(training, steps, every_s=args.every, report=report, keep=keep)

@@ -150,8 +150,12 @@ def frequencies(shape: Shape) -> Float[Tensor, " half"]:
     return (shape.theta**-exponents).float()
 
 
-def export(network: Network, tokenizer: Any, folder: Path) -> None:
-    """Write the network as a bf16 `LlamaForCausalLM` with its tokenizer."""
+def export(network: Network, tokenizer: Any, folder: Path, *, sharpness: float = 1.0) -> None:
+    """Write the network as a bf16 `LlamaForCausalLM` with its tokenizer.
+
+    Args:
+        sharpness: what attention's scores are multiplied by, as a part of the queries' weights.
+    """
     shape = network.shape
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -173,7 +177,9 @@ def export(network: Network, tokenizer: Any, folder: Path) -> None:
     model.bfloat16()
     model.load_state_dict(
         {
-            name if name.startswith("lm_head") else f"model.{name}": weight
+            name if name.startswith("lm_head") else f"model.{name}": (
+                weight * sharpness if ".q_proj." in name else weight
+            )
             for name, weight in network.state_dict().items()
         }
     )

@@ -42,6 +42,8 @@ class Recipe:
         muon_rate, adam_rate: of the matrices inside the layers, and of all else.
         warm_up: steps until the rates are reached.
         steady: share of the training after which they fall, as a square, to 3 %.
+        sharpness: of the model that is written: attention's scores are multiplied by it. A softmax
+            over more tokens than in training spreads; this takes its weight back together.
     """
 
     shape: Shape
@@ -53,6 +55,7 @@ class Recipe:
     adam_rate: float = 0.003
     warm_up: int = 20
     steady: float = 0.25
+    sharpness: float = 1.0
 
     def on(self, device: str) -> "Recipe":
         """The same with eight times the tokens a step where a GPU takes them at once."""
@@ -101,6 +104,7 @@ REFINED = Recipe(
     muon_rate=0.006,
     adam_rate=0.0015,
     steady=0.4,
+    sharpness=1.35,
 )
 
 # the same in seconds, to see that the parts fit together

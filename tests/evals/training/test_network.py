@@ -69,3 +69,12 @@ def test_an_exported_network_comes_back(network, folder):
     assert again.shape == SHAPE
     for name, weight in network.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name]), name
+
+
+def test_a_sharpened_network_is_exported_with_greater_scores(network, tokenizer, tmp_path):
+    export(network, tokenizer, tmp_path, sharpness=1.5)
+    kept, sharp = network.state_dict(), load(tmp_path).state_dict()
+    changed = {name for name in kept if not torch.equal(kept[name], sharp[name])}
+    assert changed == {f"layers.{layer}.self_attn.q_proj.weight" for layer in range(SHAPE.layers)}
+    for name in changed:
+        assert torch.equal(sharp[name], (kept[name] * 1.5).bfloat16().float())
