@@ -1,5 +1,6 @@
 """What a user may set, from code or from a TOML file."""
 
+import sys
 import tomllib
 from pathlib import Path
 from typing import get_args
@@ -16,6 +17,8 @@ from engine.serve.config import ServeConfig
 from kvstore.codecs.known import exact_codec
 from kvstore.config import StoreConfig
 from kvstore.ledger import entry_cost
+
+LARGEST = {"block_tokens": 1 << 20}  # a block is read, written and verified as a whole
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,9 +59,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def __post_init__(self) -> None:
         for name in ("prefill_chunk", "block_tokens", "cache_bytes", "pinned_bytes", "spill_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+            value, most = getattr(self, name), LARGEST.get(name, sys.maxsize)
+            if value is not None and not 1 <= value <= most:
+                raise ConfigError(f"{name} must be from 1 to {most}, got {value}")
 
     def chunk(self, device: torch.device) -> int:
         """Prompt tokens computed at once on a device."""

@@ -10,6 +10,7 @@ import msgspec
 from engine.errors import ConfigError
 
 DATA = ("haystack", "squad", "hotpotqa", "musique", "longbench", "longbench_v2")
+LONGEST = 1 << 24  # tokens of a prompt: more than any model takes, and its text still fits memory
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -67,11 +68,12 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def tokens(length: Any) -> int:
-    """A number of tokens; "4k" is 4096. ConfigError for anything else."""
+    """A number of tokens up to `LONGEST`; "4k" is 4096. ConfigError for anything else."""
     found = re.fullmatch(r"(\d+)(k?)", str(length).strip().lower())
-    if found is None or int(found[1]) < 1:
-        raise ConfigError(f"lengths are tokens, like 4096 or 4k; got {length}")
-    return int(found[1]) * (1024 if found[2] else 1)
+    number = int(found[1]) * (1024 if found[2] else 1) if found else 0
+    if not 1 <= number <= LONGEST:
+        raise ConfigError(f"lengths are tokens, like 4096 or 4k, up to {LONGEST:,}; got {length}")
+    return number
 
 
 def read_settings(path: str | None, given: dict[str, Any]) -> RunSettings:

@@ -194,7 +194,7 @@ def test_settings_from_toml(tmp_path):
         ("prefil_chunk = 3", "prefil_chunk.*known settings: prefill_chunk, .*store.host_bytes"),
         ("[store]\nsize = 3", r"size.*\$.store"),
         ("prefill_chunk = 'a'", "int"),
-        ("prefill_chunk = 0", "prefill_chunk must be at least 1"),
+        ("prefill_chunk = 0", "prefill_chunk must be from 1"),
         ("[store]\nhost_bytes = -1", "host_bytes"),
         ("= 3", "not TOML"),
     ],

@@ -29,6 +29,7 @@ def test_options_go_before_the_file(tmp_path):
         ("sute = 3", "unknown field `sute`; known settings: model, suite"),
         ('suite = ["toy"]\nlimit = "x"', "limit"),
         ('suite = ["toy"]\nlengths = ["4x"]', "got 4x"),
+        (f'suite = ["toy"]\nlengths = [{10**30}]', "up to 16,777,216; got 1000"),
         ('suite = ["toy"', "is not TOML"),
         ("", "suite is missing"),
     ],
