@@ -14,6 +14,7 @@ from engine.recorder import Recorder
 from engine.request import Running
 from engine.slab import SlabCache
 from engine.sparse_cache import SparseCache, pool_shape, sparse_layers
+from kvstore.errors import PoolFull
 from kvstore.layout import layer_groups
 from kvstore.pinned import PinnedTier
 from kvstore.pool import Pool
@@ -48,11 +49,18 @@ class Memory:
             self.pool = PinnedTier(shape, config.pinned_bytes, spill=spill)
 
     def cache(self, run: Running, recorder: Recorder | None) -> Cache:
-        """An empty cache with room for all that a request may need. PoolFull if there is none."""
+        """An empty cache with room for all that a request may need. PoolFull if there is none:
+        now, not in the middle of an answer, whoever else asks for some meanwhile."""
         if self.pool is None:
             kind = SlabCache if run.movable else SequenceCache
             return kind(self._model.shape, run.capacity, recorder)
-        return SparseCache(self._model, run.capacity, self.method, self.pool, recorder)
+        cache = SparseCache(self._model, run.capacity, self.method, self.pool, recorder)
+        try:
+            cache.blocks(run.capacity)
+        except PoolFull:
+            cache.close()
+            raise
+        return cache
 
     def groups(self, runs: Iterable[Running]) -> Iterator[list[Running]]:
         """Runs that have room together, in order. PromptError for one that has none alone."""

@@ -15,6 +15,7 @@ from engine.sampling import Sampling
 from engine.sparse_cache import SparseCache, pool_shape
 from kvstore.config import StoreConfig
 from kvstore.device import DeviceTier
+from kvstore.errors import PoolFull
 from tests.engine.families import build, prompt
 
 BIG = StoreConfig(host_bytes=1 << 26)
@@ -46,6 +47,24 @@ def test_a_cancelled_sparse_request_frees_its_blocks():
         next(stream)
         assert engine.memory.pool.used_bytes > 0
         stream.close()
+        assert engine.memory.pool.used_bytes == 0
+
+
+def test_an_answer_that_has_begun_keeps_its_room_in_the_pool_from_one_that_comes_later():
+    method, asked = preset("headrace", budget=64), prompt(150).tolist()
+    with Engine(build("llama"), None, EngineConfig(store=BIG, method=method)) as engine:
+        want = [event.token for event in engine.stream(asked, max_new_tokens=150)]
+        blocks = -(-(len(asked) + 150) // engine.memory.pool.shape.block_tokens)
+        needed = blocks * engine.memory.pool.shape.block_bytes
+    config = EngineConfig(store=BIG, method=method, pinned_bytes=needed + needed // 2)
+    with Engine(build("llama"), None, config) as engine:
+        first = engine.stream(asked, max_new_tokens=150)
+        got = [next(first).token]
+        later = engine.stream(prompt(151).tolist(), max_new_tokens=150)
+        with pytest.raises(PoolFull, match="raise pinned_bytes, or wait for a request to end"):
+            next(later)
+        assert engine.memory.pool.open_leases == 1
+        assert got + [event.token for event in first] == want
         assert engine.memory.pool.used_bytes == 0
 
 
