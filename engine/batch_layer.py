@@ -15,7 +15,8 @@ from engine.kernels.merge_parts import merge_parts
 from engine.method import Method
 from engine.model import AttentionSpec, Shape
 from engine.rope import Rope
-from engine.sparse import SparseLayer, raw_rows
+from engine.sparse import SparseLayer
+from engine.sparse_rows import raw_rows
 from kvstore.block import LayerKV
 from kvstore.kernels.append import append
 from kvstore.kernels.gather import gather
@@ -155,12 +156,12 @@ class SelectedLayer:
     def adopt(self, slot: int, layer: SparseLayer, now: int) -> None:
         """A request whose prompt is complete, with what its own buffer holds."""
         assert layer.choice is not None, "fill() comes first"
-        assert layer.hot is not None, "a request that is to join a batch has a buffer"
+        assert layer.rows.hot is not None, "a request that is to join a batch has a buffer"
         self._index.adopt(slot, layer.choice.index)
-        self._take(slot, layer.hot.tables(now))
+        self._take(slot, layer.rows.hot.tables(now))
         if self._lowrank is not None:
-            assert layer.lowrank is not None
-            self._lowrank.adopt(slot, layer.lowrank)
+            assert layer.rows.lowrank is not None
+            self._lowrank.adopt(slot, layer.rows.lowrank)
         if self._tail is not None:
             assert layer.tail is not None
             self._tail.adopt(slot, layer.tail)

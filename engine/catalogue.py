@@ -14,6 +14,7 @@ from engine.errors import EngineError
 from native.folders import sync_folder
 
 VERSION = 1
+FILE = "rag-{}.jsonl"
 
 
 class CatalogueError(EngineError):
@@ -257,6 +258,21 @@ class Catalogue:
             raise CatalogueError(
                 f"{self._path} is damaged ({error}): delete it, and add the documents again"
             ) from error
+
+
+def catalogues(folder: Path) -> list[Path]:
+    """The files of all catalogues in a folder, of every tenant and model."""
+    return sorted(folder.glob(FILE.format("*")))
+
+
+def discard(path: Path) -> None:
+    """Delete a catalogue, whoever uses it. Its documents' KV stays. CatalogueError if it cannot."""
+    try:
+        with _alone(path):
+            path.unlink(missing_ok=True)
+            path.with_suffix(".new").unlink(missing_ok=True)
+    except OSError as error:
+        raise CatalogueError(f"cannot delete {path}: {error.strerror}") from error
 
 
 @contextmanager

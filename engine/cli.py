@@ -168,6 +168,9 @@ def _add_store(commands: Commands) -> None:
     audit.add_argument("--repair", action="store_true", help="delete what is damaged")
     clear = actions.add_parser("clear", help="delete all blocks, of every tenant and model")
     clear.add_argument("--yes", action="store_true", help="do not ask")
+    clear.add_argument(
+        "--documents", action="store_true", help="delete the texts of documents on record, too"
+    )
     export = actions.add_parser("export", help="write blocks to a file")
     export.add_argument("file", metavar="FILE")
     export.add_argument("--tenant", metavar="TAG", help="of this tenant alone, as stat shows it")

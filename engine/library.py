@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.answer import Citation
-from engine.catalogue import Catalogue, Document, Origin
+from engine.catalogue import FILE, Catalogue, Document, Origin
 from engine.engine import Engine
 from engine.errors import PromptError
 from engine.forget import Forgetting
@@ -214,4 +214,4 @@ def catalogue_file(engine: Engine, folder: str | Path | None) -> Path | None:
         return None
     secret = sha256(b"headrace rag 1" + engine.config.tenant.encode()).digest()
     name = hmac.digest(secret, engine.identity.digest, "sha256").hex()[:32]
-    return Path(folder) / f"rag-{name}.jsonl"
+    return Path(folder) / FILE.format(name)

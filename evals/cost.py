@@ -47,12 +47,12 @@ def _sparse(model: Model, cache: SparseCache, context: int) -> Cost:
 
 def _moved(layer: SparseLayer, row_bytes: int) -> int:
     """Bytes that were fetched to the device, or attended to where they rest."""
-    if layer.hot is not None:
+    if layer.rows.hot is not None:
         return layer.stats.fetched_bytes
     return layer.stats.selected * row_bytes
 
 
 def _index_bytes(layer: SparseLayer) -> int:
     """What stays on the device to choose tokens, and to do without their keys."""
-    parts = (layer.choice, layer.lowrank, layer.tail)
+    parts = (layer.choice, layer.rows.lowrank, layer.tail)
     return sum(part.nbytes for part in parts if part is not None)

@@ -4,9 +4,12 @@ import os
 import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+
+from engine.config import EngineConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(ROOT.glob("*.md"))
@@ -37,6 +40,17 @@ def test_a_code_block_runs_and_prints_what_the_document_shows(tmp_path, language
         assert done.stdout.strip() == printed.strip()
 
 
+def test_the_settings_that_the_readme_shows_are_the_defaults_and_its_examples_are_read(tmp_path):
+    (shown,) = re.findall(r"^```toml\n(.*?)^```\n", (ROOT / "README.md").read_text(), re.M | re.S)
+    file = tmp_path / "config.toml"
+    file.write_text(shown)
+    assert EngineConfig.from_toml(file) == EngineConfig()
+    file.write_text(re.sub("^# ", "", shown, flags=re.M))
+    config = EngineConfig.from_toml(file)
+    assert config.serve.keys["alice"].key_env == "ALICE_KEY"
+    assert config.store.remote.url.startswith("redis://")
+
+
 def test_no_document_has_a_gap_to_be_filled():
     for doc in DOCS:
         assert not re.findall(r"@[A-Z]+@|TODO|TBD", doc.read_text()), doc.name
@@ -46,6 +60,16 @@ def test_every_file_a_document_links_to_is_there():
     for doc in DOCS:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", doc.read_text()):
             assert (doc.parent / target).exists(), f"{doc.name} links to {target}"
+
+
+def test_the_listing_of_the_architecture_names_every_file():
+    listing = (ROOT / "ARCHITECTURE.md").read_text().split("```text\n")[2].split("```")[0]
+    for package in re.split(r"^(?=\w)", listing, flags=re.M)[1:]:
+        folder, said = ROOT / package.split("/")[0], re.findall(r"[\w*]+/?", package)
+        there = {x.stem for x in folder.glob("*.py")} - {"__init__"}
+        there |= {f"{x.name}/" for x in folder.iterdir() if next(x.glob("*.py"), None)}
+        missing = [name for name in there if not any(fnmatch(name, word) for word in said)]
+        assert not missing, f"{folder.name}: {sorted(missing)}"
 
 
 def test_every_script_a_document_names_is_there():

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.filesize import decimal
 
+from engine.catalogue import catalogues, discard
 from engine.commands import store_bench, store_files, store_top
 from engine.commands.session import engine_config, progress
 from engine.commands.store_top import owners
@@ -113,14 +114,23 @@ def _audit(args: Namespace, path: Path, store: TieredStore) -> int:
 
 
 def _clear(args: Namespace, path: Path, store: TieredStore) -> int:
-    tier = store.stats().tiers["disk"]
+    tier, texts = store.stats().tiers["disk"], catalogues(path)
     if not args.yes:
-        _confirm(f"delete {tier.blocks:,} blocks ({decimal(tier.used_bytes)}) in {path}? [y/N] ")
+        what = f"{tier.blocks:,} blocks ({decimal(tier.used_bytes)})"
+        what += f" and {len(texts)} catalogues of documents" if args.documents else ""
+        _confirm(f"delete {what} in {path}? [y/N] ")
     store.clear()
+    gone = texts if args.documents else []
+    for catalogue in gone:
+        discard(catalogue)
     if args.json:
-        print(json.dumps({"path": str(path), "blocks": tier.blocks, "bytes": tier.used_bytes}))
-    else:
-        print(f"{path}: {tier.blocks:,} blocks deleted")
+        numbers = {"path": str(path), "blocks": tier.blocks, "bytes": tier.used_bytes}
+        print(json.dumps(numbers | {"catalogues": len(gone)}))
+        return 0
+    print(f"{path}: {tier.blocks:,} blocks deleted" + f", {len(gone)} catalogues" * bool(gone))
+    if texts and not gone:
+        print(f"documents are still on record with their texts: {len(texts)} catalogues, which")
+        print("headrace store clear --documents deletes, or headrace rag delete one by one")
     return 0
 
 

@@ -188,7 +188,7 @@ def test_tables_that_have_grown_beyond_a_slot_fit_it():
     with Batch(build("llama"), small("headrace"), slots=1, capacity=100, room=4) as batch:
         batch.join(prompt(96))
         layer = batch.batch._layers[0]
-        tables = batch.twins[0].layer(0).hot.tables(300)
+        tables = batch.twins[0].layer(0).rows.hot.tables(300)
         wider = torch.nn.functional.pad(tables.slot, (0, 30), value=-1)
         layer._take(0, tables._replace(slot=wider))
         assert torch.equal(layer._there.slot[0, :, :96].long(), tables.slot[:, :96].long())

@@ -42,6 +42,20 @@ def rag(capsys):
     return run
 
 
+def test_a_store_is_cleared_of_kv_and_of_documents_only_where_that_is_said(rag, notes, capsys):
+    rag("add", "notes")
+    folder = notes.parent / "cache" / "headrace" / "store"
+    assert main(["store", "clear", "--yes"]) == 0
+    assert "documents are still on record with their texts: 1 catalogues" in capsys.readouterr().out
+    assert len(rag("list")[1].splitlines()) == 2
+    assert rag("ask", FACTS[1].question, "--max-new-tokens", 8)[1] == f"{FACTS[1].value}.\n"
+    assert main(["store", "clear", "--yes", "--documents", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["catalogues"] == 1
+    text = FACTS[1].value.encode()
+    assert not [file for file in folder.iterdir() if text in file.read_bytes()]
+    assert rag("list")[1] == ""
+
+
 def test_documents_are_added_asked_listed_and_deleted(rag, notes):
     status, out, err = rag("add", "notes")
     assert (status, out) == (0, "2 documents in 2 chunks\n")

@@ -262,10 +262,10 @@ def test_with_low_rank_keys_sinks_and_outliers_stay_exact_on_the_device():
             sinks = torch.arange(4).expand(2, -1)
             for kept in (sinks, layer.choice.index.outliers):
                 assert kept.shape[1]
-                slots, miss = layer.hot.resolve(kept)
+                slots, miss = layer.rows.hot.resolve(kept)
                 assert not miss.any()
                 torch.testing.assert_close(
-                    layer.hot.read(slots).k, theirs._lease.gather(i, kept).k, rtol=0, atol=1e-5
+                    layer.rows.hot.read(slots).k, theirs._lease.gather(i, kept).k, rtol=0, atol=1e-5
                 )
 
 

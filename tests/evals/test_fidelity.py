@@ -81,7 +81,7 @@ def test_a_random_choice_is_worse_than_the_oracle(llama, monkeypatch):
     [oracle] = measured(llama, [way("oracle", 60)])
 
     def random(self, _):
-        generator = torch.Generator().manual_seed(1000 * self._number + self.length)
+        generator = torch.Generator().manual_seed(1000 * self.rows._number + self.length)
         orders = torch.rand(2, self.length, generator=generator).argsort(-1)
         return orders[:, :60].sort(-1).values
 
