@@ -17,6 +17,8 @@ from evals.registry import data_digests, parse
 from evals.settings import RunSettings
 
 RUN = "run.json"
+WORDS = ("wonderwords",)  # packages that samples' words are of
+MAY_COME = ("data ", "words of ")  # what a run may start without, and find later
 TOKENIZER = ("tokenizer*", "*.model", "chat_template*", "vocab*", "merges.txt", "special_tokens*")
 
 
@@ -59,7 +61,8 @@ def open_folder(path: str | Path, made: dict[str, Any]) -> Journal:
         _refuse_other(folder, found, made)
         if not (folder / RUN).exists() and journal.records:
             raise ConfigError(f"{folder} has records, but no {RUN} that says how they were made")
-        _write(folder / RUN, found | {"starts": [*found["starts"], _start(made)]})
+        grown = {"data": found["data"] | made["data"]}  # data that was missing may be there now
+        _write(folder / RUN, found | grown | {"starts": [*found["starts"], _start(made)]})
     except BaseException:
         journal.close()
         raise
@@ -71,6 +74,7 @@ class _Made(msgspec.Struct):
 
     settings: dict[str, Any]
     data: dict[str, str]
+    versions: dict[str, str]
     weights: str
     tokenizer: str
     dtype: str
@@ -82,15 +86,19 @@ def _start(made: dict[str, Any]) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["headrace-eval", *sys.argv[1:]]),
         "commit": made["commit"],
+        "versions": made["versions"],
+        "hardware": made["hardware"],
     }
 
 
 def _refuse_other(folder: Path, found: dict[str, Any], made: dict[str, Any]) -> None:
     before, now = _flat(found), _flat(made)
+    one_has_it = before.keys() ^ now.keys()
     differ = [
         f"{name} is {now.get(name)}, was {before.get(name)}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
+        and not (name in one_has_it and name.startswith(MAY_COME))
     ]
     if differ:
         raise ConfigError(
@@ -102,6 +110,7 @@ def _flat(made: dict[str, Any]) -> dict[str, str]:
     """What must be the same, by name, as JSON."""
     flat = dict(made["settings"]) | {f"data {k}": v for k, v in made["data"].items()}
     flat |= {name: made[name] for name in ("weights", "tokenizer", "dtype")}
+    flat |= {f"words of {k}": v for k, v in made["versions"].items() if k in WORDS}
     return {name: msgspec.json.encode(value).decode() for name, value in flat.items()}
 
 

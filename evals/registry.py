@@ -3,6 +3,7 @@
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -34,8 +35,10 @@ SUITES = {
 }
 MEASUREMENTS = {"fidelity": "evals.fidelity", "speed": "evals.speed"}
 MEASURED = "needle"  # what is measured on where nothing else is named
+HUBS = {"longbench": "hub:THUDM/LongBench", "longbench_v2": "hub:THUDM/LongBench-v2"}  # defaults
 FOLDERS = ("longbench", "longbench_v2")  # settings that suites know as their `folder`
-IN_DATA = ("squad", "hotpotqa", "musique")  # settings whose default is in `$HEADRACE_DATA`
+IN_DATA = {"squad": "qa_1", "hotpotqa": "qa_2", "musique": "musique"}  # for which task, by setting;
+# the default is in `$HEADRACE_DATA`
 
 
 class Asked(NamedTuple):
@@ -68,29 +71,34 @@ def make_suite(name: str, settings: RunSettings) -> Suite:
     return made
 
 
-def measurement(name: str) -> Measure:
-    """`measure(engine, sample, ways)` of a measurement."""
+def measurement(name: str, *, per_head: bool = False) -> Measure:
+    """`measure(engine, sample, ways)` of a measurement; `per_head` is a matter of fidelity."""
     found: Measure = importlib.import_module(MEASUREMENTS[name]).measure
-    return found
+    return partial(found, per_head=True) if per_head and name == "fidelity" else found
 
 
 def data_digests(names: Iterable[str], settings: RunSettings) -> dict[str, str]:
-    """SHA-256 of the data that some suites are made of, by setting.
+    """SHA-256 of the data that the tasks of some suites are made of, by setting.
 
     A name that is no path, as of a data set on the hub, stands for itself.
     """
     takes = {key for name in names for key in SUITES[name].takes} - {"seed"}
-    found = {key: _source(settings, key) for key in sorted(takes)}
+    found = {key: _source(settings, key) for key in sorted(takes) if _used(settings, key)}
     paths = {key: Path(value) for key, value in found.items() if value is not None}
     return {key: digest(p) if p.exists() else str(p) for key, p in paths.items()}
+
+
+def _used(settings: RunSettings, key: str) -> bool:
+    """Whether any task that is asked for is made of it."""
+    return not settings.tasks or key not in IN_DATA or IN_DATA[key] in settings.tasks
 
 
 def _source(settings: RunSettings, key: str) -> str | None:
     """Where data comes from; None for what comes along or is the suite's to find."""
     given: str | None = getattr(settings, key)
     if given is None and key in IN_DATA and (data := os.environ.get("HEADRACE_DATA")):
-        return str(Path(data, key))
-    return given
+        return str(Path(data, key)) if Path(data, key).exists() else None
+    return HUBS.get(key) if given is None else given
 
 
 def _value(settings: RunSettings, key: str) -> Any:

@@ -69,6 +69,7 @@ class Run:
         cells: see `plan`.
         ways: see `evals.ways`; without the floor, which is for answers only.
         limit: samples of a cell.
+        per_head: see `RunSettings`.
     """
 
     engine: Engine
@@ -76,6 +77,7 @@ class Run:
     cells: Sequence[Cell]
     ways: Sequence[Way]
     limit: int
+    per_head: bool = False
 
     @property
     def tokens(self) -> int:
@@ -116,7 +118,8 @@ class Run:
         new = not self._has(sample, cell.measurement, self.ways)
         if new:  # in all ways at once, as they are compared step by step
             try:
-                found = list(measurement(cell.measurement)(self.engine, sample, self.ways))
+                measure = measurement(cell.measurement, per_head=self.per_head)
+                found = list(measure(self.engine, sample, self.ways))
             except FAILURES as error:
                 found = failed(sample, cell.measurement, self.ways, error)
             self.journal.add(found)

@@ -14,6 +14,7 @@ from evals.rows import read_rows
 from evals.task import Sample, Turn
 
 Row: TypeAlias = Mapping[str, Any]
+CHOICES = ("A", "B", "C", "D")
 
 
 class Group(NamedTuple):
@@ -58,15 +59,32 @@ def score_file(path: Path, task: str | None = None) -> list[Score]:
     Raises:
         ConfigError: the file is of no such form, or a row lacks something.
     """
+    records = _read(path)
+    if not isinstance(records, _Predictions):
+        if task is not None:
+            raise ConfigError(
+                f"{path} is of a run, which knows the task of each record: omit --task"
+            )
+        return _means(_records(records))
+    return _means(_rows(path, records.rows, task))
+
+
+class _Predictions(NamedTuple):
+    """Rows that are no records of a run."""
+
+    rows: list[Row]
+
+
+def _read(path: Path) -> list[Record] | _Predictions:
     folder = path if path.is_dir() else path.parent if path.name == RECORDS else None
     if folder is not None:
-        return _means(_records(read_records(folder)))
+        return list(read_records(folder))
     rows = read_rows(path)
     if not rows or not all(isinstance(row, Mapping) for row in rows):
         raise ConfigError(f"{path} has no rows to score")
     if {"suite", "method", "turn"} <= rows[0].keys():
-        return _means(_records(_as_records(path, rows)))
-    return _means(_rows(path, rows, task))
+        return _as_records(path, rows)
+    return _Predictions(rows)
 
 
 def _means(judged: Iterable[_Judged]) -> list[Score]:
@@ -97,8 +115,16 @@ def _records(records: Iterable[Record]) -> Iterator[_Judged]:
         if record.suite not in suites:
             suites[record.suite] = make_suite(record.suite, RunSettings(suite=(record.suite,)))
         score = suites[record.suite].score(_sample(record), record.turn, record.prediction)
-        group = Group(record.suite, record.task, record.length, record.method, record.budget)
-        yield _Judged(group, record.prediction, score)
+        for column in _columns(record):
+            group = Group(record.suite, column, record.length, record.method, record.budget)
+            yield _Judged(group, record.prediction, score)
+
+
+def _columns(record: Record) -> tuple[str, ...]:
+    """What a record counts for: its task; of LongBench v2, the columns of its table."""
+    if record.suite != "longbench-v2":
+        return (record.task,)
+    return ("overall", str(record.extra.get("difficulty")), record.task)
 
 
 def _as_records(path: Path, rows: list[Row]) -> list[Record]:
@@ -153,8 +179,9 @@ def _rows(path: Path, rows: Iterable[Row], task: str | None) -> Iterator[_Judged
 
 
 def _judged(row: Row, task: str) -> Iterator[_Judged]:
-    # `pred` of LongBench v2 is the choice that was found in the response
     said = next((row[key] for key in ("response", "prediction", "pred") if key in row), None)
+    if said in CHOICES and "answer" in row:  # LongBench v2 leaves the choice that it found
+        said = f"The correct answer is ({said})"
     found = {**row, "pred": said}
     if "outputs" in row:
         ruler = msgspec.convert(found, _Ruler)

@@ -26,6 +26,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         tasks: of the suites; empty for all.
         limit: samples of each task and length.
         seed: of suites that make their samples.
+        per_head: fidelity notes measures of every layer and KV head, too.
         settings: of methods, by name, e.g. {"shadowkv": {"rank": 48}}; see `engine.method.Method`.
         haystack: text file that needles are hidden in; None for one that every machine has.
         squad, hotpotqa, musique, longbench, longbench_v2: data, see the suites.
@@ -40,6 +41,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tasks: tuple[str, ...] = ()
     limit: int = 20
     seed: int = 42
+    per_head: bool = False
     settings: dict[str, dict[str, Any]] = {}
     haystack: str | None = None
     squad: str | None = None
@@ -64,7 +66,10 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def identity(self) -> dict[str, Any]:
         """What results depend on, but for the model and the data, whose names do not matter."""
         other = {"model", "cache_bytes", "pinned_bytes", *DATA}
-        return {k: v for k, v in msgspec.to_builtins(self).items() if k not in other}
+        found = {k: v for k, v in msgspec.to_builtins(self).items() if k not in other}
+        if not self.per_head:
+            del found["per_head"]  # runs from before there was such a setting go on
+        return found
 
 
 def tokens(length: Any) -> int:

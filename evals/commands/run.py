@@ -49,7 +49,7 @@ as the floor. The exit status is 1 if something could not be asked.
 def add(parser: ArgumentParser) -> None:
     """The command's options."""
     parser.formatter_class, parser.epilog = RawDescriptionHelpFormatter, EXAMPLES
-    parser.add_argument("--config", metavar="FILE", help="a run in TOML; options go before it")
+    parser.add_argument("--config", metavar="FILE", help="a run in TOML; options outdo it")
     parser.add_argument("--out", metavar="DIR", help="folder for records.jsonl and run.json")
     parser.add_argument("--dry-run", action="store_true", help="print one prompt, ask nothing")
     parser.add_argument("--json", action="store_true", help="the result as one JSON line")
@@ -63,8 +63,8 @@ def _add_plan(parser: ArgumentParser) -> None:
     group.add_argument("--model", metavar="M", help="folder or hub id (needle-tiny)")
     group.add_argument(
         "--suite", metavar="S[,S]", type=_listed(str),
-        help="needle, multiturn, extraction, ruler, longbench, longbench-v2; fidelity:S or speed:S "
-        "to measure on the samples of S, fidelity or speed on those of needle",
+        help="needle, multiturn, extraction, rag, ruler, longbench, longbench-v2; fidelity:S or "
+        "speed:S to measure on the samples of S, fidelity or speed on those of needle",
     )  # fmt: skip
     group.add_argument(
         "--method", metavar="M[,M]", type=_listed(str),
@@ -79,9 +79,17 @@ def _add_plan(parser: ArgumentParser) -> None:
         "--lengths", metavar="L[,L]", type=_listed(_tokens),
         help="tokens of prompts with their answers, as 4096 or 4k (4k)",
     )  # fmt: skip
-    group.add_argument("--tasks", metavar="T[,T]", type=_listed(str), help="of the suites (all)")
+    group.add_argument(
+        "--tasks", metavar="T[,T]", type=_listed(str),
+        help="of the suites, as needle-plain, niah_single_1, multi-turn-ruler; one that there is "
+        "not is answered by all names there are (all)",
+    )  # fmt: skip
     group.add_argument("--limit", metavar="N", type=int, help="samples of a task and length (20)")
     group.add_argument("--seed", metavar="S", type=int, help="of samples that are made (42)")
+    group.add_argument(
+        "--per-head", action="store_const", const=True,
+        help="fidelity notes measures of every layer and KV head, too (in measures.csv of report)",
+    )  # fmt: skip
 
 
 def _add_data(parser: ArgumentParser) -> None:
@@ -95,7 +103,11 @@ def _add_data(parser: ArgumentParser) -> None:
             f"--{name}", metavar="DATA",
             help=f"rows of {task}: file, folder or hub id ($HEADRACE_DATA/{name})",
         )  # fmt: skip
-    group.add_argument("--longbench", metavar="DIR", help="files like hotpotqa.jsonl (the hub's)")
+    group.add_argument(
+        "--longbench",
+        metavar="DIR",
+        help="files like hotpotqa.jsonl, or folders that `datasets` saved (the hub's)",
+    )
     group.add_argument("--longbench-v2", metavar="DATA", help="data.json (the hub's)")
 
 
@@ -148,7 +160,7 @@ def run(args: Namespace) -> int:
         with progress().status("hashing data"):
             made = facts(engine, settings)
         with closing(open_folder(args.out, made)) as journal:
-            run = Run(engine, journal, cells, chosen, settings.limit)
+            run = Run(engine, journal, cells, chosen, settings.limit, settings.per_head)
             _go(run, progress())
             return _summary(args, run)
 
@@ -223,10 +235,12 @@ def _show_prompt(settings: RunSettings) -> int:
     from engine.loader import load_tokenizer, locate
     from evals.prompt import ask
     from evals.run import plan
+    from evals.ways import ways
 
     tokenizer = load_tokenizer(locate(settings.model))
     if tokenizer is None:
         raise ConfigError(f"{settings.model} has no tokenizer: questions are texts")
+    ways(settings)  # says what is wrong with methods and budgets
     cell = plan(settings)[0]
     for sample in cell.suite.samples(tokenizer, cell.task, cell.length, 1):
         asked, turn = ask(tokenizer, sample)[0], sample.turns[0]

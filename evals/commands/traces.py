@@ -1,7 +1,8 @@
 """`headrace-eval traces`: hit rates of the store's eviction policies on recorded requests."""
 
 import os
-from argparse import ArgumentParser, Namespace
+import re
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
@@ -52,7 +53,10 @@ def add(parser: ArgumentParser) -> None:
 
 
 def _blocks(text: str) -> int:
-    return int(text[:-1]) * 1000 if text[-1:] in ("k", "K") else int(text)
+    found = re.fullmatch(r"(\d+)(k?)", text.lower())
+    if found is None:
+        raise ArgumentTypeError(f"blocks are a number, like 3000 or 3k; got {text}")
+    return int(found[1]) * (1000 if found[2] else 1)
 
 
 def run(args: Namespace) -> int:
@@ -87,7 +91,8 @@ def _measure(
     capacities: Sequence[int],
     admission: AdmissionName,
 ) -> Rates:
-    return measure(trace, list(dict.fromkeys(policies)), sorted(set(capacities)), admission)
+    names = [name for policy in policies for name in policy.split(",") if name]
+    return measure(trace, list(dict.fromkeys(names)), sorted(set(capacities)), admission)
 
 
 def _print(console: Console, rates: Rates) -> None:

@@ -65,7 +65,10 @@ class LongBenchV2Suite:
 
     @cached_property
     def _rows(self) -> list[Row]:
-        return list(checked(read_rows(self._source), Row, "data"))
+        rows = list(checked(read_rows(self._source), Row, "data"))
+        if not rows:
+            raise ConfigError(f"{self._source} has no rows of LongBench v2")
+        return rows
 
     def score(self, sample: Sample, turn: int, prediction: str) -> float:
         """100 where the right choice is named, else 0."""

@@ -15,7 +15,8 @@ SCORES = (
     "cells", "not_discriminative",
 )  # fmt: skip
 MEASURES = (
-    "suite", "family", "length", "method", "budget", "measure", "mean", "low", "high", "samples",
+    "suite", "source", "family", "task", "length", "method", "budget", "measure", "mean", "low",
+    "high", "samples",
 )  # fmt: skip
 
 
@@ -35,8 +36,7 @@ def measures_csv(summary: Summary) -> str:
     """Every measure of fidelity and speed, those of single heads too."""
     rows = []
     for each in summary.measured:
-        place: dict[str, Any] = {"suite": each.suite, "family": each.family}
-        place |= {"length": each.length, "method": each.method, "budget": each.budget}
+        place = {k: v for k, v in msgspec.structs.asdict(each).items() if k != "means"}
         for name, mean in each.means.items():
             rows.append(place | {"measure": name} | msgspec.structs.asdict(mean))
     return _csv(MEASURES, rows)

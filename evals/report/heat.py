@@ -19,10 +19,11 @@ CAPTION = (
 
 def heat_maps(depths: Sequence[Depth], folder: Path) -> list[Picture]:
     """Draw them into `folder`, a PNG and a CSV each; dense stands in each, the floor in none."""
+    known = [each for each in depths if each.method != NO_CONTEXT]
     return [
-        _figure(folder, task, budget, [each for each in depths if each.task == task])
-        for task in sorted({each.task for each in depths})
-        for budget in _budgets([each for each in depths if each.task == task])
+        _figure(folder, task, budget, [each for each in known if each.task == task])
+        for task in sorted({each.task for each in known})
+        for budget in _budgets([each for each in known if each.task == task])
     ]
 
 
@@ -33,11 +34,7 @@ def _budgets(depths: Sequence[Depth]) -> list[float | None]:
 
 
 def _figure(folder: Path, task: str, budget: float | None, depths: Sequence[Depth]) -> Picture:
-    shown = [
-        each
-        for each in depths
-        if each.method != NO_CONTEXT and (each.budget == budget or each.method == DENSE.method)
-    ]
+    shown = [each for each in depths if each.budget == budget or each.method == DENSE.method]
     methods = sorted({Asked(each.method, each.budget) for each in shown}, key=rank)
     panels = {
         asked.method: Grid.of(

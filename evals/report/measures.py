@@ -24,10 +24,17 @@ class Mean(msgspec.Struct, frozen=True):
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """All measures of a method at a budget, on one family's samples of one length."""
+    """All measures of a method at a budget, on one task's samples of one length.
+
+    Args:
+        suite: what measured: "fidelity" or "speed".
+        source: the suite that the samples are of.
+    """
 
     suite: str
+    source: str
     family: str
+    task: str
     length: int
     method: str
     budget: float | None
@@ -54,19 +61,20 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measured(records: Iterable[Record]) -> list[Measured]:
-    """Means of fidelity and speed, by suite, family, length, method and budget."""
+    """Means of fidelity and speed, by suite, source, family, task, length, method and budget."""
     groups = defaultdict(list)
     for record in records:
-        if is_measurement(record) and record.error is None:
-            asked = Asked(record.method, record.budget)
-            groups[record.suite, record.family, record.length, asked].append(record)
+        noted = record.error is None and record.family  # else it is a note of a cell
+        if is_measurement(record) and noted:
+            place = record.suite, record.id.partition("/")[0], record.family, record.task
+            groups[*place, record.length, Asked(record.method, record.budget)].append(record)
     return [
         Measured(
-            suite=suite, family=family, length=length,
+            suite=suite, source=source, family=family, task=task, length=length,
             method=asked.method, budget=asked.budget, means=_means(group),
         )
-        for (suite, family, length, asked), group in sorted(
-            groups.items(), key=lambda item: (*item[0][:3], rank(item[0][3]))
+        for (suite, source, family, task, length, asked), group in sorted(
+            groups.items(), key=lambda item: (*item[0][:5], rank(item[0][5]))
         )
     ]  # fmt: skip
 

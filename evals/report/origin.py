@@ -44,7 +44,11 @@ def _facts(run: Run) -> Iterator[Fact]:
     for start in run.facts.get("starts", ()):
         yield Fact(f"command, {start.get('date', 'no date')}", _text(start.get("command")))
     for name, value in run.facts.items():
-        if name != "starts" and value not in ({}, []):
+        if name in ("versions", "hardware"):
+            later = [start[name] for start in run.facts.get("starts", ()) if name in start]
+            for each in dict.fromkeys(map(_text, (value, *later))):
+                yield Fact(name, each)
+        elif name != "starts" and value not in ({}, []):
             yield Fact(name.replace("_", " "), _text(value))
 
 

@@ -1,5 +1,6 @@
 """Plots of a report: differences to dense, scores against budget and length, fidelity."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
@@ -39,12 +40,12 @@ def plots(summary: Summary) -> Iterator[Plot]:
     if len({line.length for line in lengths}) > 1:
         yield Plot("length", "Score against length", CURVES, partial(_by_length, lengths))
     fidelity = [each for each in summary.measured if each.suite == "fidelity"]
-    for family, group in groupby(fidelity, lambda each: each.family):
+    for (source, task), group in groupby(fidelity, lambda each: (each.source, each.task)):
         lines = list(group)
         longest = max(each.length for each in lines)
         lines = [each for each in lines if each.length == longest]
-        name = "fidelity-" + "-".join(family.lower().split())
-        title = f"Fidelity: {family}, {say.length(longest)} tokens"
+        name = "-".join(["fidelity", source, *re.findall(r"\w+", task.lower())])
+        title = f"Fidelity: {source} · {task}, {say.length(longest)} tokens"
         yield Plot(name, title, FIDELITY, partial(_fidelity, lines))
 
 

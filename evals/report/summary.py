@@ -11,6 +11,8 @@ from evals.report.lines import Line, cell_lines, family_lines, judged
 from evals.report.load import Run, Runs
 from evals.report.measures import Cost, Measured, costs, measured
 
+MANY, ROWS = 24, 11  # rows of a heat map that are still read; those that more depths share
+
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """One kind of error: questions of a task that a method could not be asked."""
@@ -80,13 +82,17 @@ def summarize(runs: Runs) -> Summary:
 
 
 def _depths(records: Iterable[Record]) -> list[Depth]:
-    fields = defaultdict(list)
+    places = defaultdict(list)  # of a task: depths and scores
     for record in records:
         depth = record.extra.get("depth")
         if record.score is not None and isinstance(depth, int | float):
-            asked = record.method, record.budget
-            name = (record.task, *asked, record.length, float(depth))
-            fields[name].append(record.score)
+            asked = record.method, record.budget, record.length
+            places[record.task].append((asked, float(depth), record.score))
+    fields = defaultdict(list)
+    for task, found in places.items():
+        row = _rows({depth for _, depth, _ in found})
+        for (method, budget, length), depth, score in found:
+            fields[task, method, budget, length, row[depth]].append(score)
     return [
         Depth(
             task=task, method=method, budget=budget, length=length, depth=depth,
@@ -96,6 +102,14 @@ def _depths(records: Iterable[Record]) -> list[Depth]:
             fields.items(), key=lambda field: (*field[0][:2], field[0][2] or 0.0, *field[0][3:])
         )
     ]  # fmt: skip
+
+
+def _rows(depths: set[float]) -> dict[float, float]:
+    """The row of a heat map that each depth is in: its own, or where there are too many, as where
+    each sample has one of its own, the nearest of `ROWS`."""
+    if len(depths) <= MANY:
+        return {depth: depth for depth in depths}
+    return {depth: round(depth * (ROWS - 1)) / (ROWS - 1) for depth in depths}
 
 
 def _failures(records: Iterable[Record]) -> list[Failure]:

@@ -44,18 +44,18 @@ def listed(title: str, lines: Sequence[Line]) -> Table:
 def measures(summary: Summary) -> list[Table]:
     """Fidelity and speed, a table for each; measures of single heads stay in the file."""
     found = []
-    for suite, group in groupby(summary.measured, lambda each: each.suite):
+    for name, group in groupby(summary.measured, lambda each: f"{each.suite} · {each.source}"):
         lines = list(group)
         names = measure_names(lines)
         rows = tuple(
             Row(
-                (each.family, say.length(each.length), each.method, say.budget(each.budget)),
+                (each.task, say.length(each.length), each.method, say.budget(each.budget)),
                 tuple(_mean(each.means.get(name)) for name in names),
             )
             for each in lines
         )
-        labels = ("family", "length", "method", "budget")
-        found.append(Table(title=suite, labels=labels, heads=names, rows=rows))
+        labels = ("task", "length", "method", "budget")
+        found.append(Table(title=name, labels=labels, heads=names, rows=rows))
     return found
 
 

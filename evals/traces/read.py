@@ -16,6 +16,7 @@ from engine.errors import ConfigError
 
 ENDINGS = (".jsonl", ".jsonl.gz")
 Ids: TypeAlias = NDArray[np.int64]
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError)
 USERS = 32  # with a session each, at any time, where sessions have no start of their own
 
 
@@ -94,7 +95,7 @@ def _read(path: Path, limit: int | None) -> RequestTrace:
             chains = [np.array(talk.hash_ids, np.int64) for talk in talks]
         else:
             chains = _sessions(_decoded(lines, _Turn), limit)
-    except (msgspec.DecodeError, gzip.BadGzipFile, zlib.error, EOFError, OverflowError) as error:
+    except (*UNREADABLE, gzip.BadGzipFile, zlib.error, EOFError, OverflowError) as error:
         raise ConfigError(
             f"{path} is no trace: needs lines with hash_ids, or with s, i, t, n, p, and k: {error}"
         ) from error

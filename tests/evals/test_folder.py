@@ -79,6 +79,38 @@ def test_other_data_under_the_same_name_is_another_run(engine, tmp_path, monkeyp
         open_folder(tmp_path, facts(engine, settings(haystack=str(text))))
 
 
+def test_data_that_was_missing_may_come_and_data_that_is_not_asked_for_does_not_matter(
+    engine, tmp_path, monkeypatch
+):
+    (tmp_path / "squad").mkdir()
+    (tmp_path / "squad" / "dev.json").write_text("{}")
+    ruler = settings(suite=("ruler",))
+    open_folder(tmp_path / "all", facts(engine, ruler)).close()
+    needles = settings(suite=("ruler",), tasks=("niah_single_1",))
+    open_folder(tmp_path / "needles", facts(engine, needles)).close()
+    monkeypatch.setenv("HEADRACE_DATA", str(tmp_path))
+    open_folder(tmp_path / "all", facts(engine, ruler)).close()
+    assert list(json.loads((tmp_path / "all" / RUN).read_bytes())["data"]) == ["squad"]
+    open_folder(tmp_path / "needles", facts(engine, needles)).close()
+    assert not json.loads((tmp_path / "needles" / RUN).read_bytes())["data"]
+    (tmp_path / "squad" / "dev.json").write_text("[]")
+    with pytest.raises(ConfigError, match="data squad is"):
+        open_folder(tmp_path / "all", facts(engine, ruler))
+
+
+def test_a_start_says_where_and_by_what_and_other_words_are_another_run(engine, tmp_path):
+    made = facts(engine, settings())
+    open_folder(tmp_path, made).close()
+    elsewhere = made | {"hardware": {"device": "another"}}
+    open_folder(tmp_path, elsewhere).close()
+    starts = json.loads((tmp_path / RUN).read_bytes())["starts"]
+    assert starts[1]["hardware"] == {"device": "another"}
+    assert starts[0]["versions"] == made["versions"]
+    other = made | {"versions": made["versions"] | {"wonderwords": "0.0"}}
+    with pytest.raises(ConfigError, match=r'words of wonderwords is "0\.0"'):
+        open_folder(tmp_path, other)
+
+
 def test_records_without_a_word_how_they_were_made_are_refused(engine, tmp_path):
     journal = Journal(tmp_path)
     journal.add(

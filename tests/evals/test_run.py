@@ -51,6 +51,16 @@ def run(engine, folder, asked, stop_after=None):
     return [step for step in taken if step.new]
 
 
+def test_single_heads_are_measured_where_that_is_asked_for(engine, tmp_path):
+    asked = settings(suite=("fidelity:toy",), tasks=("single",), limit=1, per_head=True)
+    with closing(open_folder(tmp_path, facts(engine, asked))) as journal:
+        list(Run(engine, journal, plan(asked), ways(asked), 1, asked.per_head).steps())
+        found = journal.records
+    assert all("recall/L3/H1" in record.measures for record in found)
+    with pytest.raises(ConfigError, match="per_head is None, was true"):
+        run(engine, tmp_path, settings(suite=("fidelity:toy",), tasks=("single",), limit=1))
+
+
 @pytest.fixture(scope="module")
 def whole(engine, tmp_path_factory):
     """The folder of a run that has ended; not to be written to."""

@@ -124,6 +124,30 @@ def test_records_of_every_suite_are_scored_again(tmp_path, suite):
     assert (found.group.suite, found.samples, found.empty, found.score) == (suite, 2, 1, 50)
 
 
+def test_records_of_longbench_v2_count_in_each_column_of_its_table(tmp_path):
+    made = dict(id="1", suite="longbench-v2", family="f", length=100, turn=0, score=0.0)
+    made |= dict(method="dense", budget=None, outputs=("B",), prediction="The correct answer is B")
+    rows = [
+        msgspec.to_builtins(Record(**made, task=task, extra={"difficulty": level}))
+        for task, level in (("short", "easy"), ("long", "hard"))
+    ]
+    rows[1]["prediction"] = "I do not know."
+    found = {x.group.task: x.score for x in score_file(write(tmp_path / "x.jsonl", rows))}
+    assert found == {"overall": 50, "easy": 100, "short": 100, "hard": 0, "long": 0}
+
+
+def test_a_choice_that_was_found_already_is_one(tmp_path):
+    row = {"answer": "B", "difficulty": "easy", "length": "short"}
+    rows = [row | {"pred": "B"}, row | {"pred": "C"}, row | {"pred": None, "response": "B, no"}]
+    found = score_file(write(tmp_path / "x.jsonl", rows))
+    assert [x.score for x in found] == [33.33] * 3
+
+
+def test_a_task_is_not_for_records_of_a_run(journal):
+    with pytest.raises(ConfigError, match="omit --task"):
+        score_file(journal, "trec")
+
+
 def test_a_torn_last_line_is_no_record(journal):
     with (journal / RECORDS).open("ab") as file:
         file.write(b'{"id": "lon')

@@ -84,5 +84,7 @@ def test_what_is_no_question_is_an_error(plain):
         next(LongBenchV2Suite(ROWS).samples(plain, "tiny", 4000, 1))
     with pytest.raises(ConfigError, match=r"data, row 2, .*answer"):
         next(LongBenchV2Suite([row(0), row(1, answer="E")]).samples(plain, "short", 4000, 1))
+    with pytest.raises(ConfigError, match="no rows of LongBench v2"):
+        next(LongBenchV2Suite([]).samples(plain, "short", 4000, 1))
     with pytest.raises(ConfigError, match="there is no"):
         next(LongBenchV2Suite("./nothing").samples(plain, "short", 4000, 1))

@@ -27,7 +27,7 @@ def record(
     if method == NO_CONTEXT:
         settings["prompt_sha256"] = "no context"
     return Record(
-        id=f"{suite}-{task}-{length}-{number}", suite=suite, task=task, family=family,
+        id=f"{suite}/{task}/{length}/{number}", suite=suite, task=task, family=family,
         length=length, method=method, budget=budget, score=score, **settings,
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from evals.record import NO_CONTEXT
 from evals.report.load import load_runs
 from evals.report.style import COLOURS, LOOKS, PAPER
 from evals.report.summary import summarize
@@ -68,6 +69,15 @@ def written(tmp_path_factory):
     summary = summarize(load_runs([folder(path / "run", every_kind(), facts)]))
     write_report(summary, path / "out")
     return path / "out"
+
+
+def test_a_report_in_which_only_the_floor_has_a_depth_has_no_heat_map(tmp_path):
+    made = [record(0, NO_CONTEXT, None, 0.0, suite="needle", extra={"depth": 0.5})]
+    made += [record(0, "dense", None, None, suite="needle", error="cache_bytes is too little")]
+    summary = summarize(load_runs([folder(tmp_path / "run", made)]))
+    write_report(summary, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("needles*.png"))
+    assert "cache_bytes is too little" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +144,7 @@ def test_files_are_there(written):
     assert found >= {
         "report.html", "summary.csv", "summary.json", "summary.md", "measures.csv",
         "plots/differences.png", "plots/budget.png", "plots/length.png",
-        "plots/fidelity-single-needle.png", "plots/needles-wording-0-05.png",
+        "plots/fidelity-fidelity-niah.png", "plots/needles-wording-0-05.png",
         "plots/needles-wording-0-05.csv",
     }  # fmt: skip
     for path in (written / "plots").glob("*.png"):

@@ -15,7 +15,7 @@ def summary(tmp_path):
 
 def measured(number, recall, **more):
     made = {"suite": "fidelity", "score": None, "measures": {"recall": recall, "kl/L0/H1": 0.5}}
-    return record(number, "quest", 0.05, **made | more)
+    return record(number, **{"method": "quest", "budget": 0.05} | made | more)
 
 
 def test_measures_are_means_over_samples_with_their_interval(summary):
@@ -33,6 +33,18 @@ def test_measures_of_turns_are_averaged_within_their_sample(summary):
     made = [measured(0, 0.2, turn=0), measured(0, 0.4, turn=1), measured(1, 0.9)]
     (group,) = summary(made).measured
     assert group.means["recall"].mean == pytest.approx(0.6)
+
+
+def test_measures_of_tasks_and_of_other_suites_samples_are_apart(summary):
+    made = [measured(n, 0.1 * n, task=task) for task in ("one", "other") for n in range(2)]
+    made += [msgspec.structs.replace(measured(0, 0.9, task="one"), id="needle/one/4096/0")]
+    found = [(x.source, x.task, x.means["recall"].samples) for x in summary(made).measured]
+    assert found == [("fidelity", "one", 2), ("fidelity", "other", 2), ("needle", "one", 1)]
+
+
+def test_a_note_that_a_cell_is_fine_now_is_no_measurement(summary):
+    note = measured(0, 0.0, method="dense", budget=None, measures={}, family="")
+    assert len(summary([note, measured(1, 0.5)]).measured) == 1
 
 
 def test_what_a_measurement_notes_stands_beside_it(summary):
@@ -82,6 +94,14 @@ def test_depths_are_fields_of_a_heat_map(summary):
     made += [record(2, score=0.0, extra={"depth": 1}), record(3, extra={"depth": [0.1, 0.2]})]
     found = [(each.depth, each.score, each.questions) for each in summary(made).depths]
     assert found == [(0.5, 75.0, 2), (1.0, 0.0, 1)]
+
+
+def test_depths_of_samples_that_have_each_their_own_share_rows(summary):
+    made = [record(n, score=float(n), extra={"depth": n / 99}) for n in range(100)]
+    found = summary(made).depths
+    assert [round(each.depth, 3) for each in found] == [n / 10 for n in range(11)]
+    assert sum(each.questions for each in found) == 100
+    assert found[0].score == 2.0  # depths below 0.05: samples 0 to 4
 
 
 def test_a_summary_is_json_that_reads_back(summary):

@@ -104,7 +104,7 @@ def test_gaps_and_errors_are_listed(summary):
     assert gap.labels == ("niah", "4k", "headrace", "1.6 %")
     assert gap.cells[0].lines == ("18 of 20",)
     (row,) = tables.failures(summary).rows
-    assert row.labels[-1] == "no | memory <here> (e.g. ruler-niah-4096-18)"
+    assert row.labels[-1] == "no | memory <here> (e.g. ruler/niah/4096/18)"
 
 
 def test_measures_of_single_heads_stay_in_the_file(summary):

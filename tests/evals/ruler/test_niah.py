@@ -86,7 +86,7 @@ def test_one_answer_is_asked_for_in_the_singular_and_several_are_listed():
     several = draft(Needles("essay", keys=4, queries=4))
     assert several.context.startswith("Some special magic numbers are hidden")
     assert re.search(r"for \S.*, \S.*, \S.*, and \S.* mentioned", several.question)
-    assert several.outputs != tuple(sorted(several.outputs)) or several.outputs
+    assert len(several.outputs) == 4
 
 
 def test_answers_come_in_the_order_of_the_question():

@@ -78,6 +78,7 @@ def test_several_replays_of_one_trace_have_one_line(folder, capsys):
     [
         (["--policy", "mru"], "no policy 'mru': --policy takes lru, fifo, lfu"),
         (["--capacity", "0"], "--capacity must be 1 block or more"),
+        (["--policy", "lru,none"], "no policy 'none'"),
         (["--limit", "0"], "--limit must be 1 request or more"),
     ],
 )
@@ -85,6 +86,12 @@ def test_what_is_wrong_is_said_in_one_line(folder, capsys, options, words):
     assert main(["traces", "--data", folder, *options]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+def test_what_is_no_number_of_blocks_is_said_so(folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["traces", "--data", folder, "--capacity", "1.5k"])
+    assert "blocks are a number, like 3000 or 3k; got 1.5k" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--data", "--trace"])
