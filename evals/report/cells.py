@@ -69,10 +69,14 @@ class Cell:
         return _by_sample(own), _by_sample(theirs)
 
     def resampled(self, asked: Asked) -> Values:
-        """The method's mean difference to dense, resampled; the same draws for all methods."""
+        """The method's mean difference to dense, resampled.
+
+        The same draws for all methods, and for all lengths of a task: its samples of one number ask
+        for the same needle at each, so they fail together.
+        """
         if asked not in self._resampled:
             own, dense = self.pairs(asked)
-            self._resampled[asked] = resampled_means(own - dense, repr(self.place))
+            self._resampled[asked] = resampled_means(own - dense, repr(self.place[:3]))
         return self._resampled[asked]
 
 

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import msgspec
 import numpy as np
 
+from evals.record import Record
 from evals.report.bootstrap import interval
 from evals.report.cells import DENSE, FLOOR, Asked, Cell, rank
 
@@ -133,7 +134,7 @@ def _score(cells: Sequence[Cell], asked: Asked) -> Score:
     paired = [(cell, own - dense) for cell, own, dense in found if len(dense)]
     several = paired and min(len(difference) for _, difference in paired) > 1
     ends = interval(np.mean([cell.resampled(asked) for cell, _ in paired], 0)) if several else None
-    records = [record for cell, _, _ in found for record in cell.shared(asked).values()]
+    records = [list(cell.shared(asked).values()) for cell, _, _ in found]
     return Score(
         method=asked.method,
         budget=asked.budget,
@@ -146,9 +147,15 @@ def _score(cells: Sequence[Cell], asked: Asked) -> Score:
         tried=sum(len(cell.samples) for cell in cells),
         errors=sum(cell.errors.get(asked, 0) for cell in cells),
         cells=len(found),
-        kept_tokens=_mean([r.kept_tokens for r in records if r.kept_tokens is not None]),
-        index_bytes=_mean([r.index_bytes for r in records if r.index_bytes is not None]),
+        kept_tokens=_noted(records, "kept_tokens"),
+        index_bytes=_noted(records, "index_bytes"),
     )
+
+
+def _noted(cells: Sequence[Sequence[Record]], name: str) -> float | None:
+    """The mean over cells, as of scores, of what their records note."""
+    noted = [[x for record in cell if (x := getattr(record, name)) is not None] for cell in cells]
+    return _mean([float(np.mean(values)) for values in noted if values])
 
 
 def _reason(cell: Cell) -> str | None:

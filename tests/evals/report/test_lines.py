@@ -120,6 +120,13 @@ def test_kept_tokens_and_index_bytes_are_means():
     assert (score.kept_tokens, score.index_bytes) == (101.0, 4.0)
 
 
+def test_what_a_family_kept_is_the_mean_of_its_cells_however_many_samples_each_has():
+    made = records("dense", GOOD) + records("dense", GOOD, length=8192)
+    made += [record(0, "quest", 0.05, kept_tokens=100.0)]
+    made += [record(n, "quest", 0.05, length=8192, kept_tokens=200.0) for n in range(9)]
+    assert only(families(made)).of(Asked("quest", 0.05)).kept_tokens == 150.0
+
+
 @pytest.mark.parametrize(
     ("made", "reason"),
     [
@@ -187,6 +194,18 @@ def test_an_average_over_independent_cells_is_known_better_than_one_cell():
     of_family, of_cell = family.of(Asked("quest", 0.05)), cell.of(Asked("quest", 0.05))
     ratio = (of_family.high - of_family.low) / (of_cell.high - of_cell.low)
     assert 0.4 < ratio < 0.6  # 1 / sqrt(4)
+
+
+def test_an_average_over_lengths_is_known_no_better_where_the_same_samples_fail_at_each():
+    made = [
+        each
+        for length in (1024, 2048, 4096, 8192)
+        for each in records("dense", [100.0] * 20, length=length)
+        + records("quest", [0.0, 100.0] * 10, 0.05, length=length)
+    ]
+    family, cell = only(families(made)), lines(made)[0]
+    of_family, of_cell = family.of(Asked("quest", 0.05)), cell.of(Asked("quest", 0.05))
+    assert (of_family.low, of_family.high) == (of_cell.low, of_cell.high)
 
 
 def test_families_by_length():
