@@ -217,11 +217,26 @@ def _rounded(
     unit: Float[Tensor, "Hk N E"], bits: int
 ) -> tuple[UInt8[Tensor, "Hk N M"], Float[Tensor, "Hk N E"]]:
     """Codes of numbers of variance 1, and the levels that they stand for."""
-    table = levels(bits).to(unit.device)
-    digits = torch.bucketize(unit.contiguous(), (table[1:] + table[:-1]) / 2, out_int32=True)
-    shifts = torch.arange(0, 4, bits, dtype=torch.int32, device=unit.device)
+    table, edges, shifts = _grid(bits, unit.device)
+    digits = torch.bucketize(unit.contiguous(), edges, out_int32=True)
     codes = (digits.unflatten(-1, (-1, len(shifts))) << shifts).sum(-1)
     return codes.to(torch.uint8), table[digits]
+
+
+class _Grid(NamedTuple):
+    """What numbers are rounded by: levels, the middles between them, where bits stand in a code."""
+
+    levels: Float[Tensor, " levels"]
+    edges: Float[Tensor, " edges"]
+    shifts: Int[Tensor, " dims"]
+
+
+@functools.cache
+def _grid(bits: int, device: torch.device) -> _Grid:
+    """Made once: a token that is added while decoding has no time to. Do not write into it."""
+    table = levels(bits).to(device)
+    shifts = torch.arange(0, 4, bits, dtype=torch.int32, device=device)
+    return _Grid(table, (table[1:] + table[:-1]) / 2, shifts)
 
 
 def levels(bits: int) -> Float[Tensor, " levels"]:
