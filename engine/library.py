@@ -69,7 +69,14 @@ class Library:
             return self._catalogue.documents[id_]
 
     def add(self, documents: Sequence[Document]) -> None:
-        """Put documents on record, in the place of those with the same ids."""
+        """Put documents on record, in the place of those with the same ids.
+
+        Raises:
+            PromptError: the model cannot read a chunk; nothing was added.
+        """
+        for document in documents:
+            for chunk in document.chunks:
+                self._engine.blending.chunks.check(self._origin.prefix, chunk.tokens)
         with self._lock:
             self._catalogue.add(documents, self._origin)
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -148,6 +149,19 @@ def test_an_empty_document_is_refused_before_anything_is_stored(parts, path, bad
             rag.add([documents()[0], bad])
         assert rag.documents() == []
         assert blocks(engine) == {0}
+        assert not list(path.glob("rag-*"))
+
+
+def test_a_document_with_tokens_that_the_model_does_not_have_is_on_no_record(
+    parts, path, monkeypatch
+):
+    with parts.engine(path) as engine:
+        rag = Rag(engine, 128)
+        fewer = replace(engine.model.shape, vocab=100)
+        monkeypatch.setattr(engine.model, "shape", fewer)
+        with pytest.raises(PromptError, match=r"token id \d+ is out of range"):
+            rag.add(documents())
+        assert rag.documents() == []
         assert not list(path.glob("rag-*"))
 
 
