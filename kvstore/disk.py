@@ -19,7 +19,7 @@ from kvstore.codecs.codec import Codec, byte_view
 from kvstore.codecs.known import LOSSLESS, RAW
 from kvstore.entry import Entry, check_is_for, matches
 from kvstore.environment import explained, open_environment
-from kvstore.errors import CorruptRecord, StoreError
+from kvstore.errors import CorruptRecord, StoreError, TierFull
 from kvstore.fetch import SOURCE, Read, copy, planned
 from kvstore.ledger import Ledger, Packed, entry_cost, packed, write
 from kvstore.quotas import Limits
@@ -92,12 +92,20 @@ class DiskTier:
         self, blocks: Sequence[Item], victims: Iterable[bytes] = (), limits: Limits | None = None
     ) -> list[bytes]:
         """As Tier.put. Raises MissingParent for a block that no lookup could reach."""
+        try:
+            return self._put(blocks, victims, limits or {})
+        except TierFull:
+            if self.ledger.passed_over:  # who asks again finds room
+                self._mend()
+            raise
+
+    def _put(self, blocks: Sequence[Item], victims: Iterable[bytes], limits: Limits) -> list[bytes]:
         there = self.held([key for key, _ in blocks])  # damaged ones are not, and replaced
         new = {key.digest: (key, b) for (key, b), is_ in zip(blocks, there, strict=True) if not is_}
         made = list(self._threads.map(self._packed, new.values()))
         with self.changing() as txn:
             fresh = [block for block in made if self.ledger.get(txn, block.key.digest) is None]
-            lack = self.ledger.lack(txn, fresh, self.capacity_bytes, limits or {})
+            lack = self.ledger.lack(txn, fresh, self.capacity_bytes, limits)
             gone = self.ledger.make_room(txn, lack, victims, self)
             self.ledger.shrink(txn, self.capacity_bytes)
             placed = [(block, self.ledger.place(txn, block)) for block in fresh]
@@ -327,6 +335,15 @@ class DiskTier:
             self.quarantine(key.digest, "its entry is damaged or of another block")
             return False
         return True
+
+    def _mend(self) -> None:
+        """A damaged entry that nobody reads would keep what it rests on for ever: delete it."""
+        with self.reading() as txn:
+            damaged = self.ledger.damaged(txn)
+        for digest in damaged:
+            self.quarantine(digest, "its entry is damaged")
+        with self.changing() as txn:
+            self.ledger.recount(txn, [entry.key.digest for entry in self.ledger.entries(txn)])
 
     def quarantine(self, digest: bytes, reason: str) -> None:
         """Serve the block no more; the next change of the tier deletes it."""

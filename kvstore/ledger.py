@@ -115,10 +115,14 @@ def write(values: Values, block: Packed, entry: Entry) -> None:
 
 
 class Ledger:
-    """Entries, free pages and the count of used bytes, in one LMDB environment."""
+    """Entries, free pages and the count of used bytes, in one LMDB environment.
+
+    `passed_over`: whether a victim of the last `make_room` had to stay.
+    """
 
     def __init__(self, env: Environment) -> None:
         self.env = env
+        self.passed_over = False
         self.space = Space(env.info)
         self._tally = Tally(env)
         # Unpacking takes 15 us of a read of 2 MiB's 250. The bytes are part of what is looked up
@@ -153,6 +157,12 @@ class Ledger:
                 yield entries.unpack(bytes(digest), stored)
             except CorruptRecord:
                 continue  # of no chain; an audit reports it, a read quarantines it
+
+    def damaged(self, txn: lmdb.Transaction) -> list[bytes]:
+        """The digests of all others."""
+        whole = {entry.key.digest for entry in self.entries(txn)}
+        there = txn.cursor(self.env.entries).iternext(keys=True, values=False)
+        return [digest for digest in map(bytes, there) if digest not in whole]
 
     def shrink(self, txn: lmdb.Transaction, capacity_bytes: int) -> None:
         """Let the file take not much more of the disk than the budget: holes for free pages.
@@ -215,12 +225,14 @@ class Ledger:
 
         A victim on which another process has put a block in the meantime is passed over.
         """
-        gone = []
+        gone, self.passed_over = [], False
         for digest in victims:
             if not lack:
                 break
             entry = self.sound(txn, digest)
-            if entry is not None and not entry.children and lack.of(entry.key.tenant):
+            if entry is None or entry.children:
+                self.passed_over = True
+            elif lack.of(entry.key.tenant):
                 self._remove(txn, entry)
                 gone.append(digest)
                 lack.gone(entry.key.tenant, entry.nbytes)
@@ -241,10 +253,11 @@ class Ledger:
         for digest in queue:
             queue += [child for child in rests_on[digest] if child not in doomed]
             doomed |= dict.fromkeys(rests_on[digest])
-        for digest in doomed:
-            txn.delete(digest, db=self.env.entries)
-        parents = {known[d].key.parent for d in doomed if d in known} - doomed.keys() - {None}
-        self.recount(txn, parents)
+        there = [digest for digest in doomed if txn.delete(digest, db=self.env.entries)]
+        parents = {known[d].key.parent for d in doomed if d in known}
+        if not known.keys() >= set(there):  # a damaged entry does not say what it rested on
+            parents = set(known)
+        self.recount(txn, parents - doomed.keys())
 
     def recount(self, txn: lmdb.Transaction, parents: Iterable[bytes | None]) -> None:
         """Set anew: used bytes, in all and by group, free pages, and the children of `parents`."""

@@ -88,15 +88,18 @@ class Level:
             self.stats.misses += len(found) - hits
             self.stats.misses_of[owner] += len(found) - hits
 
-    def insert(self, blocks: Sequence[Item]) -> int:
+    def insert(self, blocks: Sequence[Item], below: Container[bytes] = ()) -> int:
         """Store absent blocks, evicting as needed; how many of `blocks` are here afterwards.
 
         Blocks for which there is no room beside pinned ones, and those built on them, are
         skipped and counted; so are those that it refuses (see `kvstore.admission`). Raises
         StoreError if the device fails.
+
+        Args:
+            below: digests of those that are offered just because others rest on them.
         """
         with self._inserting:
-            blocks = self._admitted(self._absent(blocks))
+            blocks = self._admitted(self._absent(blocks), below)
             if not self._fits(blocks):
                 self._seed()  # other processes may have put blocks we can evict, or evicted ours
                 if not self._fits(blocks):
@@ -168,7 +171,7 @@ class Level:
         present = self.tier.held([key for key, _ in blocks])
         return [item for item, there in zip(blocks, present, strict=True) if not there]
 
-    def _admitted(self, blocks: Sequence[Item]) -> Sequence[Item]:
+    def _admitted(self, blocks: Sequence[Item], below: Container[bytes]) -> Sequence[Item]:
         """Those that the tier takes in."""
         if self._admission is None or not blocks:
             return blocks
@@ -179,7 +182,7 @@ class Level:
         offers = [_resident(key, self.tier.cost(key, block)) for key, block in blocks]
         with self._lock:
             free = capacity - self.tier.used_bytes
-            chosen = self._admission.choose(offers, free, left, self.tier.__contains__)
+            chosen = self._admission.choose(offers, free, left, self.tier.__contains__, below)
             self.stats.refused += chosen.count(False)
         return [item for item, comes in zip(blocks, chosen, strict=True) if comes]
 

@@ -278,10 +278,13 @@ class TieredStore:
         """
         self.settle()
         digests = [key if isinstance(key, bytes) else key.digest for key in keys]
-        everywhere = chain.from_iterable(level.tier.residents() for level in self._levels)
-        rest = resting_on(digests, everywhere)
-        count = sum(level.delete(digests, rest) for level in self._levels)
-        return count if self._remote is None else count + self._remote.delete(keys)
+        try:  # first, or a reader would bring back from there what is gone here
+            count = 0 if self._remote is None else self._remote.delete(keys)
+        finally:
+            everywhere = chain.from_iterable(level.tier.residents() for level in self._levels)
+            rest = resting_on(digests, everywhere)
+            here = sum(level.delete(digests, rest) for level in self._levels)
+        return count + here
 
     def clear(self) -> None:
         """Delete all blocks of this machine, also those of other tenants and models."""
@@ -367,7 +370,9 @@ class TieredStore:
 
     def _write(self, batch: Sequence[Item]) -> None:
         for level in self._slow:
-            level.insert(with_ancestors(batch, level.tier, self._find))
+            blocks = with_ancestors(batch, level.tier, self._find)
+            below = {key.digest for key, _ in blocks[: len(blocks) - len(batch)]}
+            level.insert(blocks, below)
 
     def _offers(self, keys: Sequence[BlockKey]) -> list[Item]:
         """Those that are in memory, and not in every slower tier."""

@@ -32,6 +32,7 @@ class Ways:
             with suppress(OSError):  # nor on every file system
                 self._direct = os.open(f"/proc/self/fd/{file.handle}", os.O_RDONLY | os.O_DIRECT)
         self._once: dict[int, None] = {}  # pages of records read around the cache, oldest first
+        self._noting = threading.Lock()  # changes of it
         self._scratch = threading.local()
 
     def way(self, page: int) -> int:
@@ -40,11 +41,12 @@ class Ways:
 
     def took(self, page: int, way: int) -> None:
         """Remember which way a record took."""
-        if way == DIRECT:
+        if way != DIRECT:
+            return
+        with self._noting:
             self._once[page] = None
-            with suppress(StopIteration, KeyError):  # another thread was faster
-                if len(self._once) > REMEMBERED:
-                    del self._once[next(iter(self._once))]
+            if len(self._once) > REMEMBERED:
+                del self._once[next(iter(self._once))]
 
     def source(self, header_bytes: int, largest: int) -> bytes:
         """The C struct, for this thread, and payloads of at most `largest` bytes."""

@@ -99,8 +99,8 @@ def allot(variances: Float[Tensor, " D"], subspaces: int) -> tuple[int, int, int
 
 def _fitting(dim: int, subspaces: int) -> list[tuple[int, int, int]]:
     """Sizes that fill the codes: one dimension of 4 bits each, two of 2, or four of 1."""
-    found = []
-    for four in range(0, min(dim, subspaces) + 1, max(1, dim // STEPS)):
+    found, most = [], min(dim, subspaces)
+    for four in sorted({*range(0, most + 1, max(1, dim // STEPS)), most}):
         for two in range(0, 2 * (subspaces - four) + 1, 2):
             one = 4 * (subspaces - four - two // 2)
             if four + two + one <= dim:

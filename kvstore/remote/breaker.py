@@ -9,6 +9,7 @@ from collections.abc import Callable
 from kvstore.errors import TimedOut, Unreachable
 
 FAILURES = 3  # in a row, until the server is set aside
+LIES = 3  # values in a row that were not as they were written: the same
 _log = logging.getLogger(__name__)
 
 
@@ -16,7 +17,8 @@ class Breaker:
     """Closed: the server is asked. Open: it is not, but for one probe after each pause.
 
     A time-out opens it at once, since a second one would be a second stall; other failures cost
-    little, and three in a row open it. Pauses differ by chance, so that machines
+    little, and three in a row open it. So do three damaged values: reading them takes as long as
+    reading good ones, for nothing. Pauses differ by chance, so that machines
     that lost a server together do not come back together. It starts open, with a probe due.
 
     Args:
@@ -36,7 +38,7 @@ class Breaker:
         self.is_open = True
         self._told = False  # of this time that it is open
         self._due = clock()
-        self._row = 0
+        self._row = self._lies = 0
         self.failures = self.time_outs = self.openings = 0
 
     def due_in(self) -> float | None:
@@ -56,6 +58,20 @@ class Breaker:
             self.is_open = self._told = False
             self._changed.notify_all()
             _log.info("the shared tier at %s answers", self._name)
+
+    def told_the_truth(self) -> None:
+        """Note a value that was as it was written."""
+        if self._lies:
+            with self._changed:
+                self._lies = 0
+
+    def lied(self, error: Unreachable) -> None:
+        """Note a value that was not."""
+        with self._changed:
+            self._lies += 1
+            if self._lies >= LIES and not self.is_open:
+                self._lies = 0
+                self._open(error)
 
     def failed(self, error: Unreachable) -> None:
         with self._changed:

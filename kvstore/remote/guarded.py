@@ -19,12 +19,19 @@ class Guarded:
 
     Args:
         discard: have a block deleted that is not as it was written.
+        name: of no value, but one that a value might have: what probes ask for.
     """
 
     def __init__(
-        self, backend: RemoteBackend, breaker: Breaker, discard: Callable[[bytes], None]
+        self,
+        backend: RemoteBackend,
+        breaker: Breaker,
+        discard: Callable[[bytes], None],
+        *,
+        name: bytes,
     ) -> None:
         self.backend, self.breaker, self._discard = backend, breaker, discard
+        self._name = name
         self.corrupt = 0
         self._bad: dict[bytes, None] = {}
         self._lock = threading.Lock()
@@ -42,10 +49,10 @@ class Guarded:
         return answer
 
     def probe(self) -> None:
-        """Ask an open breaker's backend for anything."""
+        """Ask an open breaker's backend for anything that it may be asked for."""
         try:
             self.backend.resolve()
-            self.backend.exists_many([b"headrace"])
+            self.backend.exists_many([self._name])
         except Unreachable as error:
             self.breaker.failed(error)
         else:
@@ -66,11 +73,17 @@ class Guarded:
             self.corrupt += damaged
             first = damaged and self.corrupt == 1
         self._discard(digest)
+        if damaged:
+            self.breaker.lied(Unreachable(f"a block is not as it was written: {reason}"))
         if first:
             _log.warning(
                 "a block of the shared tier at %s is not as it was written, now a miss; more are "
                 "only counted: %s: %s", self.backend, digest.hex(), reason,
             )  # fmt: skip
+
+    def verified(self) -> None:
+        """Note that a value was as it was written."""
+        self.breaker.told_the_truth()
 
     def trust(self, digest: bytes) -> None:
         with self._lock:

@@ -76,6 +76,7 @@ class Reader:
     def _deliver(self, part: Part, value: memoryview) -> bool:
         try:
             part.deliver(value, self._seals)
+            self._guarded.verified()
             return True
         except CorruptRecord as error:
             self._guarded.distrust(part.key.digest, str(error), damaged=bool(value))

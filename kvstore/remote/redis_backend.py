@@ -13,6 +13,7 @@ from kvstore.remote.connection import Place, connected, resolved, tls_context
 from kvstore.remote.wire import Buffer, Refused, Wire, command
 
 IDLE = 8  # connections kept for the next call
+KIND, KINDS = 16, 16  # letters of a kind of refusal, and how many kinds are logged
 _WRONG_TYPE = "WRONGTYPE"  # somebody else's value under our name
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -102,8 +103,8 @@ class RedisBackend:
         return connected(self._places, self._address, self._tls, self._connect_timeout_s)
 
     def _note(self, refusal: Refused) -> None:
-        kind = refusal.split(" ")[0]
-        if kind not in self._refusals:
+        kind = refusal.split(" ")[0][:KIND]
+        if kind not in self._refusals and len(self._refusals) < KINDS:
             self._refusals.add(kind)
             _log.warning("the server at %s takes no blocks: %s", self, refusal)
 

@@ -91,7 +91,10 @@ class RemoteTier:
         self._seals = Seals(secret or config.secret(), config.namespace)
         backend = backend or RedisBackend(config)
         self._breaker = Breaker(str(backend), config.retry_s, changed)
-        self._guarded = Guarded(backend, self._breaker, lambda bad: self._writer.discard([bad]))
+        self._guarded = Guarded(
+            backend, self._breaker, lambda bad: self._writer.discard([bad]),
+            name=self._seals.index_name(bytes(32)),
+        )  # fmt: skip
         self._reader = Reader(self._guarded, self._seals)
         self._sender = Sender(self._guarded, self._seals, codec, self._count_writes)
         self._flights = Flights()

@@ -112,6 +112,8 @@ class Wire:
             self._more()
         line = bytes(self._read[self._at : end])
         self._at = end + 2
+        if len(line) > _LINE_BYTES:
+            raise _nonsense(line)
         return line
 
     def _take(self, count: int) -> bytes:

@@ -125,3 +125,28 @@ def test_a_block_without_room_comes_if_and_only_if_it_is_among_the_last_seen(off
         assert comes == (free > 0 or name in last)
         last = [x for x in last if x != name]
         last = last if comes else [*last, name][-3:]
+
+
+def test_a_prompt_that_comes_block_by_block_was_not_seen_before_its_end(disk):
+    host = HostTier(16 * NBYTES)
+    with TieredStore([host, disk], admission="second-sight") as store:
+        put(store, SINGLES[:4])
+        for key in ONE:  # each rests on those before it, which come along once more
+            put(store, [key])
+        assert disk.held([*ONE, *SINGLES[:4]]) == [False] * 3 + [True] * 4
+        assert store.stats().tiers["disk"].evictions == 0
+        store.promote(ONE)  # used again
+        store.flush()
+        assert disk.held(ONE) == [True] * 3
+
+
+def test_what_was_seen_brings_what_it_rests_on():
+    chooser = SecondSight(10)
+    first, second = (
+        Resident(bytes([i]), bytes([i - 1]) if i > 1 else None, 1, i, b"") for i in (1, 2)
+    )
+    assert chooser.choose([first, second], 0, {}, lambda _: False) == [False, False]
+    below = {first.digest}
+    third = Resident(b"3", second.digest, 1, 3, b"")
+    assert chooser.choose([first, third], 0, {}, lambda _: False, below) == [False, False]
+    assert chooser.choose([first, second], 0, {}, lambda _: False, below) == [True, True]

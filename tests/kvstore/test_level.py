@@ -150,3 +150,27 @@ def test_a_quota_that_is_set_later_leaves_the_order_of_use():
         store.put(items(chain(range(100, 104))))
         assert store.lookup(first) == 1
         assert [store.lookup(keys) for keys in others] == [0, *[1] * 6]
+
+
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("policy", ["lru", "s3fifo"])
+def test_a_damaged_entry_keeps_nothing_out_of_a_full_tier(tmp_path, policy, read):
+    two, others = chain(range(8)), [chain([1000 + i] * 4)[0] for i in range(6)]
+    cost = entry_cost(content(two[0], identity()))
+    tier = DiskTier(tmp_path / "store", 8 * cost)
+    with TieredStore([tier], policy=policy) as store:
+        store.put(items(two))
+        store.put(items(others))
+        store.flush()
+        with tier.ledger.env.lmdb.begin(write=True) as txn:
+            stored = bytearray(txn.get(two[1].digest, db=tier.ledger.env.entries))
+            stored[40] ^= 1
+            txn.put(two[1].digest, bytes(stored), db=tier.ledger.env.entries)
+        assert not read or store.get(two[1]) is None
+        new = [chain([5000 + i] * 4)[0] for i in range(20)]
+        for key in new:
+            store.put(items([key]))
+            store.flush()
+        numbers = store.stats().tiers["disk"]
+        assert (numbers.skipped, sum(tier.held(new))) == (0, 8)
+        assert store.audit().clean

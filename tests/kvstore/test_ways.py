@@ -2,6 +2,8 @@
 
 import errno
 import os
+import sys
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -229,3 +231,27 @@ def test_an_open_file_is_read_around_its_cache_by_the_name_it_had(tmp_path, take
     (tmp_path / "store").rename(tmp_path / "elsewhere")
     read(tier)
     tier.close()
+
+
+def test_threads_that_remember_at_once_do_not_disturb_each_other(tier, monkeypatch):
+    monkeypatch.setattr(ways, "REMEMBERED", 8)
+    interval, failed, taken = sys.getswitchinterval(), [], tier._env.ways
+
+    def remember(first):
+        try:
+            for page in range(first, first + 20_000):
+                taken.took(page, DIRECT)
+        except RuntimeError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=remember, args=(10**6 * i,)) for i in range(4)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed
+    assert len(taken._once) == 8

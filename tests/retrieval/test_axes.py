@@ -26,7 +26,7 @@ def lost(variances, sizes):
     return float(variances.sum() - kept)
 
 
-@pytest.mark.parametrize("dim", [16, 64, 72, 80, 96, 128, 256])
+@pytest.mark.parametrize("dim", [16, 56, 64, 72, 80, 96, 100, 120, 128, 256])
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_equal_variances_get_equal_bits(dim, bits):
     sizes = {1: (0, 0, dim), 2: (0, dim, 0), 4: (dim, 0, 0)}[bits]

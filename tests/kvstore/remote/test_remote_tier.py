@@ -9,7 +9,7 @@ from redis.crc import key_slot
 
 from kvstore.codecs.known import BY_NAME
 from kvstore.disk import DiskTier
-from kvstore.errors import StoreError
+from kvstore.errors import StoreError, Unreachable
 from kvstore.remote.tier import RemoteTier
 from kvstore.store import TieredStore
 from kvstore.tier import HostTier
@@ -292,3 +292,48 @@ def test_what_is_read_in_inference_mode_may_be_used_outside_it(server):
         with torch.inference_mode():
             block = store.get(KEYS[0])
         assert not block.data.is_inference()
+
+
+def test_a_reader_does_not_bring_back_what_is_deleted(server, monkeypatch):
+    shared(server)
+    with opened(server) as store:
+        store.put(items(KEYS))
+        remote = remote_of(store)
+        delete = remote.delete
+
+        def deleted(keys):
+            for key in KEYS:  # meanwhile, somebody reads
+                store.get(key)
+            return delete(keys)
+
+        monkeypatch.setattr(remote, "delete", deleted)
+        store.delete(KEYS)
+        assert store.resting(KEYS) == [None] * len(KEYS)
+
+
+def test_a_server_that_cannot_be_asked_keeps_nothing_here(server, monkeypatch):
+    with opened(server) as store:
+        store.put(items(KEYS))
+
+        def gone(_):
+            raise Unreachable("gone")
+
+        monkeypatch.setattr(remote_of(store), "delete", gone)
+        with pytest.raises(Unreachable):
+            store.delete(KEYS)
+        assert not any(key in store for key in KEYS)
+
+
+def test_a_user_of_the_namespace_alone_is_enough(server):
+    with server.client() as client:
+        client.acl_setuser(
+            "team", enabled=True, passwords=["+word"], keys=["team-a:*"], commands=["+@all"]
+        )
+    url = f"unix://team:word@{server.path}"
+    try:
+        shared(server, namespace="team-a", url=url)
+        with opened(server, namespace="team-a", url=url) as store:
+            assert store.lookup(KEYS) == 10
+    finally:
+        with server.client() as client:
+            client.acl_deluser("team")

@@ -11,6 +11,7 @@ import torch
 from kvstore.block import KVBlock
 from kvstore.errors import CorruptRecord
 from kvstore.layout import layer_groups
+from kvstore.remote.breaker import LIES
 from kvstore.remote.index import MAX_INDEX_BYTES, Index, unpack
 from kvstore.remote.seal import SEAL_BYTES, Seals
 from kvstore.remote.tier import RemoteTier
@@ -252,3 +253,29 @@ def test_an_index_of_another_format_is_refused_even_if_sealed():
     ):
         with pytest.raises(CorruptRecord, match="index"):
             unpack(sealed(key, change), key, SEALS)
+
+
+def test_a_server_of_damaged_records_is_set_aside(server):
+    keys = chain(range(40), model=MODEL)
+    values = written(server, keys)
+    with server.client() as client:
+        for name, value in values.items():
+            if not name.endswith(b"}"):
+                client.set(name, value[:-1] + bytes([value[-1] ^ 1]))
+    with opened(server) as store:
+        assert not any(served(store, key) for key in keys)
+        numbers = store.stats()
+        assert numbers.remote.openings == 1
+        assert LIES <= numbers.tiers["remote"].corrupt < len(keys)
+
+
+def test_one_damaged_record_among_good_ones_does_not_set_a_server_aside(server):
+    keys = chain(range(40), model=MODEL)
+    values = written(server, keys)
+    damaged = [name for name in values if keys[3].digest.hex().encode() in name]
+    with server.client() as client:
+        for name in damaged:
+            client.set(name, values[name][:-1] + bytes([values[name][-1] ^ 1]))
+    with opened(server) as store:
+        assert [served(store, key) for key in keys] == [i != 3 for i in range(10)]
+        assert store.stats().remote.openings == 0
