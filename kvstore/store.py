@@ -41,8 +41,9 @@ class TieredStore:
     """Blocks of KV in tiers, fastest first. Thread-safe; one per folder and process.
 
     A put goes to tiers in memory at once and to durable ones by a background thread. Nothing moves
-    on a read, but from `remote`: what that has alone is then kept in memory and on disk. Any doubt
-    about stored bytes is a miss. Pins hold in this process only, and not in `remote`.
+    on a read, but from `remote`: where there is a tier in memory, what that has alone is then kept
+    there and on disk. Any doubt about stored bytes is a miss. Pins hold in this process only, and
+    not in `remote`.
     """
 
     def __init__(
