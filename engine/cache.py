@@ -51,6 +51,8 @@ class Cache(Protocol):
 
     append, write: as in `SequenceCache`; view, too, until a layer's prompt is complete.
     advance: so many more tokens are complete.
+    exact: leading tokens whose KV is that of attention to all tokens before them: others may have
+        it, under the names of these tokens.
     observe: unrotated queries of the prompt, chunk by chunk, for indexes that learn from them.
     finalize: the prompt is complete; called once, before the first `attend`.
     attend: attention of the token appended last, not yet advanced over.
@@ -61,6 +63,8 @@ class Cache(Protocol):
 
     @property
     def length(self) -> int: ...
+    @property
+    def exact(self) -> int: ...
     @property
     def recorder(self) -> Recorder | None: ...
     @property
@@ -124,6 +128,11 @@ class DenseCache(Everything, ABC):
     def __init__(self, recorder: Recorder | None) -> None:
         self.length = 0
         self.recorder = recorder
+
+    @property
+    def exact(self) -> int:
+        """All: every token attended to all before it."""
+        return self.length
 
     @abstractmethod
     def buffers(self, layer: int, tokens: int) -> LayerKV:

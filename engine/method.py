@@ -84,6 +84,11 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def sparse(self) -> bool:
         return self.index != "dense"
 
+    @property
+    def exact_rows(self) -> bool:
+        """Whether a budget that holds all tokens makes it dense attention."""
+        return self.keys == self.values == "exact" and self.top_p is None
+
     def tokens(self, prompt_tokens: int) -> int:
         """The budget for a prompt of this length; never less than what is always attended to."""
         asked = self.budget if self.budget >= 1 else self.budget * prompt_tokens

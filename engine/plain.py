@@ -92,13 +92,18 @@ class Plain:
         return found if self._speeds.worth(found, len(run.request.prompt)) else []
 
     def save(self, run: Running) -> None:
-        """Give the store the blocks that became complete, where the run keeps any."""
+        """Give the store the blocks that became complete, where the run keeps any.
+
+        Not those of tokens whose step left out a part of the context: their KV is not what their
+        names say.
+        """
         assert run.cache is not None
         if run.cache.recorder is None:
             return
-        if blocks := run.cache.recorder.take(run.cache.length):
+        length = run.cache.exact
+        if blocks := run.cache.recorder.take(length):
             if blocks[-1][0] >= len(run.keys):
-                tokens = run.all_tokens[: run.cache.length]
+                tokens = run.all_tokens[:length]
                 run.keys = self.keys(tokens, run.repair, run.precision)
             self._store.put([(run.keys[number], block) for number, block in blocks])
 

@@ -1,5 +1,6 @@
 """A request's cache that attends to what matters: a drop-in for `SequenceCache`."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -89,6 +90,7 @@ class SparseCache:
         self._selecting = sum(layer.owner in self._layers for layer in model.layers)
         self._queries: dict[int, Tensor] = {}
         self._final = self._closed = False
+        self._exact = sys.maxsize  # tokens, at most, whose steps attended to all; see `exact`
         self._seat: Seat | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._pending: dict[int, Future[None]] = {}
@@ -96,6 +98,11 @@ class SparseCache:
     @property
     def length(self) -> int:
         return self._dense.length
+
+    @property
+    def exact(self) -> int:
+        """The prompt, and what follows as long as the budget holds all tokens."""
+        return min(self.length, self._exact)
 
     @property
     def recorder(self) -> Recorder | None:
@@ -157,7 +164,7 @@ class SparseCache:
             if layer.choice is None:
                 self.complete(i, self.length)
                 yield
-        self._final = True
+        self._end_prompt()
 
     def fill(
         self, layer: int, rotated: Float[Tensor, "Hk T D"], v: Float[Tensor, "Hk T D"]
@@ -172,7 +179,12 @@ class SparseCache:
     def adopt(self, length: int) -> None:
         """The prompt that `fill` took is complete."""
         self._dense.advance(length)
+        self._end_prompt()
+
+    def _end_prompt(self) -> None:
         self._final = True
+        budgets = [x.choice.policy.budget for x in self._layers.values() if x.choice is not None]
+        self._exact = max(self.length, min(budgets) if self.method.exact_rows else 0)
 
     # the steps
 
@@ -184,6 +196,7 @@ class SparseCache:
         v: Float[Tensor, "Hk N D"],
     ) -> LayerKV:
         """Write N tokens after `length`; of a prompt, returns all tokens, else the new ones."""
+        self._stop_recording()
         if not (self._final and layer in self._layers):
             return self._dense.append(layer, k, rotated, v)
         if self.recorder is not None:
@@ -248,9 +261,15 @@ class SparseCache:
 
     def take(self, kv: Float[Tensor, "L 2 Hk D"]) -> None:
         """The unrotated KV of one more token, as the batch made it."""
+        self._stop_recording()
         if self.recorder is not None:
             self.recorder.write_token(self.length, kv)
         self.advance(1)
+
+    def _stop_recording(self) -> None:
+        """From the first token on that is not `exact`; what was, the store has by then."""
+        if self.length >= self._exact:
+            self._dense.recorder = None
 
     def close(self) -> None:
         """Free the pool's blocks; returns when no thread uses them any more."""

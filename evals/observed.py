@@ -85,6 +85,10 @@ class Observed:
         return self._cache.length
 
     @property
+    def exact(self) -> int:
+        return self._cache.exact
+
+    @property
     def recorder(self) -> Recorder | None:
         return self._cache.recorder
 
