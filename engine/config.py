@@ -87,7 +87,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "EngineConfig":
-        """Read a TOML file: top-level settings, and the tables `[store]`, `[method]`, `[blend]`.
+        """Read a TOML file: top-level settings, and the tables `[store]`, `[method]`, `[blend]`,
+        `[schedule]` and `[serve]`.
 
         A `preset` in `[method]` names what the table's other settings change.
 

@@ -35,7 +35,7 @@ def run(engine: Engine, job: Job) -> Outcome:
 
 def documents(engine: Engine, job: Job) -> tuple[list[Fact], list[dict[str, str]]]:
     """Starts of reference pages of the Python language with one fact each, and the facts."""
-    rng, keys, room = random.Random(job.seed), KEYS.split(), job.tokens // job.facts - 64
+    rng, keys, room = random.Random(job.seed), KEYS.split(), job.tokens // max(1, job.facts) - 64
     most = min(len(keys), len(topics))
     if not 2 <= job.facts <= most or room < 64:
         raise ConfigError(

@@ -49,7 +49,7 @@ class Library:
         self._indexed: set[str] = set()
         self._origin = Origin(prefix, engine.config.block_tokens)
         self._reading: Counter[Origin] = Counter()  # by prompts that run
-        self._lock = threading.RLock()  # guards all others; never held while a model computes
+        self._lock = threading.RLock()  # guards all others; not held while the engine computes
         self._catalogue = Catalogue(catalogue_file(engine, folder))
         self._forgetting = Forgetting(engine, self._catalogue)
         self._finish()

@@ -27,7 +27,9 @@ class Coming(Protocol):
 
 
 class Live:
-    """What the engine thread knows of a request. All but `ended_by` is that thread's alone.
+    """What the engine thread knows of a request.
+
+    All but `ended_by` and `quiet`, which say what others want, is that thread's alone.
 
     Args:
         engine: the view of the engine whose KV the request may use.

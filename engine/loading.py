@@ -1,8 +1,9 @@
 """Stored blocks, loaded to wherever a prompt has them, ahead of the loop that needs them."""
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from itertools import islice
 
 import torch
@@ -56,6 +57,7 @@ class Loader:
         self._busy, self.waited_s = Busy(), 0.0
         self._staging = Staging(model.shape, store, blocks, computed or {}, self._busy)
         self._loads: dict[int, Future[None]] = {}
+        self._cancelled = threading.Event()
         self._thread = ThreadPoolExecutor(1, "headrace-loader", modest)
         self._left = iter(self._staging.groups)
         self._at_a_time = 1 if paced else None
@@ -90,7 +92,8 @@ class Loader:
         self._loads[max(self._loads)].add_done_callback(call)  # one thread loads them, in order
 
     def cancel(self) -> None:
-        """Stop loading; returns when nothing writes to the cache any more."""
+        """Stop loading; returns when nothing writes to the cache any more: after one batch."""
+        self._cancelled.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._staging.close()
 
@@ -105,6 +108,8 @@ class Loader:
         for layer in group:
             self.tables[self._owners[layer].rope]  # made while the first batch is read
         for _ in self._staging.batches:
+            if self._cancelled.is_set():
+                raise CancelledError
             staged = self._staging.take()
             if staged.group != group:
                 raise RuntimeError(f"layers {staged.group} could not be placed: see their error")

@@ -10,7 +10,7 @@ SERVER: Final = 2  # SpanKind of what a client asked for
 INTERNAL: Final = 1
 
 
-def otlp(traces: Iterable[Trace], service: str = "headrace") -> dict[str, Any]:
+def otlp(traces: Iterable[Trace]) -> dict[str, Any]:
     """One `ExportTraceServiceRequest`: a span for each request, and below it those it consists of.
 
     What was measured many times with pauses is one span, whose attributes `busy_ns` and `count`
@@ -20,7 +20,7 @@ def otlp(traces: Iterable[Trace], service: str = "headrace") -> dict[str, Any]:
     return {
         "resourceSpans": [
             {
-                "resource": {"attributes": _attributes({"service.name": service})},
+                "resource": {"attributes": _attributes({"service.name": "headrace"})},
                 "scopeSpans": [{"scope": {"name": "headrace"}, "spans": spans}],
             }
         ]

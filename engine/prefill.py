@@ -1,7 +1,7 @@
 """Loop one: read a prompt, fill a cache; chunk by chunk, or layer by layer."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float, Int
@@ -25,13 +25,11 @@ def prefill(
     *,
     chunk: int = 512,
     loader: Loader | None = None,
-    after_chunk: Callable[[], None] = lambda: None,
 ) -> Float[Tensor, " vocab"]:
     """Append `tokens`, at least one, to `cache`; returns the logits after the last of them."""
     last = torch.empty(0)
     for x in hidden_states(model, cache, tokens, chunk=chunk, loader=loader, ends=True):
         last = x
-        after_chunk()
     return model.logits(last)[0]
 
 

@@ -15,6 +15,8 @@ def rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of a conversation, by the tokenizer's chat template, up to the answer's start."""
     if tokenizer is None or not tokenizer.chat_template:
         raise PromptError("the model has no chat template: pass a plain prompt to generate()")
+    for message in messages:
+        check_unicode(message.get("content", ""), "a message")
     try:
         return list(
             tokenizer.apply_chat_template(

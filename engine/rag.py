@@ -1,5 +1,6 @@
 """Retrieval-augmented generation: documents are read once, and answer questions in any order."""
 
+import logging
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from contextlib import aclosing, closing
 from pathlib import Path
@@ -12,7 +13,7 @@ from engine.background import in_thread
 from engine.catalogue import Document
 from engine.documents import Source, read
 from engine.engine import Engine
-from engine.errors import ConfigError, PromptError, PromptTooLong
+from engine.errors import ConfigError, EngineError, PromptError, PromptTooLong
 from engine.library import Cited, Library
 from engine.question import around
 from engine.repair import BlendConfig, PolicyName
@@ -20,7 +21,9 @@ from engine.request import Completion, Event
 from engine.retriever import BM25, Hit, Retriever
 from engine.segments import Segments
 from engine.splitter import BREAK, Piece
+from kvstore.errors import StoreError
 
+log = logging.getLogger(__name__)
 TOP_K = 5
 
 
@@ -220,7 +223,11 @@ class Rag:
                 yield Step(event.token, event.text, None if done is None else _answer(done, cited))
         finally:
             events.close()
-            self._library.asked(segments, [one.citation.chunk for one in cited], generated, done)
+            try:
+                chunks = [one.citation.chunk for one in cited]
+                self._library.asked(segments, chunks, generated, done)
+            except (EngineError, StoreError):  # who has an answer by now, keeps it
+                log.exception("what was deleted meanwhile is deleted with the next question")
 
     def _check_room(self) -> None:
         positions = self.engine.model.shape.max_positions

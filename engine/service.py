@@ -118,7 +118,8 @@ class Service:
         """Take no more requests, and wait for those there are; whether all have ended."""
         with self._door:
             self._draining = True
-            return self._door.wait_for(lambda: not (self._live or self._chores), timeout_s)
+            longest = min(timeout_s, threading.TIMEOUT_MAX)
+            return self._door.wait_for(lambda: not (self._live or self._chores), longest)
 
     def close(self) -> None:
         """End all requests, and the thread. Idempotent."""

@@ -29,7 +29,7 @@ def run(args: Namespace) -> int:
     with (
         open_engine(args, config) as engine,
         _access_log(config),
-        serving(engine, Path(args.model).name) as server,
+        serving(engine, Path(args.model).resolve().name) as server,
     ):
         server.run(lambda url: print(f"ready {url}", file=sys.stderr, flush=True))
     return 0

@@ -127,6 +127,8 @@ def _fetch(url: str, key: str | None) -> StatusReport:
             ) from error
     except msgspec.DecodeError as error:
         raise EngineError(f"{url} does not answer as headrace does: {error}") from error
+    except ValueError as error:  # of the URL, or of letters that a header cannot have
+        raise ConfigError(f"--url or --key cannot be sent: {error}") from error
     except (OSError, http.client.HTTPException) as error:
         raise EngineError(
             f"no server at {url} ({getattr(error, 'reason', error)}): start one with headrace "

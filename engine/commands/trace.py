@@ -51,8 +51,12 @@ def run(args: Namespace) -> int:
 def _export(args: Namespace) -> int:
     """OTLP/JSON, as it came, in a file or on stdout."""
     answer = _ask(args, format="otlp")
-    scopes = [s for r in json.loads(answer)["resourceSpans"] for s in r["scopeSpans"]]
-    _refuse_none(args, sum(len(scope["spans"]) for scope in scopes))
+    try:
+        scopes = [s for r in json.loads(answer)["resourceSpans"] for s in r["scopeSpans"]]
+        count = sum(len(scope["spans"]) for scope in scopes)
+    except (ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"{args.url} does not answer as headrace does: {error}") from error
+    _refuse_none(args, count)
     if args.otlp == "-":
         print(answer.decode())
     else:
@@ -81,6 +85,8 @@ def _ask(args: Namespace, **query: str) -> bytes:
                     f"${KEY_VARIABLE}"
                 ) from error
             raise EngineError(f"{args.url} answers {error.code} {error.reason}") from error
+    except ValueError as error:  # of the URL, or of letters that a header cannot have
+        raise ConfigError(f"--url or --key cannot be sent: {error}") from error
     except (urllib.error.URLError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise EngineError(

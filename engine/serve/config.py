@@ -126,7 +126,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         )  # fmt: skip
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"serve.port is a number from 0 to 65535, got {self.port}")
-        if self.drain_s < 0:
+        if not self.drain_s >= 0:
             raise ConfigError(f"serve.drain_s must not be negative, got {self.drain_s}")
         for name in self.keys:
             if not NAME.fullmatch(name):

@@ -113,12 +113,22 @@ class Adding:
             sources = [_source(document) for document in given]
             documents = await self._desk.in_thread(lambda: self._shelf.read(sources), self._place)
         async with self._tenant.adding:
-            await self._recorded(lambda: self._check_quota(documents))
-            self._tenant.tokens.take(sum(document.tokens for document in documents))
-            chunks = await self._recorded(lambda: self._shelf.add(documents))
+            admitting = asyncio.ensure_future(self._admitted(documents))
+            try:
+                chunks = await asyncio.shield(admitting)
+            finally:  # who leaves meanwhile lets nobody in before it is known what there is
+                await asyncio.wait({admitting})
+                if not admitting.cancelled():
+                    admitting.exception()  # told, or nobody's any more
         with span(self._call.trace, "prefill"):
             await self._compute(documents, chunks)
         return documents
+
+    async def _admitted(self, documents: Sequence[Document]) -> list[Tokens]:
+        """Put on record what the quota and the rate allow."""
+        await self._recorded(lambda: self._check_quota(documents))
+        self._tenant.tokens.take(sum(document.tokens for document in documents))
+        return await self._recorded(lambda: self._shelf.add(documents))
 
     async def _compute(self, documents: Sequence[Document], chunks: Sequence[Tokens]) -> None:
         left = threading.Event()

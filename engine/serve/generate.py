@@ -25,6 +25,7 @@ from engine.serve.stream import EventStream
 from engine.serve.tenants import Tenant
 from engine.serve.wire import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from engine.spans import span
+from kvstore.errors import StoreError
 
 log = logging.getLogger(__name__)
 Asked: TypeAlias = ChatRequest | CompletionRequest
@@ -119,7 +120,7 @@ class Job:
         """What was read is on record, if that can be: who has an answer by now, gets it."""
         try:
             await self._answering.settled()
-        except EngineError:
+        except (EngineError, StoreError):
             log.exception("where an answer has put KV is not on record: deletions will not find it")
 
     async def _made(self, events: list[Event]) -> bytes:

@@ -14,6 +14,7 @@ from engine.serve.refusals import Refusal, invalid, overloaded
 
 access = logging.getLogger("headrace.access")
 
+LONGEST_MS = 2**31 - 1  # that the system takes
 LINGER_S = 1.0  # to a connection too many, which may have sent something
 ABORT = "headrace.abort"  # in a request's scope: drops the connection, whatever waits to be sent
 
@@ -78,7 +79,7 @@ class Protocol(H11Protocol):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
             # also of what is left to send after the last request, when no handler waits any more
-            limit_ms = max(1, int(self.send_timeout_s * 1000))
+            limit_ms = max(1, int(min(self.send_timeout_s * 1000, LONGEST_MS)))
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
 
     def _expect_head(self) -> None:

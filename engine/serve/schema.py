@@ -88,7 +88,7 @@ def _models() -> Schema:
 def _generation() -> Schema:
     chat = _operation(
         "createChatCompletion",
-        "Continue a conversation; `documents` are put in front of its last question, and their KV "
+        "Continue a conversation; `documents` are put in front of its first question, and their KV "
         "is reused. With `stream`, events whose data are `ChatChunk`, then `[DONE]`.",
         "Chat",
         body="ChatRequest",

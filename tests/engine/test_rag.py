@@ -454,6 +454,7 @@ def test_what_is_asked_again_is_in_memory(parts, path, wait):
     [
         lambda rag: rag.ask("caf\udce9"),
         lambda rag: rag.engine.generate("caf\udce9"),
+        lambda rag: rag.engine.render([{"role": "user", "content": "caf\udce9"}]),
         lambda rag: rag.add({"id": "caf\udce9", "text": "It rained."}),
         lambda rag: rag.add({"title": "caf\udce9", "text": "It rained."}),
         lambda rag: Rag(rag.engine, 128, prefix="caf\udce9"),
@@ -462,3 +463,20 @@ def test_what_is_asked_again_is_in_memory(parts, path, wait):
 def test_what_is_not_unicode_is_a_mistake(rag, ask):
     with pytest.raises(PromptError, match="is not Unicode"):
         ask(rag)
+
+
+def test_an_answer_is_given_though_a_deletion_is_still_to_be_done(parts, path, monkeypatch):
+    with parts.engine(path) as engine:
+        rag = Rag(engine, 128)
+        rag.add(documents())
+
+        def broken(*_):
+            raise StoreError("the disk failed")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.store, "delete", broken)
+            with pytest.raises(StoreError):
+                rag.delete(PAGES[0])
+            assert FACTS[1].answered_by(rag.ask(FACTS[1].question, top_k=1, **SHORT).text)
+        assert FACTS[1].answered_by(rag.ask(FACTS[1].question, top_k=1, **SHORT).text)
+        assert rag._library._catalogue.doomed == {}

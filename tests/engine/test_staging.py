@@ -4,7 +4,7 @@ import gc
 import threading
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
 
@@ -211,6 +211,26 @@ def test_reading_counts_as_loading_also_ahead_of_the_loop(tmp_path, monkeypatch,
             time.sleep(0.1)
         loader.cancel()
     assert loader.load_s > 15 / AHEAD * 0.02  # batches
+
+
+def test_a_loader_that_is_cancelled_takes_no_more_batches(tmp_path, monkeypatch):
+    begun, go_on, placed, place = threading.Event(), threading.Event(), [], Loader._place
+
+    def slow(self, group, start, data):
+        placed.append(start)
+        begun.set()
+        assert go_on.wait(20)
+        place(self, group, start, data)
+
+    monkeypatch.setattr(Loader, "_place", slow)
+    with stored(tmp_path) as store:
+        loader, _ = loader_of(store)
+        assert begun.wait(20)
+        threading.Timer(0.2, go_on.set).start()
+        loader.cancel()
+        with pytest.raises(CancelledError):
+            loader.wait(1)
+    assert len(placed) == 1
 
 
 def test_what_could_not_be_placed_puts_no_other_layer_in_its_place(tmp_path, monkeypatch):

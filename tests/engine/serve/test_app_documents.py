@@ -11,6 +11,7 @@ import pytest
 
 from engine.catalogue import Catalogue, CatalogueError, Document
 from engine.repair import BlendConfig
+from engine.serve.config import KeyConfig
 from engine.serve.desk import THREADS
 from engine.shelf import Reading, Shelf
 from kvstore.config import StoreConfig
@@ -349,10 +350,41 @@ def test_a_failed_write_of_somebody_is_nobodys_error(monkeypatch, tmp_path):
             server.engine.store.flush()
 
 
+def test_who_leaves_while_documents_are_added_lets_nobody_past_the_quota(monkeypatch):
+    given, adding, go_on = documents()[:2], threading.Event(), threading.Event()
+    add = Shelf.add
+
+    def slow(shelf, some):
+        adding.set()
+        assert go_on.wait(LIMIT_S)
+        return add(shelf, some)
+
+    with running() as plain, plain.http() as client:
+        whole = client.post("/v1/documents", json={"documents": given[:1]}).json()
+        quota = whole["data"][0]["tokens"] + 10
+    monkeypatch.setattr(Shelf, "add", slow)
+    keys = {"a": KeyConfig(key="sk-a", document_tokens=quota)}
+    with running(keys=keys) as server, ThreadPoolExecutor(1) as pool:
+        body = json.dumps({"documents": given[:1]}).encode()
+        head = f"POST /v1/documents HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+        head += "authorization: Bearer sk-a\r\ncontent-type: application/json\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", server.port)) as gone:
+            gone.sendall(head.encode() + body)
+            assert adding.wait(LIMIT_S)
+        with server.http("sk-a") as client:
+            asked = {"json": {"documents": given[1:]}}
+            late = pool.submit(client.post, "/v1/documents", **asked)
+            threading.Timer(0.3, go_on.set).start()
+            assert late.result(LIMIT_S).status_code == 429
+            kept = client.get("/v1/documents").json()["data"]
+    assert [document["id"] for document in kept] == [given[0]["id"]]
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_is_given_though_it_cannot_be_noted(server, added, monkeypatch, stream):
+@pytest.mark.parametrize("wrong", [CatalogueError("no space left"), StoreError("the disk failed")])
+def test_an_answer_is_given_though_it_cannot_be_noted(server, added, monkeypatch, stream, wrong):
     def fails(*_: object) -> None:
-        raise CatalogueError("no space left")
+        raise wrong
 
     monkeypatch.setattr(Reading, "end", fails)
     asked = {

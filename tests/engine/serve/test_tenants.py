@@ -192,6 +192,7 @@ def test_a_key_that_is_none_is_refused(wrong):
         {"send_timeout_s": 0.0},
         {"send_timeout_s": float("nan")},
         {"drain_s": -1.0},
+        {"drain_s": float("nan")},
         {"keys": {"a b": KeyConfig(key="a")}},
         {"keys": {"": KeyConfig(key="a")}},
     ],

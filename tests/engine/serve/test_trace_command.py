@@ -102,6 +102,8 @@ def test_a_key_shows_its_tenants_requests(
         (["--url", "http://127.0.0.1:1"], "start one with headrace serve"),
         (["--url", "file:///etc"], "starts with http"),
         (["--url", "http://127.0.0.1:x"], "no server at"),
+        (["--url", "http://[bad"], "cannot be sent"),
+        (["--url", "http://127.0.0.1:1", "--key", "sk-\u2026"], "cannot be sent"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(
@@ -115,5 +117,7 @@ def test_what_a_user_can_mend_is_one_line(
 def test_another_server_is_told_from_ours(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trace", "--url", f"{url}/nowhere"]) == 1
     assert "404" in capsys.readouterr().err
+    assert main(["trace", "--url", f"{url}/?", "--otlp", "-"]) == 1
+    assert "does not answer as headrace does" in capsys.readouterr().err
     assert main(["trace", "--url", f"{url}/?"]) == 1  # the page
     assert "does not answer as headrace does" in capsys.readouterr().err
