@@ -8,7 +8,7 @@ admission refuses.
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import NamedTuple, TypeAlias
@@ -69,13 +69,19 @@ def _serve(chain: list[bytes], cache: Cache) -> int:
     return hits
 
 
-def insert(cache: Cache, blocks: Sequence[Placed], pinned: Iterable[bytes] = ()) -> None:
+def insert(
+    cache: Cache,
+    blocks: Sequence[Placed],
+    pinned: Iterable[bytes] = (),
+    below: Container[bytes] = (),
+) -> None:
     """Store absent blocks, parents first, as `kvstore.level` does: together, or as many as fit.
 
     Args:
         pinned: not to be evicted; nor are those on which the new ones rest.
+        below: of the new ones, those that come just because others rest on them.
     """
-    blocks = _admitted(cache, blocks)
+    blocks = _admitted(cache, blocks, below)
     if _fits(cache, blocks, pinned):
         return
     skipped: set[bytes | None] = set()
@@ -84,12 +90,12 @@ def insert(cache: Cache, blocks: Sequence[Placed], pinned: Iterable[bytes] = ())
             skipped.add(placed[0])
 
 
-def _admitted(cache: Cache, blocks: Sequence[Placed]) -> Sequence[Placed]:
+def _admitted(cache: Cache, blocks: Sequence[Placed], below: Container[bytes]) -> Sequence[Placed]:
     if cache.admission is None:
         return blocks
     offers = [Resident(block, parent, cache.nbytes, depth, b"") for block, parent, depth in blocks]
     free = (cache.capacity - len(cache.policy)) * cache.nbytes
-    chosen = cache.admission.choose(offers, free, {}, cache.policy.__contains__)
+    chosen = cache.admission.choose(offers, free, {}, cache.policy.__contains__, below)
     return [block for block, comes in zip(blocks, chosen, strict=True) if comes]
 
 

@@ -161,7 +161,6 @@ def test_the_demo_does_not_show_what_did_not_happen():
             demo_rag.check(outcome(["a", "b"]), second)
 
 
-@pytest.mark.parametrize("facts", ["0", "1"])
-def test_an_impossible_demo_is_told_in_one_line(capsys, facts):
-    assert main(["demo", "rag", "--facts", facts]) == 1
+def test_an_impossible_demo_is_told_in_one_line(capsys):
+    assert main(["demo", "rag", "--facts", "0"]) == 1
     assert "process 1 failed: --facts must be 2 to" in capsys.readouterr().err.splitlines()[-1]

@@ -43,7 +43,7 @@ def test_what_waits_to_be_written_does_not_come_back(path, monkeypatch):
     with opened(path, host=0) as store:
         level, goes = store._levels[0], threading.Event()
         insert = level.insert
-        monkeypatch.setattr(level, "insert", lambda blocks: goes.wait() and insert(blocks))
+        monkeypatch.setattr(level, "insert", lambda *given: goes.wait() and insert(*given))
         store.put(items(GONE))
         timer = threading.Timer(0.05, goes.set)
         timer.start()

@@ -32,5 +32,5 @@ def _serve(chain, rooms):
             first = min((i for i in range(hits) if chain[i] not in room.policy), default=hits)
         placed = list(zip(chain, [None, *chain], range(len(chain))))[first:]
         absent = [x for x in placed if x[0] not in room.policy]
-        insert(room.cache, absent, chain)
+        insert(room.cache, absent, chain, below=set(chain[:hits]))
     return hits
