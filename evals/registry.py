@@ -37,8 +37,8 @@ MEASUREMENTS = {"fidelity": "evals.fidelity", "speed": "evals.speed"}
 MEASURED = "needle"  # what is measured on where nothing else is named
 HUBS = {"longbench": "hub:THUDM/LongBench", "longbench_v2": "hub:THUDM/LongBench-v2"}  # defaults
 FOLDERS = ("longbench", "longbench_v2")  # settings that suites know as their `folder`
-IN_DATA = {"squad": "qa_1", "hotpotqa": "qa_2", "musique": "musique"}  # for which task, by setting;
-# the default is in `$HEADRACE_DATA`
+# settings whose default is in `$HEADRACE_DATA`, and the task that each is for
+IN_DATA = {"squad": "qa_1", "hotpotqa": "qa_2", "musique": "musique"}
 
 
 class Asked(NamedTuple):

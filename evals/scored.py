@@ -59,32 +59,20 @@ def score_file(path: Path, task: str | None = None) -> list[Score]:
     Raises:
         ConfigError: the file is of no such form, or a row lacks something.
     """
-    records = _read(path)
-    if not isinstance(records, _Predictions):
-        if task is not None:
-            raise ConfigError(
-                f"{path} is of a run, which knows the task of each record: omit --task"
-            )
-        return _means(_records(records))
-    return _means(_rows(path, records.rows, task))
-
-
-class _Predictions(NamedTuple):
-    """Rows that are no records of a run."""
-
-    rows: list[Row]
-
-
-def _read(path: Path) -> list[Record] | _Predictions:
     folder = path if path.is_dir() else path.parent if path.name == RECORDS else None
+    records: Iterable[Record]
     if folder is not None:
-        return list(read_records(folder))
-    rows = read_rows(path)
-    if not rows or not all(isinstance(row, Mapping) for row in rows):
-        raise ConfigError(f"{path} has no rows to score")
-    if {"suite", "method", "turn"} <= rows[0].keys():
-        return _as_records(path, rows)
-    return _Predictions(rows)
+        records = read_records(folder)
+    else:
+        rows = read_rows(path)
+        if not rows or not all(isinstance(row, Mapping) for row in rows):
+            raise ConfigError(f"{path} has no rows to score")
+        if not {"suite", "method", "turn"} <= rows[0].keys():
+            return _means(_rows(path, rows, task))
+        records = _as_records(path, rows)
+    if task is not None:
+        raise ConfigError(f"{path} is of a run, which knows the task of each record: omit --task")
+    return _means(_records(records))
 
 
 def _means(judged: Iterable[_Judged]) -> list[Score]:
