@@ -5,7 +5,6 @@ import json
 import os
 import time
 import urllib.error
-import urllib.request
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -18,6 +17,7 @@ from rich.filesize import decimal
 from rich.live import Live
 from rich.table import Table
 
+from engine.commands.asking import KEY_VARIABLE, said
 from engine.errors import ConfigError, EngineError
 from engine.serve.report import StatusReport, Tier
 from kvstore.codecs.known import BY_NAME
@@ -27,8 +27,7 @@ from kvstore.environment import DATA_FILE
 from kvstore.errors import StoreError
 from kvstore.summary import rows
 
-KEY_VARIABLE = "HEADRACE_API_KEY"
-TIMEOUT_S = 10
+TIMEOUT_S = 10.0
 Look: TypeAlias = Callable[[], RenderableType]
 TIER_COLUMNS = (
     "tier", "used", "of", "blocks", "hits", "evicted", "refused", "skipped", "corrupt",
@@ -111,14 +110,8 @@ def owners(owned: Sequence[Sequence[str | int]]) -> Table:
 
 
 def _fetch(url: str, key: str | None) -> StatusReport:
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"--url starts with http:// or https://, got {url}")
-    key = key or os.environ.get(KEY_VARIABLE)
-    headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
-        request = urllib.request.Request(f"{url.rstrip('/')}/stats", headers=headers)
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-            return msgspec.json.decode(answer.read(), type=StatusReport)
+        return msgspec.json.decode(said(url, "stats", key, TIMEOUT_S), type=StatusReport)
     except urllib.error.HTTPError as error:
         with error:
             raise EngineError(
@@ -127,8 +120,6 @@ def _fetch(url: str, key: str | None) -> StatusReport:
             ) from error
     except msgspec.DecodeError as error:
         raise EngineError(f"{url} does not answer as headrace does: {error}") from error
-    except ValueError as error:  # of the URL, or of letters that a header cannot have
-        raise ConfigError(f"--url or --key cannot be sent: {error}") from error
     except (OSError, http.client.HTTPException) as error:
         raise EngineError(
             f"no server at {url} ({getattr(error, 'reason', error)}): start one with headrace "

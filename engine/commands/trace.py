@@ -2,12 +2,10 @@
 
 import http.client
 import json
-import os
 import sys
 import time
 import urllib.error
 import urllib.parse
-import urllib.request
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from engine.commands.asking import KEY_VARIABLE, said
 from engine.errors import ConfigError, EngineError
 from engine.serve.report import SpanReport, TraceReport, TracesReport
 
-TIMEOUT_S = 30
-KEY_VARIABLE = "HEADRACE_API_KEY"
+TIMEOUT_S = 30.0
 COLUMNS = 44  # of a waterfall
 COLOURS = {
     "http": "bright_black", "tokenise": "bright_black", "queue": "yellow", "lookup": "green",
@@ -68,15 +66,9 @@ def _ask(args: Namespace, **query: str) -> bytes:
     """The body of `/traces`."""
     if args.id is not None:
         query["id"] = args.id
-    url = f"{args.url.rstrip('/')}/traces?{urllib.parse.urlencode(query)}"
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"--url starts with http:// or https://, got {args.url}")
-    key = args.key or os.environ.get(KEY_VARIABLE)
-    headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
-        request = urllib.request.Request(url, headers=headers)
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-            return bytes(answer.read())
+        page = f"traces?{urllib.parse.urlencode(query)}"
+        return said(args.url, page, args.key, TIMEOUT_S)
     except urllib.error.HTTPError as error:
         with error:
             if error.code == 401:
@@ -85,8 +77,6 @@ def _ask(args: Namespace, **query: str) -> bytes:
                     f"${KEY_VARIABLE}"
                 ) from error
             raise EngineError(f"{args.url} answers {error.code} {error.reason}") from error
-    except ValueError as error:  # of the URL, or of letters that a header cannot have
-        raise ConfigError(f"--url or --key cannot be sent: {error}") from error
     except (urllib.error.URLError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise EngineError(
