@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import EngineConfig
+from tests.caches import own_cache
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(ROOT.glob("*.md"))
@@ -25,11 +26,15 @@ def blocks():
 @pytest.mark.parametrize(("language", "code", "printed"), list(blocks()))
 def test_a_code_block_runs_and_prints_what_the_document_shows(tmp_path, language, code, printed):
     command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    settings = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "XDG_CACHE_HOME": str(own_cache(tmp_path / "cache")),
+        "PYTHONPATH": str(ROOT),
+    }
     done = subprocess.run(
         command,
         cwd=tmp_path,
-        env=os.environ | {"PATH": path, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        env=os.environ | settings,
         capture_output=True,
         text=True,
         timeout=300,

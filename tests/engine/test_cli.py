@@ -14,6 +14,7 @@ import pytest
 from engine import Engine, PromptError
 from engine.cli import main
 from kvstore.store import TieredStore
+from tests.caches import own_cache
 from tests.kvstore.stored import values_file
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ RUBY = "What is the special magic number for ruby?"
 
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own_cache(tmp_path / "cache")))
     monkeypatch.chdir(tmp_path)
 
 

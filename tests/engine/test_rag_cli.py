@@ -11,6 +11,7 @@ import pytest
 from engine import demo_rag
 from engine.cli import main
 from engine.demo import DemoError
+from tests.caches import own_cache
 from tests.engine.rag import FACTS, documents
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def notes(tmp_path, monkeypatch):
     """A folder of documents, from where the commands are run, with a store of their own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own_cache(tmp_path / "cache")))
     folder = tmp_path / "notes"
     folder.mkdir()
     for document in documents()[:2]:

@@ -12,6 +12,7 @@ from engine.cli import main
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from kvstore.remote.config import RemoteConfig
+from tests.caches import own_cache
 from tests.kvstore.remote.server import SECRET, serving
 
 ROOT = Path(__file__).parents[2]
@@ -41,12 +42,13 @@ def generated(server, cache, *options, secret=SECRET):
 
 
 def test_a_process_starts_from_what_another_has_computed(server, tmp_path):
-    first = generated(server, tmp_path)
-    again = generated(server, tmp_path)
+    cache = own_cache(tmp_path)
+    first = generated(server, cache)
+    again = generated(server, cache)
     assert first["stats"]["cached_tokens"] == 0
     assert again["stats"]["cached_tokens"] >= first["stats"]["prompt_tokens"] - 64
     assert again["text"] == first["text"]
-    stranger = generated(server, tmp_path, secret=b"another secret of enough bytes")
+    stranger = generated(server, cache, secret=b"another secret of enough bytes")
     assert stranger["stats"]["cached_tokens"] == 0
 
 
