@@ -10,6 +10,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from engine.kernels.attend_token import Partial, attend_token_native, serves
 from engine.model import AttentionSpec
+from retrieval.capped import capped
 
 FUSED = (torch.bfloat16, torch.float16)  # what FlashAttention takes
 MASK_ELEMENTS = 1 << 24  # a mask of at most 64 MiB in fp32, however long the context
@@ -103,12 +104,8 @@ def attend_scores(
     q: Float[Tensor, "Hq D"], k: Float[Tensor, "Hk K D"], spec: AttentionSpec
 ) -> Float[Tensor, "Hk G K"]:
     """What attention takes the softmax of, in fp32."""
-    return capped((q.unflatten(0, (k.shape[0], -1)).float() @ k.float().mT) * spec.scale, spec)
-
-
-def capped(scores: Float[Tensor, "..."], spec: AttentionSpec) -> Float[Tensor, "..."]:
-    """Scaled scores, as the model caps them (Gemma 2) or leaves them."""
-    return scores if spec.softcap is None else spec.softcap * torch.tanh(scores / spec.softcap)
+    scores = (q.unflatten(0, (k.shape[0], -1)).float() @ k.float().mT) * spec.scale
+    return capped(scores, spec.softcap)
 
 
 def merge(parts: Sequence[Partial]) -> Partial:
@@ -165,7 +162,7 @@ def _softcapped(
     mask: Bool[Tensor, "M S"] | None,
 ) -> Float[Tensor, "Hk M D"]:
     """Attention whose scores are capped before the softmax, which no fused kernel offers."""
-    scores = capped((q.float() @ k.float().mT) * spec.scale, spec)
+    scores = capped((q.float() @ k.float().mT) * spec.scale, spec.softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return (scores.softmax(-1) @ v.float()).to(q.dtype)

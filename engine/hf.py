@@ -9,7 +9,6 @@ from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,6 +19,7 @@ from engine.hf_layer import Family, HFLayer, Place, norm_of
 from engine.linear import borrowed
 from engine.model import AttentionSpec, Shape
 from engine.rope import Rope
+from retrieval.capped import capped
 
 _GEMMA = Family(
     plain_norm=False,
@@ -113,7 +113,7 @@ class HFModel:
     def logits(self, x: Float[Tensor, "N E"]) -> Float[Tensor, "N vocab"]:
         """Next-token logits of the last layer's output."""
         out = self._head(self._norm(x if self.streams is None else self.streams.end(x)))
-        return out if self._softcap is None else self._softcap * torch.tanh(out / self._softcap)
+        return capped(out, self._softcap)
 
 
 def family_of(config: Any) -> Family:

@@ -6,11 +6,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.active import Active
-from engine.attention import capped
 from engine.cache import Cache
 from engine.loading import Loader
 from engine.model import AttentionSpec, Model, kv_depth
 from engine.reuse import Reuse
+from retrieval.capped import capped
 
 ASKING = 64  # tokens of the prompt's end whose attention counts
 DEPTH = 0.5  # share of the layers that are looked at
@@ -69,6 +69,6 @@ def attention_mass(
     hidden = column > row if spec.window is None else (column > row) | (column <= row - spec.window)
     mass = []
     for group, keys in zip(q.unflatten(0, (len(k), -1)), k, strict=True):  # memory: a head's
-        scores = capped((group @ keys.T).float() * spec.scale, spec)
+        scores = capped((group @ keys.T).float() * spec.scale, spec.softcap)
         mass.append(scores.masked_fill_(hidden, float("-inf")).softmax(-1).mean(1))
     return torch.cat(mass)

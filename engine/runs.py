@@ -9,9 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.attention import MASK_ELEMENTS, capped
+from engine.attention import MASK_ELEMENTS
 from engine.model import AttentionSpec
 from native.gpu import on_gpu
+from retrieval.capped import capped
 
 SPAN = 512  # positions that the queries of a group spread over: keys read in vain, on average half
 
@@ -104,7 +105,7 @@ def _attend(
     (hk, _, d), n = k.shape, q.shape[1]
     folded, mask = q.reshape(hk, -1, d), mask.repeat(len(q) // hk, 1)
     if spec.softcap is not None:
-        scores = capped((folded.float() @ k.float().mT) * spec.scale, spec) + mask
+        scores = capped((folded.float() @ k.float().mT) * spec.scale, spec.softcap) + mask
         out = (scores.softmax(-1) @ v.float()).to(q.dtype)
     else:
         out = F.scaled_dot_product_attention(

@@ -7,13 +7,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from engine.attention import attend_part, capped
+from engine.attention import attend_part
 from engine.cache import Cache, Query, SequenceCache, SparseStats
 from engine.model import AttentionSpec
 from engine.recorder import Recorder
 from engine.sparse_cache import SparseCache
 from evals.recall import mass
 from kvstore.block import LayerKV
+from retrieval.capped import capped
 from retrieval.pending import products
 from retrieval.select import Policy, top_tokens
 
@@ -140,7 +141,7 @@ def compare(
     assert kv.k is not None
     heads, length = kv.v.shape[:2]
     scores = products(q, kv.k)
-    probs = capped(scores * spec.scale, spec).softmax(-1)
+    probs = capped(scores * spec.scale, spec.softcap).softmax(-1)
     as_many = max(tokens.shape[1], policy.sinks + policy.window)
     policy = replace(policy, budget=as_many, top_p=None)
     best = top_tokens(scores, policy, num_kv_heads=heads, length=length, scale=spec.scale)

@@ -65,7 +65,7 @@ class TieredStore:
         ]
         self._fast = [level for level in self._levels if not level.tier.durable]
         self._slow = [level for level in self._levels if level.tier.durable]
-        pace = Allowance(write_bytes_per_s, BATCH_BYTES) if write_bytes_per_s else None
+        pace = Allowance(float(write_bytes_per_s), BATCH_BYTES) if write_bytes_per_s else None
         self._writer = Writer(self._write, queue_bytes, pace) if self._slow else None
         self._spares = Spares()
         self._readers = ThreadPoolExecutor(READ_THREADS, "headrace-reader", be_patient)

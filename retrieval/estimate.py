@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from retrieval.capped import capped
 from retrieval.pending import Rows, products
 
 RUN_TOKENS = 4096  # summarised at once
@@ -108,9 +109,7 @@ class Tail:
         sums = folded @ means[0].mT * counts[:, None]  # of q · k over each cluster
         sums.scatter_add_(2, where, -products(query, keys).view(where.shape))
         logits = sums * scale / divisor + _widening(folded, spread, scale)
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        shares, lse = _softmax(logits + left.log()[:, None])
+        shares, lse = _softmax(capped(logits, self.softcap) + left.log()[:, None])
         weights = shares / divisor
         out = (weights * counts[:, None]) @ means[1] - weights.gather(2, where) @ values.float()
         return Estimate(out.flatten(0, 1).to(query.dtype), lse.flatten())

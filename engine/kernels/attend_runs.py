@@ -22,9 +22,10 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from engine.kernels.attend_slots import POINTERS, capped, sizes
+from engine.kernels.attend_slots import POINTERS, cap, sizes
 from engine.kernels.merge_parts import LOG2E, softmax_step
 from native.gpu import Build, on_gpu
+from retrieval.capped import capped
 
 # 128 rows x 128 numbers of sums are 64 registers of each of 256 threads: two warpgroups, each of
 # them 64 rows, as Hopper's matrix instruction takes them. fp32 has no such instruction, and each
@@ -69,9 +70,7 @@ def attend_runs_torch(
     behind = (j > positions.max())[:, None]
     wide_k, wide_v = (x.float().masked_fill(behind, 0)[:, None] for x in (k, v))
     scores = q.unflatten(0, (len(k), -1)).float() @ wide_k.mT * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    weights = capped(scores, softcap).masked_fill(hidden, -torch.inf).softmax(-1)
     return (weights @ wide_v).flatten(0, 1).to(q.dtype)
 
 
@@ -134,7 +133,7 @@ def _attend_keys(
         key = tl.load(at_k + (t[:, None] * k_row + d[None, :]), mask=there, other=0.0)
         value = tl.load(at_v + (t[:, None] * v_row + d[None, :]), mask=there, other=0.0)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-        scores = capped(scores, SOFTCAP) * LOG2E
+        scores = cap(scores, SOFTCAP) * LOG2E
         if MASKED:
             past = position[:, None] - (at + t)[None, :]
             seen = past >= 0

@@ -33,6 +33,7 @@ from engine.kernels.merge_parts import (
 )
 from kvstore.rows import Raw, RowLayout
 from native.gpu import Build, on_gpu
+from retrieval.capped import capped
 
 # 64 rows of 512 B are 32 KiB, about what each of 132 multiprocessors must have in flight to keep
 # 4.8 TB/s busy at 0.8 us; up to four programs each hide that a program waits between its blocks.
@@ -91,9 +92,7 @@ def attend_slots_torch(
     """The definition."""
     k, v = chosen(hot, slots, layout, q.dtype)
     scores = q.unflatten(1, (slots.shape[1], -1)).float() @ k.mT * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill((slots < 0)[:, :, None], -torch.inf)
+    scores = capped(scores, softcap).masked_fill((slots < 0)[:, :, None], -torch.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - finite(lse)[..., None]).exp()
     return Partials((weights @ v).flatten(1, 2).to(q.dtype), lse.flatten(1))
@@ -149,7 +148,7 @@ def sizes(group: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
 
 @triton.jit
 @no_type_check
-def capped(scores, SOFTCAP: tl.constexpr):
+def cap(scores, SOFTCAP: tl.constexpr):
     """SOFTCAP tanh(scores / SOFTCAP); tanh from an exponential, of less than would overflow."""
     if SOFTCAP is not None:
         exponent = tl.minimum(scores * (2 * LOG2E / SOFTCAP), 100.0)
@@ -195,7 +194,7 @@ def _attend_part(
         there = (slot >= 0)[:, None] & (d < D)[None, :]
         k = tl.load(row + K_AT, mask=there, other=0.0)
         v = tl.load(row + V_AT, mask=there, other=0.0)
-        scores = capped(tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale, SOFTCAP)
+        scores = cap(tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale, SOFTCAP)
         scores = tl.where((slot >= 0)[None, :], scores * LOG2E, float("-inf"))
         weights, shrink, top, total = softmax_step(scores, top, total)
         acc = acc * shrink[:, None]

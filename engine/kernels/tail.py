@@ -22,7 +22,7 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int32, UInt8
 from torch import Tensor
 
-from engine.kernels.attend_slots import POINTERS, capped, chosen, numbers, sizes
+from engine.kernels.attend_slots import POINTERS, cap, chosen, numbers, sizes
 from engine.kernels.merge_parts import (
     LOG2E,
     Partials,
@@ -35,6 +35,7 @@ from engine.kernels.merge_parts import (
 )
 from kvstore.rows import Raw, RowLayout
 from native.gpu import Build, on_gpu
+from retrieval.capped import capped
 from retrieval.estimate import CLUSTER_TOKENS, MOST_WIDENING
 
 # 16 summaries of 257 numbers are 16 KiB in flight for a program, three of which fit the registers
@@ -100,9 +101,7 @@ def estimate_tail_torch(
     folded = q.unflatten(1, (ids.shape[1], -1)).float()
     wider = scale * scale / 2 * folded.square().sum(-1, keepdim=True) * rows[:, :, None, :, -1]
     logits = folded @ keys.mT * scale / left.clamp_min(1) + wider.clamp_max(MOST_WIDENING)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits + left.log()
+    logits = capped(logits, softcap) + left.log()
     lse = logits.logsumexp(-1)
     shares = (logits - finite(lse)[..., None]).exp() / left.clamp_min(1)
     return Partials((shares @ values).flatten(1, 2).to(q.dtype), lse.flatten(1))
@@ -249,7 +248,7 @@ def _estimate(
         divisor = tl.maximum(left, 1.0)
         logits = _products(query, keys, PRECISION) * scale / divisor[None, :]
         logits += tl.minimum(widening[:, None] * spread[None, :], WIDEST)
-        logits = tl.where((left > 0)[None, :], capped(logits, SOFTCAP), float("-inf"))
+        logits = tl.where((left > 0)[None, :], cap(logits, SOFTCAP), float("-inf"))
         logits = logits * LOG2E + tl.log2(divisor)[None, :]
         weights, shrink, top, total = softmax_step(logits, top, total)
         acc = acc * shrink[:, None]

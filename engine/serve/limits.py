@@ -8,6 +8,8 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+from kvstore.allowance import Allowance
+
 
 class Exceeded(Exception):
     """A limit is reached. The message is for the client.
@@ -34,35 +36,30 @@ class Bucket:
     def __init__(
         self, what: str, per_minute: int | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._what, self._limit, self._clock = what, per_minute, clock
+        self._what, self._limit = what, per_minute
         self._lock = threading.Lock()  # guards what follows
-        self._level, self._at = float(per_minute or 0), clock()
+        self._left = Allowance(per_minute / 60, per_minute, clock) if per_minute else None
 
     def take(self, amount: int = 1) -> None:
         """Take `amount`; Exceeded where it is not there yet.
 
         Of more than a full bucket, a full one is enough, and the rest is owed.
         """
-        if self._limit is None:
+        if self._left is None:
             return
         with self._lock:
-            self._fill(self._limit)
-            missing = min(amount, self._limit) - self._level
-            if missing <= 0:
-                self._level -= amount
+            delay = self._left.delay_s(amount)
+            if not delay:
+                self._left.spend(amount)
                 return
         message = f"Rate limit reached: {self._limit} {self._what} per minute."
-        raise Exceeded(message, self._what, missing * 60 / self._limit)
+        raise Exceeded(message, self._what, delay)
 
     def owe(self, amount: int) -> None:
         """Count `amount` that was used already; give back, where it is negative."""
-        with self._lock:
-            self._level -= amount
-
-    def _fill(self, limit: int) -> None:
-        now = self._clock()
-        self._level = min(limit, self._level + (now - self._at) * limit / 60)
-        self._at = now
+        if self._left is not None:
+            with self._lock:
+                self._left.spend(amount)
 
 
 class Slots:

@@ -87,13 +87,15 @@ def test_a_limit_on_writes_never_stalls_a_put_and_what_does_not_fit_is_counted(p
 
 def test_an_allowance_is_a_rate_over_time_and_a_burst_after_a_pause():
     now = [0.0]
-    allowance = Allowance(100, 50, lambda: now[0])
+    allowance = Allowance(100.0, 50, lambda: now[0])
     assert allowance.delay_s() == 0
     allowance.spend(250)
     assert allowance.delay_s() == 2
     now[0] = 1.5
     assert allowance.delay_s() == 0.5
+    assert allowance.delay_s(30) == 0.8
     now[0] = 1000
     assert allowance.delay_s() == 0
     allowance.spend(60)
     assert allowance.delay_s() == pytest.approx(0.1)
+    assert allowance.delay_s(1000) == pytest.approx(0.6)  # of more than a burst, a burst
