@@ -79,6 +79,7 @@ class DeviceBatch:
         self._make_tensors(slots, -(-capacity // pool.shape.block_tokens))
         self._captured: torch.cuda.CUDAGraph | None = None
         self._warm = False
+        self._held: Tensor | None = None
 
     def _make_tensors(self, slots: int, blocks: int) -> None:
         """What a step reads and writes, at fixed addresses."""
@@ -189,7 +190,6 @@ class DeviceBatch:
                 self._run()
         except torch.OutOfMemoryError:
             log.warning("no memory for a graph beside the batch: steps are launched one by one")
-            self._lanes.forget()
             self.graph = False
             return None
         return graph
@@ -210,20 +210,27 @@ class DeviceBatch:
         tables = Tables(clock.positions.clamp_min(0))
         for layer in model.layers:
             tables[layer.rope]  # made before the lanes part: both read it
-        for i, layer in enumerate(model.layers):
-            fresh = _fresh(layer, x, tables)
-            self._made[i, 0], self._made[i, 1] = fresh.k.transpose(0, 1), fresh.v.transpose(0, 1)
-            self._lanes.join()
-            held = x  # the side lane reads it until the next join
-            self._ahead(i + 1, held, tables)
-            state = self._layers[i]
-            if isinstance(state, RingLayer):
-                heads = state.attend(fresh, clock)
-            else:
-                heads = state.attend(fresh, clock, self._blocks)
-            x = layer.finish(x, heads.transpose(0, 1))
-        self._lanes.join()
+        try:
+            for i in range(len(model.layers)):
+                x = self._through(i, x, tables)
+        finally:
+            self._lanes.join()  # where a layer fails, too: a capture ends with one stream
+            self._held = None
         self._logits.copy_(model.logits(x))
+
+    def _through(self, i: int, x: Tensor, tables: Tables) -> Tensor:
+        """One layer, and beside it what is fetched for the next one."""
+        layer, state = self.model.layers[i], self._layers[i]
+        fresh = _fresh(layer, x, tables)
+        self._made[i, 0], self._made[i, 1] = fresh.k.transpose(0, 1), fresh.v.transpose(0, 1)
+        self._lanes.join()
+        self._held = x  # the side lane reads it until the next join
+        self._ahead(i + 1, x, tables)
+        if isinstance(state, RingLayer):
+            heads = state.attend(fresh, self.clock)
+        else:
+            heads = state.attend(fresh, self.clock, self._blocks)
+        return layer.finish(x, heads.transpose(0, 1))
 
     def _ahead(self, layer: int, x: Tensor, tables: Tables) -> None:
         """Fetch what the next layer is likely to need, beside what this one computes."""

@@ -10,7 +10,7 @@ from engine.model import Shape
 from kvstore.rows import RowLayout
 from retrieval.estimate import CLUSTER_TOKENS, Tail, alone, joined
 
-PITCH = 4  # numbers: rows begin at multiples of 16 bytes
+PITCH = 16  # numbers: a stride that Triton knows to be a multiple of 16 makes wide loads
 
 
 class BatchTail:

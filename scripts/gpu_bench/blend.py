@@ -63,7 +63,7 @@ class Blend:
 def lines(
     module: PreTrainedModel, chunks: int, tokens: int, rounds: int
 ) -> Iterator[dict[str, Any]]:
-    """One line for each policy and each full prefill, then one that compares."""
+    """One line for each policy and each full prefill, and comparisons of those so far."""
     bench = Blend(module, chunks, tokens)
     facts = {"part": "blend", "chunks": chunks, "chunk_tokens": tokens, "share": SHARE}
     facts |= {"layers": module.config.num_hidden_layers, "kv": "in host memory"}
@@ -84,10 +84,10 @@ def lines(
             traceback.print_exc()
             line |= {"error": "".join(traceback.format_exception_only(error)).strip()[:500]}
         yield line
+        if name in POLICIES and name in medians and module.device.type == "cuda":
+            yield facts | {"name": "compared"} | compared(medians)
     bench.engine.close()
     free_memory()
-    if module.device.type == "cuda":
-        yield facts | {"name": "compared"} | compared(medians)
 
 
 def compared(medians: dict[str, float]) -> dict[str, Any]:

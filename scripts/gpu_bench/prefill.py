@@ -63,7 +63,7 @@ class Prefill:
 
 
 def lines(module: PreTrainedModel, tokens: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """One line for each way, then one that compares; the first round of each is not counted."""
+    """One line for each way, and comparisons of those so far; first rounds are not counted."""
     bench = Prefill(module, tokens)
     facts = {"part": "prefill", "tokens": tokens, "layers": module.config.num_hidden_layers}
     facts |= {"chunk": bench.chunk, "slabs": "shared by all layers"}
@@ -82,8 +82,8 @@ def lines(module: PreTrainedModel, tokens: int, rounds: int) -> Iterator[dict[st
             line |= {"error": "".join(traceback.format_exception_only(error)).strip()[:500]}
         free_memory()
         yield line
-    if bench.device.type == "cuda":
-        yield facts | {"name": "compared"} | compared(medians)
+        if name in SPARSE and name in medians and bench.device.type == "cuda":
+            yield facts | {"name": "compared"} | compared(medians)
 
 
 def _timed(bench: Prefill, run: Callable[[Tensor], Tensor]) -> float:

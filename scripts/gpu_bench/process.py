@@ -2,17 +2,20 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 STICKY = ("CUDA error", "AcceleratorError", "illegal memory access", "device-side assert")
+GRACE_S = 10  # for whoever is asked to end
 TAIL = 400  # characters of what a process said last
 
 
@@ -36,17 +39,33 @@ class Done:
 def run(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = None) -> Done:
     """Run it in the project's folder; what it printed is kept in every case."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        try:
-            given = {**os.environ, **(env or {})}
-            done = subprocess.run(
-                command, cwd=ROOT, env=given, stdout=out, stderr=err, timeout=limit_s, check=False
-            )
-            code: int | None = done.returncode
-        except subprocess.TimeoutExpired:
-            code = None
+        given = {**os.environ, **(env or {})}
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=given, stdout=out, stderr=err, process_group=0
+        )
+        code = _waited(process, limit_s)
         out.seek(0)
         err.seek(0)
         return Done(code, out.read(), err.read())
+
+
+def _waited(process: subprocess.Popen[str], limit_s: float) -> int | None:
+    """Its exit status; None where its time was up.
+
+    It is asked to end then, as by a terminal, so that pytest writes its report; what it has started
+    and left behind ends with it, or it would hold the device while others are timed.
+    """
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+        return None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def bench(part: str, limit_s: float, *, dry: bool) -> list[dict[str, Any]]:

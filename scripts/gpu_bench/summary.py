@@ -1,6 +1,6 @@
 """The figures that matter, out of the lines that were measured; None, with a reason, for others."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 Line = dict[str, Any]
@@ -12,11 +12,15 @@ class Lacking(Exception):
     """A figure that the lines do not give; says why."""
 
 
-def measured(lines: Sequence[Line]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Figures by part, and the reasons for those that are None."""
+def measured(
+    lines: Sequence[Line], parts: Collection[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The figures of these parts, and the reasons for those that are None."""
     figures: dict[str, Any] = {}
     reasons: dict[str, str] = {}
-    for name, find in FIGURES.items():
+    for name, (part, find) in FIGURES.items():
+        if part not in parts:
+            continue
         try:
             figures[name] = find(lines)
         except Lacking as lacking:
@@ -32,7 +36,7 @@ def one(lines: Sequence[Line], part: str, wanted: Sequence[str] = (), **facts: A
         whole = [line for line in mine if line.get("name") == "all" and "error" in line]
         said = whole[0]["error"] if whole else "not reached in the time there was"
         raise Lacking(f"{part} {facts or ''}: {said}")
-    line = found[0]
+    line = found[-1]  # of comparisons the last one knows most
     if "error" in line:
         raise Lacking(f"{part} {line.get('name')}: {line['error']}")
     if missing := [field for field in wanted if field not in line]:
@@ -89,12 +93,12 @@ def exposed(lines: Sequence[Line]) -> float:
     return float(min(found))
 
 
-FIGURES: dict[str, Callable[[Sequence[Line]], Any]] = {
-    "scoring_share_of_copy": share("score_codes"),
-    "gather_share_of_copy": share("gather"),
-    "attend_share_of_copy": share("attend_slots"),
-    "decode_128k": decode,
-    "prefill_over_dense": prefill,
-    "blend_faster": blend,
-    "exposed_copies": exposed,
+FIGURES: dict[str, tuple[str, Callable[[Sequence[Line]], Any]]] = {
+    "scoring_share_of_copy": ("kernels", share("score_codes")),
+    "gather_share_of_copy": ("kernels", share("gather")),
+    "attend_share_of_copy": ("kernels", share("attend_slots")),
+    "decode_128k": ("decode", decode),
+    "prefill_over_dense": ("prefill", prefill),
+    "blend_faster": ("blend", blend),
+    "exposed_copies": ("copies", exposed),
 }

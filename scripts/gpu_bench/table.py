@@ -25,6 +25,8 @@ def outcome(line: Line) -> str:
     """What went wrong, or if a target was reached."""
     if "error" in line:
         return str(line["error"]).splitlines()[0][:80]
+    if "skipped" in line:
+        return f"skipped: {line['skipped']}"[:80]
     if "reached" in line:
         return f"{'reaches' if line['reached'] else 'misses'} {line['target']:.0%}"
     return "agrees" if line.get("agrees") else ""

@@ -24,6 +24,8 @@ def lines(device: torch.device) -> Iterator[dict[str, Any]]:
             line |= {"keys": [heads, tokens, dim]}
             try:
                 yield line | _trained(keys.to(where), subspaces, few)
+            except ImportError as error:  # FAISS is an extra
+                yield line | {"skipped": str(error)}
             except Exception as error:
                 traceback.print_exc()
                 said = "".join(traceback.format_exception_only(error)).strip()[:500]

@@ -8,6 +8,7 @@ from msgspec import structs
 
 from engine import Engine, EngineConfig
 from engine.batch import DeviceBatch
+from engine.batch_layer import SelectedLayer
 from engine.method import preset
 from tests.engine import oracle
 from tests.engine.families import CASES, build, prompt
@@ -108,6 +109,23 @@ def test_the_graph_takes_the_steps_that_are_taken_one_by_one(name, graphs, monke
     monkeypatch.setattr(DeviceBatch, "_capture", lambda self: None)
     eager = answers(module, asked, method, 100)
     assert [c.tokens for c in replayed] == [c.tokens for c in eager]
+
+
+def test_without_memory_for_a_graph_steps_are_taken_one_by_one(graphs, monkeypatch):
+    """Also where it ends while the next layer is fetched on the side stream."""
+    module, asked = build("llama"), [prompt(300).tolist()]
+    method, attend = preset("headrace", budget=64, prefetch="layer"), SelectedLayer.attend
+    want = answers(module, asked, method, 20)
+
+    def fails(self, *args):
+        if torch.cuda.is_current_stream_capturing() and self._number == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return attend(self, *args)
+
+    monkeypatch.setattr(SelectedLayer, "attend", fails)
+    got = answers(module, asked, method, 20)
+    assert [graph is None for graph in graphs] == [False, True]
+    assert [c.tokens for c in got] == [c.tokens for c in want]
 
 
 def test_4000_tokens_do_not_drift():

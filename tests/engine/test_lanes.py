@@ -33,9 +33,6 @@ class Clocks:
     def join(self):
         self.main = max(self.main, self.side)
 
-    def forget(self):
-        raise AssertionError("no step ends in the middle here")
-
     def spend(self, what, layer, seconds):
         lane = "side" if self.aside else "main"
         start = getattr(self, lane)
@@ -118,12 +115,20 @@ class Stream:
         self.waited.append(other)
 
 
-def test_a_stream_waits_for_the_side_stream_only_if_that_forked(monkeypatch):
-    """In a capture it may not wait for a stream that is no part of it."""
+@pytest.fixture
+def streams(monkeypatch):
+    """The current stream and the side stream, while a graph is captured."""
     main, side = Stream(), Stream()
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    return main, side
+
+
+def test_a_stream_waits_for_the_side_stream_only_if_that_forked(streams):
+    """In a capture it may not wait for a stream that is no part of it."""
+    main, side = streams
     lanes = TwoStreams(torch.device("cuda:0"))
     lanes.join()
     assert main.waited == []
@@ -132,7 +137,32 @@ def test_a_stream_waits_for_the_side_stream_only_if_that_forked(monkeypatch):
     lanes.join()
     lanes.join()
     assert main.waited == [side]
+
+
+def test_a_step_that_is_not_captured_keeps_to_its_stream(streams, monkeypatch):
+    """The side stream may be in another thread's capture."""
+    main, side = streams
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    lanes = TwoStreams(torch.device("cuda:0"))
     with lanes.ahead():
-        lanes.forget()  # the step failed here
+        assert side.waited == []
     lanes.join()
-    assert main.waited == [side]
+    assert main.waited == []
+
+
+def test_a_step_that_fails_leaves_one_lane(monkeypatch):
+    """A capture that ends with two streams is an error of its own, which hides the first."""
+    clocks = Clocks()
+    timed(monkeypatch, clocks, fetch=5.0)
+    attend = SelectedLayer.attend
+
+    def fails(self, *args):
+        if self._number == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return attend(self, *args)
+
+    monkeypatch.setattr(SelectedLayer, "attend", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(clocks)
+    assert clocks.side > 5
+    assert clocks.main == clocks.side

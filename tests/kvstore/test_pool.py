@@ -8,7 +8,7 @@ import torch
 
 from kvstore.device import DeviceTier
 from kvstore.errors import PoolFull, StoreError
-from kvstore.pinned import PinnedTier
+from kvstore.pinned import PinnedTier, lock_pages
 from kvstore.pool import Pool
 from kvstore.rows import Int4, Int8, PoolShape, Raw, RowLayout
 
@@ -267,6 +267,26 @@ def test_rows_from_another_device_land_where_all_others_do(lo, hi):
     assert any(a + 1 == b for a, b in pairwise(taken))
     assert any(a + 1 != b for a, b in pairwise(taken))
     assert torch.equal(plain.slab(0)[taken], sent.slab(0)[taken])
+
+
+def test_pages_that_cannot_be_locked_leave_no_error_behind(monkeypatch):
+    """CUDA keeps it for the next launch to report, which may be another request's."""
+    absorbed = []
+
+    class Refuses:
+        def cudaHostRegister(self, *_):
+            return 2
+
+    def launched(*_, **__):
+        absorbed.append(True)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "cudart", Refuses)
+    page = torch.empty(4096, dtype=torch.uint8)
+    monkeypatch.setattr(torch, "zeros", launched)
+    with pytest.raises(PoolFull, match="lower pinned_bytes"):
+        lock_pages(page, "a test", "pinned_bytes")
+    assert absorbed
 
 
 @pytest.mark.gpu

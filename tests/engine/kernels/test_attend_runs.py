@@ -139,11 +139,10 @@ def test_on_a_gpu_it_is_as_good_as_torch(spec, dtype):
     if not torch.cuda.is_available():
         pytest.skip("torch finds no GPU on this machine")
     positions = [*range(16), *range(400, 464), 700, *range(1800, 1999)]
-    for heads in ((4, 4), (6, 2), (8, 2), (8, 1)):
-        for dim in (64, 80, 128, 256):
-            q, k, v, at = inputs(positions, heads, dim, dtype, 2000, "cuda")
-            assert_as_good_as_torch(q, k, v, at, SPECS[spec])
-            assert torch.equal(
-                Runs(at, dtype).attend(q, k, v, SPECS[spec]),
-                run(attend_runs_triton, q, k, v, at, SPECS[spec]),
-            )
+    for heads, dim in (((4, 4), 64), ((6, 2), 80), ((8, 2), 128), ((8, 1), 256), ((8, 1), 128)):
+        q, k, v, at = inputs(positions, heads, dim, dtype, 2000, "cuda")
+        assert_as_good_as_torch(q, k, v, at, SPECS[spec])
+        assert torch.equal(
+            Runs(at, dtype).attend(q, k, v, SPECS[spec]),
+            run(attend_runs_triton, q, k, v, at, SPECS[spec]),
+        )

@@ -1,5 +1,7 @@
 """Attention over rows of hot buffers: each request by the per-request code, and by definition."""
 
+from itertools import cycle
+
 import pytest
 import torch
 
@@ -176,10 +178,9 @@ def test_parts_are_merged_as_those_of_one_request_are(count, dtype):
 def test_on_a_gpu_it_is_as_good_as_torch(dtype, softcap):
     if not torch.cuda.is_available():
         pytest.skip("torch finds no GPU on this machine")
-    for heads in [*HEADS, (8, 8), (32, 8)]:
-        for dim in (64, 80, 128, 256):
-            made = case(heads, dim, dtype, 1500, [0, 1, 3000, 1499])
-            moved = [x.cuda() if isinstance(x, torch.Tensor) else x for x in made]
-            assert_as_good_as_torch(*moved, AttentionSpec(0.1, softcap))
-            got = attend_slots(moved[0], *moved[4:], 0.1, softcap)
-            assert all(x.is_cuda for x in got)
+    for heads, dim in zip([*HEADS, (8, 8), (32, 8)], cycle((64, 80, 128, 256))):
+        made = case(heads, dim, dtype, 1500, [0, 1, 3000, 1499])
+        moved = [x.cuda() if isinstance(x, torch.Tensor) else x for x in made]
+        assert_as_good_as_torch(*moved, AttentionSpec(0.1, softcap))
+        got = attend_slots(moved[0], *moved[4:], 0.1, softcap)
+        assert all(x.is_cuda for x in got)
