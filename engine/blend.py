@@ -8,10 +8,12 @@ from engine.active import Active
 from engine.cache import Cache
 from engine.loading import Loader
 from engine.model import Model, kv_depth
-from engine.policies import Budget, Policy
+from engine.policies import Boundary, Budget, Policy
 from engine.probe import Probe
 from engine.reuse import Reuse
 from engine.slices import Slices, drained
+
+PROBE = 0.75  # of what may be computed, for finding out what is worth it
 
 
 def blend(
@@ -38,6 +40,8 @@ def blend_layers(
 ) -> Slices[Float[Tensor, " vocab"]]:
     """As `blend`, a layer a slice.
 
+    A probe computes all tokens that have no KV. Where they are so many that it would leave next to
+    nothing to repair with (a long question, or instructions), boundaries are repaired instead.
     A layer's stored KV is in place before the layer starts. What is computed afresh replaces it,
     and attends to all of its own past, stored or fresh, and to nothing else. Where a policy
     narrows its choice, the blocks left out keep what the layers so far made of them.
@@ -45,9 +49,12 @@ def blend_layers(
     relevance = reuse.nothing
     if policy.probe and not budget.whole:
         probe = Probe(model, cache, reuse, loader)
-        relevance = probe.relevance(tokens)
-        budget.charge(probe.tokens * probe.layers)
-        yield probe.tokens * probe.layers // len(model.layers)
+        if probe.cost > PROBE * budget.left:
+            policy = Boundary()
+        else:
+            relevance = probe.relevance(tokens)
+            budget.charge(probe.cost)
+            yield probe.cost // len(model.layers)
     blocks = reuse.everything if budget.whole else policy.first(reuse, budget, relevance)
     active = Active(model, reuse, reuse.active(blocks))
     x, last = model.embed(tokens[active.positions]), kv_depth(model) - 1

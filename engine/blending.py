@@ -220,7 +220,8 @@ class Blending:
         run.repair = None
         watch = Watch()
         logits = yield from watch.timed(self._plain.prefill_slices(run))
-        report.compute_s = watch.seconds
+        report.load_s, report.waited_s = run.load_s, run.waited_s
+        report.compute_s = watch.seconds - run.waited_s
         report.loaded, report.charged = False, report.share
         report.exact_tokens = run.stats.cached_tokens
         report.repaired_tokens = report.reused_tokens = 0

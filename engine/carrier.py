@@ -28,6 +28,7 @@ from engine.sparse_cache import SparseCache
 from engine.step import Piece, step
 from engine.swap import Swap
 from kvstore.spill import Spill
+from native.threads import use_one_core
 
 GROWTH = 256  # tokens by which a request's memory grows, on a CPU, which backs it as it is used
 
@@ -51,7 +52,7 @@ class Carrier:
         )
         self.swap = self._new_swap()
         self._unsettled: list[Live] = []  # prompts that are complete, but for their indexes
-        self._promoter = ThreadPoolExecutor(1, "headrace-promoter", torch.set_num_threads, (1,))
+        self._promoter = ThreadPoolExecutor(1, "headrace-promoter", use_one_core)
 
     @property
     def movable(self) -> bool:

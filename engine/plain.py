@@ -121,11 +121,11 @@ class Plain:
         try:
             logits = yield from watch.timed(self._compute(run, cache, loader))
             cache.finalize()
-            waited_s = 0.0 if loader is None else loader.waited_s
-            tokens = len(run.request.prompt) - start
-            self._speeds.computed(tokens, watch.seconds - waited_s, start)
             if loader is not None:
+                run.load_s, run.waited_s = loader.load_s, loader.waited_s
                 self._speeds.loaded(stored, loader.load_s)
+            tokens = len(run.request.prompt) - start
+            self._speeds.computed(tokens, watch.seconds - run.waited_s, start)
             return logits
         finally:
             if loader is not None:

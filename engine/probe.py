@@ -26,17 +26,20 @@ class Probe:
 
     def __init__(self, model: Model, cache: Cache, reuse: Reuse, loader: Loader) -> None:
         self._model, self._cache, self._reuse, self._loader = model, cache, reuse, loader
-        self.layers = max(1, round(DEPTH * kv_depth(model)))
-        self.tokens = 0  # whose projections it computed, in each of the layers
+        self._active = Active(model, reuse, reuse.active(~reuse.everything))
+        self._layers = max(1, round(DEPTH * kv_depth(model)))
+
+    @property
+    def cost(self) -> int:
+        """Tokens whose projections it computes, times the layers."""
+        return len(self._active.positions) * self._layers
 
     def relevance(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, " n"]:
         """Per block, the attention of the head that looks there most, mean of the layers."""
-        nothing = self._reuse.active(~self._reuse.everything)
-        active = Active(self._model, self._reuse, nothing)
-        self.tokens = len(active.positions)
+        active = self._active
         asking = min(ASKING, _tail(active.positions, len(tokens)))
         x, found = self._model.embed(tokens[active.positions]), []
-        for layer in self._model.layers[: self.layers]:
+        for layer in self._model.layers[: self._layers]:
             if layer.owns:
                 self._loader.wait(layer.owner)
             fresh, kv = layer.qkv(x), self._cache.view(layer.owner, len(tokens))
@@ -68,7 +71,7 @@ def attention_mass(
     column = torch.arange(n, device=k.device)
     hidden = column > row if spec.window is None else (column > row) | (column <= row - spec.window)
     mass = []
-    for group, keys in zip(q.unflatten(0, (len(k), -1)), k, strict=True):  # memory: a head's
-        scores = capped((group @ keys.T).float() * spec.scale, spec.softcap)
-        mass.append(scores.masked_fill_(hidden, float("-inf")).softmax(-1).mean(1))
-    return torch.cat(mass)
+    for i, query in enumerate(q):  # one after the other: memory is that of one head's scores
+        scores = capped((query @ k[i * len(k) // len(q)].T).float() * spec.scale, spec.softcap)
+        mass.append(scores.masked_fill_(hidden, float("-inf")).softmax(-1).mean(0))
+    return torch.stack(mass)

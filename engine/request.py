@@ -135,6 +135,7 @@ class Running:
         self.stored: Sequence[BlockKey] = ()  # blocks its prompt took from the store
         self.stats = RequestStats(prompt_tokens=len(request.prompt))
         self.finish_reason: FinishReason | None = None
+        self.load_s = self.waited_s = 0.0  # while what is stored of its prompt came, and for that
         self._eos, self._limit = eos, limit
         self._text = None if tokenizer is None else TextStream(tokenizer, request.stop)
         self._told: list[int] = []  # of the tokens, those whose text was given out

@@ -101,14 +101,25 @@ def _attend(
     spec: AttentionSpec,
     mask: Float[Tensor, "n S"],
 ) -> Float[Tensor, "Hq n D"]:
-    """The queries that share a KV head are folded into one matrix, so that keys are read once."""
-    (hk, _, d), n = k.shape, q.shape[1]
-    folded, mask = q.reshape(hk, -1, d), mask.repeat(len(q) // hk, 1)
-    if spec.softcap is not None:
-        scores = capped((folded.float() @ k.float().mT) * spec.scale, spec.softcap) + mask
-        out = (scores.softmax(-1) @ v.float()).to(q.dtype)
-    else:
-        out = F.scaled_dot_product_attention(
-            folded[None], k[None], v[None], attn_mask=mask, scale=spec.scale
-        )[0]
-    return out.reshape(len(q), n, d)
+    """One group; keys are expanded by stride, and the mask is every head's: neither is copied."""
+    group = len(q) // len(k)
+    if spec.softcap is None:
+        wide = [x[:, None].expand(-1, group, -1, -1) for x in (k, v)]
+        grouped = q.unflatten(0, (len(k), group))
+        out = F.scaled_dot_product_attention(grouped, *wide, attn_mask=mask, scale=spec.scale)
+        return out.flatten(0, 1)
+    most = MASK_ELEMENTS // mask.numel()  # heads whose scores are no larger than a mask may be
+    step = len(q) if most >= len(q) else group if most >= group else 1
+    parts = [
+        _capped(q[i : i + step], k[j:stop], v[j:stop], spec, mask)
+        for i in range(0, len(q), step)
+        for j, stop in [(i // group, (i + step - 1) // group + 1)]
+    ]
+    return torch.cat(parts)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor) -> Tensor:
+    """Attention whose scores are capped, which no fused kernel offers. All scores at once."""
+    folded, mask = q.reshape(len(k), -1, q.shape[2]), mask.repeat(len(q) // len(k), 1)
+    scores = capped((folded.float() @ k.float().mT) * spec.scale, spec.softcap) + mask
+    return (scores.softmax(-1) @ v.float()).to(q.dtype).reshape(q.shape)

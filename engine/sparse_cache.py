@@ -20,6 +20,7 @@ from kvstore.block import LayerKV
 from kvstore.lease import Lease
 from kvstore.pool import Pool
 from kvstore.rows import PoolShape, Raw, RowCodec, RowLayout, row_codec
+from native.threads import use_one_core
 
 Predictor = Callable[[int, Query | None], Query | None]  # layer, the loop's guess -> ours
 OBSERVED = 128  # queries of the end of the prompt that indexes may learn from
@@ -233,7 +234,7 @@ class SparseCache:
         if guess is None or layer in self._pending:  # of another layer that attends to this KV
             return
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "headrace-prefetch", torch.set_num_threads, (1,))
+            self._thread = ThreadPoolExecutor(1, "headrace-prefetch", use_one_core)
         self._pending[layer] = self._thread.submit(_prefetch, state, guess)
 
     def _wait(self, layer: int) -> None:

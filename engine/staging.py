@@ -17,7 +17,7 @@ from kvstore.block import BlockKey, KVBlock
 from kvstore.layout import layer_groups
 from kvstore.store import TieredStore
 from native.pages import own_large_pages
-from native.threads import be_patient
+from native.threads import be_patient, use_one_core
 
 AHEAD = 2  # batches that are read at a time: with one the disk would wait for who takes them
 STAGING_BYTES = 48 << 20  # of these and the one that is taken; touched as far as there are blocks
@@ -25,7 +25,7 @@ STAGING_BYTES = 48 << 20  # of these and the one that is taken; touched as far a
 
 def modest() -> None:
     """One thread of torch's: a second set would wait for the loop's cores (75 ms instead of 90)."""
-    torch.set_num_threads(1)
+    use_one_core()
     be_patient()
 
 

@@ -16,6 +16,7 @@ from kvstore.errors import PoolFull
 from kvstore.pinned import lock_pages
 from kvstore.spill import Spill
 from native.pages import own_pages
+from native.threads import use_one_core
 
 
 class Swap:
@@ -38,7 +39,7 @@ class Swap:
         self._shape, self._token_bytes = shape, shape.kv_bytes_per_token
         self._file = None if spill is None else SwapFile(shape, spill)
         self._below = Below(host_bytes, self._file)
-        self._thread = ThreadPoolExecutor(1, "headrace-swap", torch.set_num_threads, (1,))
+        self._thread = ThreadPoolExecutor(1, "headrace-swap", use_one_core)
 
     # what a scheduler may count on
 

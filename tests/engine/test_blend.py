@@ -198,6 +198,27 @@ def test_the_share_that_is_charged_is_the_one_asked_for(engine):
     assert least == pytest.approx(2 / 3)  # the check layer and the one before it, of three
 
 
+@pytest.mark.parametrize(("prefix", "question"), [(9, 4), (9, 100), (200, 20)])
+@pytest.mark.parametrize("policy", ["boundary", "query", "union"])
+def test_a_long_question_or_prefix_does_not_use_up_the_repair(engine, policy, prefix, question):
+    """A probe reads all that has no KV: it costs more than there is, where that is much."""
+    made = segments(7)
+    asked = Segments(prompt(prefix, seed=8).tolist(), made.chunks, prompt(question).tolist())
+    for share in (0.0, 0.1, 0.3):
+        report = blended(engine, asked, policy=policy, share=share).report
+        block = 16 / report.reused_tokens
+        assert share - block < report.charged <= share, share
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_where_nothing_is_to_repair_nothing_is_charged(engine, policy):
+    made = segments()
+    asked = Segments(made.prefix, made.chunks[:1], made.question)
+    got = blended(engine, asked, policy=policy, share=0.5)
+    assert (got.report.reused_tokens, got.report.charged) == (0, 0)
+    torch.testing.assert_close(got.logits, full(engine, asked).logits, **CLOSE)
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_a_model_whose_frequencies_change_is_refused_and_keeps_exact_prefixes(kind):
     rope = dict(rope_type="dynamic", rope_theta=10000.0, factor=2.0)

@@ -1,6 +1,7 @@
 """The engine on prompts of segments: what it finds, what it refuses, what it reports."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -370,6 +371,28 @@ def test_the_controller_decides_and_says_why(engine, monkeypatch):
     assert work.loads == {"host": blocks * engine.model.shape.kv_bytes_per_token}
 
 
+def test_waiting_for_a_stored_start_is_no_computing(engine, monkeypatch):
+    """Or the controller would take a slow disk for a slow processor, and load all the more."""
+    made, learned = segments(), []
+    asked = Segments((), made.chunks[:1], made.question)
+    engine.generate(list(asked.tokens), max_new_tokens=1)  # the start is stored
+    read = engine.store.read_many
+
+    def slow(*args):
+        time.sleep(0.3)
+        return read(*args)
+
+    monkeypatch.setattr(engine.store, "read_many", slow)
+    speeds = engine.blending.speeds
+    monkeypatch.setattr(speeds, "prefilled", lambda tokens, seconds, **_: learned.append(seconds))
+    report = engine.generate(asked, max_new_tokens=1)[0].stats.blend
+    assert report.reason.startswith("compute")
+    assert report.exact_tokens > 0
+    assert report.load_s >= report.waited_s >= 0.25
+    assert learned[-1] == report.compute_s  # before it, the chunk alone
+    assert report.compute_s < 0.25
+
+
 def test_after_some_requests_the_controller_knows_its_speeds(engine):
     asked = segments()
     for _ in range(3):
@@ -450,7 +473,7 @@ def test_relevance_is_what_the_end_of_the_question_attends_to(engine, monkeypatc
         return attention_mass(q, k, spec)
 
     monkeypatch.setattr(probe, "attention_mass", noted)
-    blended(engine, made, policy="query", share=0.3)
+    blended(engine, made, policy="query", share=0.9)
     behind = asked + len(made.separator)
     assert rows
     assert set(rows) <= {min(probe.ASKING, asked), min(probe.ASKING, behind)}

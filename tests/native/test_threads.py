@@ -2,11 +2,42 @@
 
 import errno
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from native.threads import be_patient, cores
+from native.threads import be_patient, cores, use_one_core
+
+
+@pytest.fixture
+def three():
+    """Torch computes with three threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_a_new_thread():
+    """How many threads torch takes in one that comes later."""
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(torch.get_num_threads).result()
+
+
+@pytest.mark.usefixtures("three")
+def test_a_helper_computes_with_one_core_and_nobody_else_does():
+    barrier = threading.Barrier(8)  # so that each of them is there
+
+    def count():
+        barrier.wait()
+        return torch.get_num_threads()
+
+    with ThreadPoolExecutor(8, "helper", use_one_core) as threads:
+        counts = [threads.submit(count) for _ in range(8)]
+        assert [count.result() for count in counts] == [1] * 8
+    assert torch.get_num_threads() == in_a_new_thread() == 3
 
 
 def policy(_=None):
