@@ -1,6 +1,8 @@
 """Indexes by name, for one layer of a model."""
 
+import inspect
 from collections.abc import Mapping
+from math import inf
 from typing import Any, get_args
 
 from engine.errors import ConfigError
@@ -28,6 +30,8 @@ LEAST = {  # of options that are whole numbers
     "chunk": 1, "page": 1, "centroids": 1, "points": 1, "iterations": 1, "subspaces": 1, "bits": 1,
     "outlier_chunks": 0, "seed": 0,
 }  # fmt: skip
+MOST = 1 << 31  # less than that
+PARTS = {"codebook", "guard"}  # which code gives an index, and no setting can
 OUTLIER_SHARE = 6  # ShadowKV keeps 384 outliers of 2,464 tokens: a sixth
 
 
@@ -38,7 +42,7 @@ def make_index(method: Method, shape: Shape, budget: int) -> KVIndex:
     """
     kind, options = INDEXES[method.index], dict(method.options)
     try:
-        _check(options)
+        _check(kind, options)
         if method.index == "landmarks":
             options["outlier_chunks"] = outlier_chunks(method, budget)
         made: KVIndex = kind(
@@ -49,11 +53,19 @@ def make_index(method: Method, shape: Shape, budget: int) -> KVIndex:
     return made
 
 
-def _check(options: Mapping[str, int | float | str]) -> None:
+def _check(kind: type[Any], options: Mapping[str, int | float | str]) -> None:
+    parameters = inspect.signature(kind).parameters.values()
+    own = {x.name for x in parameters if x.kind is x.KEYWORD_ONLY} - PARTS
     for name, value in options.items():
+        if name not in own:
+            raise ValueError(
+                f"{name} is no option of it: {', '.join(sorted(own)) or 'it has none'}"
+            )
         least = LEAST.get(name)
-        if least is not None and (not isinstance(value, int) or value < least):
+        if least is not None and (type(value) is not int or not least <= value < MOST):
             raise ValueError(f"{name} is a whole number, {least} or more, got {value!r}")
+        if name == "ridge" and (isinstance(value, str) or not 0 < value < inf):
+            raise ValueError(f"{name} is a number above 0, got {value!r}")
         if name == "key_space" and value not in get_args(KeySpace):
             raise ValueError(f"{name} is one of {', '.join(get_args(KeySpace))}, got {value!r}")
 

@@ -8,6 +8,7 @@ import torch
 from engine.cache import Cache, SequenceCache
 from engine.config import EngineConfig
 from engine.errors import PromptError
+from engine.indexes import make_index
 from engine.job import Need
 from engine.model import Model
 from engine.recorder import Recorder
@@ -29,6 +30,7 @@ class Memory:
     Prompts are read one after the other; what stays on the device is the KV of dense layers.
 
     Raises:
+        ConfigError: the method's index has no such option, or cannot be of this model's heads.
         PoolFull: a budget does not hold one block; names the setting.
     """
 
@@ -45,6 +47,8 @@ class Memory:
             spill = None
             if config.spill_path is not None:
                 spill = Spill(Path(config.spill_path), config.spill_bytes)
+            # refuses options that cannot be, before a prompt is read
+            make_index(self.method, model.shape, self.method.tokens(model.shape.max_positions))
             shape = pool_shape(model, self.method)
             self.pool = PinnedTier(shape, config.pinned_bytes, spill=spill)
 

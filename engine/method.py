@@ -67,7 +67,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if not 1 <= self.hot < inf:
             raise ConfigError(f"method.hot must be at least 1 (times the budget), got {self.hot}")
         for name in ("rank", "distance"):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) < 1 << 31:
                 raise ConfigError(f"method.{name} must be at least 1, got {getattr(self, name)}")
         if self.certify is not None and not 0 < self.certify < 1:
             raise ConfigError(f"method.certify is a share between 0 and 1, got {self.certify}")
@@ -77,8 +77,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(
                 'method.keys = "lowrank" rebuilds keys on the device: attend_on cannot be "host"'
             )
-        if self.budget >= 1:
-            self.policy(int(self.budget))
+        self.policy(int(self.budget) if self.budget >= 1 else self.tokens(0))
 
     @property
     def sparse(self) -> bool:

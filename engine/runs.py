@@ -106,7 +106,9 @@ def _attend(
     if spec.softcap is None:
         wide = [x[:, None].expand(-1, group, -1, -1) for x in (k, v)]
         grouped = q.unflatten(0, (len(k), group))
-        out = F.scaled_dot_product_attention(grouped, *wide, attn_mask=mask, scale=spec.scale)
+        out = F.scaled_dot_product_attention(
+            grouped, wide[0], wide[1], attn_mask=mask, scale=spec.scale
+        )
         return out.flatten(0, 1)
     most = MASK_ELEMENTS // mask.numel()  # heads whose scores are no larger than a mask may be
     step = len(q) if most >= len(q) else group if most >= group else 1

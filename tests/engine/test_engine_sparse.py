@@ -138,6 +138,13 @@ def test_settings_that_cannot_be_are_told_in_one_line(tmp_path, text, said):
         ("headrace", {"key_space": "foo"}),
         ("a2ats", {"centroids": 1.5}),
         ("pqcache", {"points": 0}),
+        ("a2ats", {"seed": 2**40}),
+        ("a2ats", {"ridge": -5}),
+        ("a2ats", {"ridge": "x"}),
+        ("a2ats", {"guard": 1}),
+        ("pqcache", {"codebook": 1}),
+        ("headrace", {"device": "cpu"}),
+        ("oracle", {"bits": 2}),
     ],
 )
 def test_options_of_an_index_that_cannot_be_are_refused(name, options):
@@ -145,6 +152,22 @@ def test_options_of_an_index_that_cannot_be_are_refused(name, options):
     shape = HFModel(build("llama")).shape
     with pytest.raises(ConfigError, match=f"method.options of .*: {option} is"):
         make_index(preset(name, options=options), shape, 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("headrace", {"bits": 3}), ("pqcache", {"subspaces": 5})]
+)
+def test_an_engine_whose_index_cannot_be_of_the_model_is_not_made(name, options):
+    """A server would start, and every request would fail behind its whole prompt."""
+    with pytest.raises(ConfigError, match=r"method\.options of"):
+        Engine(build("llama"), None, EngineConfig(store=BIG, method=preset(name, options=options)))
+
+
+@pytest.mark.parametrize("wrong", [{"sinks": -3}, {"window": 0}, {"top_p": 7.0}])
+@pytest.mark.parametrize("budget", [64, 0.5])
+def test_a_choice_that_cannot_be_is_refused_also_where_the_budget_is_a_share(budget, wrong):
+    with pytest.raises(ConfigError, match="method: "):
+        preset("headrace", budget=budget, **wrong)
 
 
 def test_outliers_leave_room_for_what_is_always_attended_to():
