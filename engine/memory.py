@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from engine.beside import Beside, beside
 from engine.cache import Cache, SequenceCache
 from engine.config import EngineConfig
 from engine.errors import PromptError
-from engine.indexes import make_index
 from engine.job import Need
 from engine.model import Model
 from engine.recorder import Recorder
@@ -27,7 +27,8 @@ class Memory:
 
     With a sparse method, a prompt is read in memory of the model's device (`cache_bytes`), layer
     by layer, and rests in one pool for all requests (`pinned_bytes`, and `spill_bytes` on disk).
-    Prompts are read one after the other; what stays on the device is the KV of dense layers.
+    Prompts are read one after the other; what stays on the device is the KV of dense layers, and
+    what the others have in its place: indexes, estimates, buffers, factors.
 
     Raises:
         ConfigError: the method's index has no such option, or cannot be of this model's heads.
@@ -40,6 +41,7 @@ class Memory:
         self.batched = model.shape.device.type == "cuda"  # see `engine.decoding`
         first = torch.zeros(1, dtype=torch.int64, device=model.shape.device)
         self._hidden_bytes = model.embed(first).nbytes  # of a token
+        self._known: tuple[int, Beside | None] = 0, None  # the last one, by tokens of its prompt
         sparse = set(sparse_layers(model, self.method))
         self._kept = len({x.owner for x in model.layers if not x.owns and x.owner in sparse})
         self.pool: Pool | None = None
@@ -47,8 +49,7 @@ class Memory:
             spill = None
             if config.spill_path is not None:
                 spill = Spill(Path(config.spill_path), config.spill_bytes)
-            # refuses options that cannot be, before a prompt is read
-            make_index(self.method, model.shape, self.method.tokens(model.shape.max_positions))
+            self._beside(model.shape.max_positions)  # refuses what cannot be, before any prompt
             shape = pool_shape(model, self.method)
             self.pool = PinnedTier(shape, config.pinned_bytes, spill=spill)
 
@@ -81,7 +82,7 @@ class Memory:
     def _refuse(self, run: Running) -> None:
         needed, what = self._device_bytes([run]), "KV"
         if needed > self._config.cache_bytes:
-            what += "" if self.pool is None else " and hidden states on the device"
+            what += "" if self.pool is None else ", indexes and hidden states on the device"
             raise PromptError(
                 f"a request of up to {run.capacity} tokens needs {needed} bytes of {what}, "
                 f"cache_bytes is {self._config.cache_bytes}: raise it, or ask for less"
@@ -104,6 +105,9 @@ class Memory:
         layer = shape.kv_bytes_per_token // shape.num_layers  # of a token
         moved = 0 if self.pool is None else self.pool.shape.num_layers
         stays = sum(run.capacity for run in runs) * layer * (shape.num_layers - moved)
+        if moved:
+            own = [(run.capacity, self._beside(len(run.request.prompt))) for run in runs]
+            stays += moved * sum(tokens * each.token + each.fixed for tokens, each in own)
         return stays + max(self._passing(run, layer, moved) for run in runs)
 
     def _passing(self, run: Running, layer: int, moved: int) -> int:
@@ -122,6 +126,16 @@ class Memory:
         )
         return hidden + run.capacity * layer * min(1 + together + self._kept, moved)
 
+    def _beside(self, prompt_tokens: int) -> Beside:
+        """Of one layer that moves to the pool."""
+        if self.method.budget >= 1:
+            prompt_tokens = 0  # is all the same, and found once
+        known, found = self._known
+        if known != prompt_tokens or found is None:
+            found = beside(self._model.shape, self.method, prompt_tokens)
+            self._known = prompt_tokens, found
+        return found
+
     def need(self, run: Running, *, slack: int = 0) -> Need:
         """Bytes of a token of a request that runs together with others over time.
 
@@ -135,10 +149,13 @@ class Memory:
         if self.pool is None:
             token = shape.kv_bytes_per_token
             return Need(token, token, slack=slack, movable=run.movable)
-        stays, blocks = shape.num_layers - self.pool.shape.num_layers, self._blocks(run)
+        moved, blocks = self.pool.shape.num_layers, self._blocks(run)
+        own = self._beside(len(run.request.prompt))
+        layer = shape.kv_bytes_per_token // shape.num_layers
         return Need(
             prompt=shape.kv_bytes_per_token,
-            answer=shape.kv_bytes_per_token // shape.num_layers * stays,
+            answer=layer * (shape.num_layers - moved) + own.token * moved,
+            fixed=own.fixed * moved,
             pool=blocks * self.pool.shape.block_bytes // run.capacity,
             slack=blocks * self.pool.shape.block_bytes % run.capacity,  # whole blocks, exactly
             movable=False,

@@ -93,6 +93,16 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         asked = self.budget if self.budget >= 1 else self.budget * prompt_tokens
         return max(round(asked), self.sinks + self.window + 1)
 
+    def fetches(self, elsewhere: bool) -> bool:
+        """Whether rows are fetched to a buffer on the model's device.
+
+        Args:
+            elsewhere: the pool is on another device.
+        """
+        if self.attend_on != "auto":
+            return self.attend_on == "device"
+        return self.keys == "lowrank" or elsewhere
+
     def hot_slots(self, budget: int, positions: int) -> int:
         """Rows that a buffer on the device holds of a KV head, at a budget in tokens.
 

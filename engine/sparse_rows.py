@@ -118,9 +118,7 @@ class SparseRows:
     @property
     def _on_device(self) -> bool:
         """Whether rows are fetched to the device: else attention goes where they are."""
-        if self._method.attend_on != "auto":
-            return self._method.attend_on == "device"
-        return self._method.keys == "lowrank" or self._shape.device != self._pool.device
+        return self._method.fetches(self._shape.device != self._pool.device)
 
     @property
     def moves(self) -> bool:

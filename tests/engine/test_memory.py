@@ -4,6 +4,8 @@ import msgspec
 import pytest
 
 from engine import Engine, EngineConfig, PromptError, Segments
+from engine.beside import beside
+from engine.hf import HFModel
 from engine.method import preset
 from engine.sampling import Sampling
 from kvstore.config import StoreConfig
@@ -25,6 +27,12 @@ def engine(module, cache_bytes, **method):
     )
 
 
+def own(module, tokens=KEPT):
+    """Bytes that a sparse layer of a request has beside its KV."""
+    each = beside(HFModel(module).shape, preset("headrace", budget=40), tokens)
+    return tokens * each.token + each.fixed
+
+
 def running(engine, *asked):
     return [engine.accept(p, NEW, Sampling(), ()) for p in asked]
 
@@ -33,12 +41,14 @@ def running(engine, *asked):
 def test_a_sparse_request_takes_hidden_states_two_layers_and_those_that_stay_dense(dense_layers):
     module, asked = build("llama", num_hidden_layers=8), prompt(TOKENS).tolist()
     passing = TOKENS * HIDDEN + KEPT * LAYER * min(2, 8 - dense_layers)
-    needed = passing + KEPT * LAYER * dense_layers
+    needed = passing + KEPT * LAYER * dense_layers + own(module) * (8 - dense_layers)
     with engine(module, needed, dense_layers=dense_layers) as fits:
         assert len(fits.generate(asked, max_new_tokens=NEW)[0].tokens) == NEW
     with (
         engine(module, needed - 1, dense_layers=dense_layers) as short,
-        pytest.raises(PromptError, match=f"needs {needed} bytes of KV and hidden.*cache_bytes"),
+        pytest.raises(
+            PromptError, match=f"needs {needed} bytes of KV, indexes and hidden.*cache_bytes"
+        ),
     ):
         short.generate(asked, max_new_tokens=NEW)
 
@@ -55,7 +65,7 @@ def test_dense_layers_of_all_requests_stay_and_one_prompt_at_a_time_is_read():
     module, asked = build("gemma3"), prompt(TOKENS).tolist()  # two layers of four have windows
     passing = TOKENS * HIDDEN + KEPT * LAYER * 2
     for together in (1, 2, 3):
-        with engine(module, passing + together * KEPT * LAYER * 2) as one:
+        with engine(module, passing + together * 2 * (KEPT * LAYER + own(module))) as one:
             groups = list(one.memory.groups(running(one, *[asked] * 3)))
             assert len(groups[0]) == together
             assert sum(map(len, groups)) == 3
@@ -64,8 +74,41 @@ def test_dense_layers_of_all_requests_stay_and_one_prompt_at_a_time_is_read():
 def test_a_prompt_of_segments_has_all_layers_on_the_device_while_it_is_blended():
     chunks = [prompt(30, seed=i).tolist() for i in range(2)]
     asked = Segments(prompt(9).tolist(), chunks, prompt(13).tolist())
-    needed = (len(asked.tokens) + NEW - 1) * LAYER * 3
-    with engine(build("llama"), needed) as fits:
+    module, kept = build("llama"), len(asked.tokens) + NEW - 1
+    needed = (kept * LAYER + own(module, kept)) * 3
+    with engine(module, needed) as fits:
         assert len(fits.generate(asked, max_new_tokens=NEW)[0].tokens) == NEW
-    with engine(build("llama"), needed - 1) as short, pytest.raises(PromptError, match="cache_b"):
+    with engine(module, needed - 1) as short, pytest.raises(PromptError, match="cache_b"):
         short.generate(asked, max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("headrace", {}),
+        ("headrace", {"budget": 0.1}),
+        ("headrace", {"attend_on": "device", "keys": "int8", "values": "int4"}),
+        ("oracle", {"attend_on": "device"}),
+        ("quest", {}),
+        ("shadowkv", {}),
+        ("a2ats", {"options": {"centroids": 16}}),
+        ("pqcache", {"options": {"bits": 4, "subspaces": 8}}),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "llama-mha-llama3", "llama-mqa-128"])
+def test_what_indexes_and_buffers_take_is_counted(family, name, changes):
+    """And not much more than that."""
+    if name in ("a2ats", "pqcache"):
+        pytest.importorskip("faiss", reason="codebooks are trained by FAISS")
+    method = preset(name, **({"budget": 64} | changes))
+    config = EngineConfig(block_tokens=BLOCK, store=STORE, method=method, pinned_bytes=8 << 20)
+    with Engine(build(family), None, config) as engine:
+        (run,) = running(engine, prompt(900).tolist())
+        engine.plain.prefill(run)
+        layers = engine.memory.pool.shape.num_layers
+        each = beside(engine.model.shape, method, 900)
+        counted = layers * (run.capacity * each.token + each.fixed)
+        assert run.cache.device_bytes <= counted <= 1.4 * run.cache.device_bytes
+        need = engine.memory.need(run)
+        assert (need.answer, need.fixed) == (layers * each.token, layers * each.fixed)
+        run.release()
