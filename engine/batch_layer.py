@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.batch_factors import BatchFactors
 from engine.batch_tail import BatchTail
+from engine.choice import unturned
 from engine.device_indexes import device_index
 from engine.hot import HotTables
 from engine.kernels.attend_slots import attend_slots
@@ -251,7 +252,7 @@ class SelectedLayer:
         space = self._index.key_space
         if space == "rotated":
             return fresh.rotated_q, self._spec.scale
-        scale = self._spec.scale * self._rope.scaling
+        scale = self._spec.scale * unturned(space, self._rope)
         if space == "unrotated":
             return fresh.q, scale
         at = torch.full((len(fresh.q),), self._method.distance, device=fresh.q.device)

@@ -11,7 +11,7 @@ from engine.indexes import make_index
 from engine.method import Method
 from engine.model import AttentionSpec, Shape
 from engine.rope import Rope
-from retrieval.index import Searching
+from retrieval.index import KeySpace, Searching
 from retrieval.select import top_tokens
 from retrieval.vq import VQIndex
 
@@ -38,7 +38,8 @@ class Choice:
         self.policy = method.policy(method.tokens(rotated.shape[1]))
         self.index = make_index(method, shape, self.policy.budget)
         if queries is not None and isinstance(self.index, VQIndex):
-            self.index.calibrate(self._placed(queries))
+            start = rotated.shape[1] - queries.shape[1]
+            self.index.calibrate(self._placed(queries, start))
         self.append(rotated)  # at once: keys are held until the index is final
         self.index.finalize()
 
@@ -77,13 +78,22 @@ class Choice:
 
     def _asked(self, query: Query) -> tuple[Float[Tensor, "Hq D"], float]:
         """The query in the index's key space, and the factor on its scores."""
-        if self.index.spec.key_space == "rotated":
-            return query.rotated, self._spec.scale
-        return self._placed(query.unrotated[:, None])[:, 0], self._spec.scale * self._rope.scaling
+        space, scale = self.index.spec.key_space, self._spec.scale
+        if space == "rotated":
+            return query.rotated, scale
+        asked = self._placed(query.unrotated[:, None], self.length)[:, 0]
+        return asked, scale * unturned(space, self._rope)
 
-    def _placed(self, queries: Float[Tensor, "Hq N D"]) -> Float[Tensor, "Hq N D"]:
-        """Queries at one constant distance from all keys."""
+    def _placed(self, queries: Float[Tensor, "Hq N D"], start: int) -> Float[Tensor, "Hq N D"]:
+        """Queries of the tokens from `start` on, in the index's key space."""
         if self.index.spec.key_space == "unrotated":
             return queries
-        at = torch.full((queries.shape[1],), self._method.distance, device=queries.device)
+        at = torch.arange(start, start + queries.shape[1], device=queries.device)
+        if self.index.spec.key_space == "windowed":
+            at = torch.full_like(at, self._method.distance)
         return self._rope.rotate(queries, self._rope.table(at))
+
+
+def unturned(space: KeySpace, rope: Rope) -> float:
+    """What rotation, which scales with YaRN, would have multiplied scores of this space by."""
+    return rope.scaling ** {"rotated": 0, "windowed": 1, "unrotated": 2}[space]

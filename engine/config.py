@@ -30,7 +30,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         block_tokens: tokens per stored block; a prompt's last, partial block is not stored.
         cache_bytes: budget of the keys and values of one call on the model's device. Its prompts
             that do not fit together run one group after the other. A sparse method counts here the
-            hidden states of a prompt that is read, the layers in flight, and layers that stay.
+            hidden states of a prompt that is read, the layers in flight, layers that stay, and what
+            the others have in the place of their KV: indexes, estimates, buffers, factors.
         method: how a long context is attended to in decode; see `engine.method`.
         pinned_bytes: budget of the KV of running requests in host memory, with a sparse method;
             page-locked where there is a GPU, and asked for when the engine starts.

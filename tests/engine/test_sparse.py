@@ -7,6 +7,7 @@ import torch
 
 from engine.attention import attend_part, attend_token_torch, merge
 from engine.cache import SequenceCache
+from engine.choice import unturned
 from engine.decode import decode
 from engine.errors import ConfigError, EngineError
 from engine.hf import HFModel
@@ -18,6 +19,7 @@ from engine.sparse_cache import SparseCache, pool_shape, sparse_layers
 from kvstore.device import DeviceTier
 from kvstore.spill import Spill
 from retrieval.select import top_tokens
+from retrieval.vq import VQIndex
 from tests.engine.families import CASES, build, prompt
 
 SPARSE = [name for name in PRESETS if name != "dense"]
@@ -290,6 +292,34 @@ def test_a_windowed_index_is_asked_with_the_query_at_its_distance():
             scale=s.model.layers[0].attention.scale * rope.scaling,
         )  # fmt: skip
         assert torch.equal(layer.select(layer.last), want)
+
+
+def test_scores_of_any_key_space_have_the_scale_of_rotated_ones():
+    """YaRN scales what it rotates: shares of attention, and top-p, would be too even without."""
+    rope = HFModel(build("qwen2-yarn")).layers[0].rope
+    assert rope.scaling != 1
+    q, k = torch.randn(2, 1, 1, 64)  # at one position, so that rotation changes nothing else
+    here, none = (rope.table(torch.tensor([n])) for n in (33, 0))
+    want = (rope.rotate(q, here) * rope.rotate(k, here)).sum()
+    for space, score in (
+        ("rotated", want),
+        ("windowed", (rope.rotate(q, none) * k).sum()),
+        ("unrotated", (q * k).sum()),
+    ):
+        torch.testing.assert_close(score * unturned(space, rope), want, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_rotated_codebook_learns_from_queries_where_they_are(monkeypatch):
+    asked = []
+    calibrate = VQIndex.calibrate
+    monkeypatch.setattr(VQIndex, "calibrate", lambda *a: asked.append(a[1]) or calibrate(*a))
+    method = preset("a2ats", budget=40, options={"centroids": 16, "key_space": "rotated"})
+    with Sparse(build("llama"), method) as s:
+        cache = s.cache()
+        generated(s.model, [cache], [prompt(300)], 0)
+        newest = cache.layer(0).last.rotated
+    torch.testing.assert_close(asked[0][:, -1], newest)
 
 
 def test_nothing_of_a_layer_is_used_before_its_prefetch_has_ended():
