@@ -92,7 +92,7 @@ class Chunks:
             keys, made = self.keys(prefix, chunk, precision), Computed()
             with self._computing:
                 if self._store.lookup(keys) < len(keys) or not lost.isdisjoint(keys):
-                    alone = alone or self._alone(prefix, chunks)
+                    alone = alone or self._alone(prefix, chunks, precision)
                     began = time.perf_counter()
                     made = dict(zip(keys, alone.blocks(chunk), strict=True))
                     spent = time.perf_counter() - began
@@ -100,10 +100,21 @@ class Chunks:
                     self._store.put(list(made.items()))
             yield made
 
-    def _alone(self, prefix: Tokens, chunks: Sequence[Tokens]) -> "_Alone":
+    def _alone(self, prefix: Tokens, chunks: Sequence[Tokens], precision: Precision) -> "_Alone":
+        """Reads the prefix. Its own blocks are those of every prompt that begins so."""
         longest = max(map(len, chunks))
         make = partial(Recorder, self._model.shape, size=self._size, empty=self._store.empty)
-        return _Alone(self._model, prefix, longest, make, step=self._step)
+        alone = _Alone(self._model, prefix, longest, make, step=self._step)
+        whole = prefix[: len(prefix) // self._size * self._size]
+        keys = BlockKey.chain(
+            whole,
+            identity=self._identity,
+            tenant=self._tenant,
+            size=self._size,
+            precision=precision,
+        )
+        self._store.put(list(zip(keys, alone.prefix, strict=True)))
+        return alone
 
 
 class _Alone:
@@ -121,21 +132,22 @@ class _Alone:
         self._model, self._recorder, self._step = model, recorder, step
         self._cache = SequenceCache(model.shape, len(prefix) + longest)
         self._behind = len(prefix)
-        self._read(prefix)
+        self.prefix = self._recorded(prefix, origin=0)  # its whole blocks
 
     def blocks(self, chunk: Tokens) -> list[KVBlock]:
-        """Unrotated KV of a chunk; that of the prefix is dropped, and used again for the next."""
-        cache = self._cache
-        cache.length = self._behind  # attention is causal: no chunk changed what lies before
-        cache.recorder = self._recorder(start=0, origin=self._behind)
-        self._read(chunk)
-        made = [*cache.recorder.take(cache.length), *cache.recorder.rest(cache.length)]
-        return [block for _, block in made]
+        """Unrotated KV of a chunk, whose last block may be of fewer tokens."""
+        self._cache.length = self._behind  # attention is causal: no chunk changed what lies before
+        made, recorder = self._recorded(chunk, origin=self._behind), self._cache.recorder
+        assert recorder is not None
+        return [*made, *(block for _, block in recorder.rest(self._cache.length))]
 
     @torch.inference_mode()
-    def _read(self, tokens: Tokens) -> None:
-        if not tokens:
-            return
-        ids = torch.tensor(tokens, device=self._model.shape.device)
-        for _ in hidden_states(self._model, self._cache, ids, chunk=self._step, ends=True):
-            pass  # what matters is written to the cache
+    def _recorded(self, tokens: Tokens, *, origin: int) -> list[KVBlock]:
+        """Whole blocks of these tokens, the next ones in the cache."""
+        cache, recorder = self._cache, self._recorder(start=0, origin=origin)
+        cache.recorder = recorder
+        if tokens:
+            ids = torch.tensor(tokens, device=self._model.shape.device)
+            for _ in hidden_states(self._model, cache, ids, chunk=self._step, ends=True):
+                pass  # what matters is written to the cache
+        return [block for _, block in recorder.take(cache.length)]

@@ -170,6 +170,23 @@ def test_a_chunk_is_no_prefix_and_a_prefix_no_chunk(engine):
     assert blended(engine, Segments((), [prompt(40).tolist()], [5])).report.missed == 1
 
 
+def test_long_instructions_are_stored_with_the_first_chunk_behind_them(module, engine):
+    made = segments()
+    asked = Segments(prompt(40, seed=8).tolist(), made.chunks, made.question)
+    engine.precompute(asked.chunks, asked.prefix)
+    got = blended(engine, asked, policy="reposition")
+    assert got.report.exact_tokens == 32 + len(asked.chunks[0])  # two blocks, and in its place
+    (plain,) = engine.generate([*asked.prefix, 5, 6, 7], max_new_tokens=6)
+    assert plain.stats.cached_tokens == 32
+    with Engine(module, config=CONFIG) as other:
+        (want,) = other.generate([*asked.prefix, 5, 6, 7], max_new_tokens=6)
+        exact = full(other, asked)
+    assert plain.tokens == want.tokens
+    for (k, v), (wk, wv) in zip(got.layers, exact.layers, strict=True):
+        torch.testing.assert_close(k[:, :40], wk[:, :40], **CLOSE)
+        torch.testing.assert_close(v[:, :40], wv[:, :40], **CLOSE)
+
+
 def test_what_was_blended_is_never_stored_as_exact(engine):
     asked = segments()
     done = engine.generate(asked, max_new_tokens=40, blend=BlendConfig(**LOADS))[0]
