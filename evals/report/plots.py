@@ -41,11 +41,16 @@ def plots(summary: Summary) -> Iterator[Plot]:
         yield Plot("length", "Score against length", CURVES, partial(_by_length, lengths))
     fidelity = [each for each in summary.measured if each.suite == "fidelity"]
     for (source, task), group in groupby(fidelity, lambda each: (each.source, each.task)):
-        lines = list(group)
+        lines = [each for each in group if each.method not in FLAT]
+        if not any(_differs(lines, name) for name in measure_names(lines)):
+            continue
         longest = max(each.length for each in lines)
-        lines = [each for each in lines if each.length == longest]
+        where = say.budget(lines[0].budget)
+        if len(budgets_of(lines)) > 1:
+            lines = [each for each in lines if each.length == longest]
+            where = f"{say.length(longest)} tokens"
         name = "-".join(["fidelity", source, *re.findall(r"\w+", task.lower())])
-        title = f"Fidelity: {source} · {task}, {say.length(longest)} tokens"
+        title = f"Fidelity: {source} · {task}, {where}"
         yield Plot(name, title, FIDELITY, partial(_fidelity, lines))
 
 
@@ -185,19 +190,34 @@ def _scores(panel: Any, title: str) -> None:
 
 
 def _fidelity(lines: Sequence[Measured]) -> Any:
-    names = measure_names(lines)
-    budgets = budgets_of(lines)
+    """Against the budget where there are several, else against length."""
+    by_budget = len(budgets_of(lines)) > 1
+    names = [name for name in measure_names(lines) if _differs(lines, name)]
+    lengths = sorted({each.length for each in lines})
+    places: Sequence[Any] = budgets_of(lines) if by_budget else lengths
     methods = list(dict.fromkeys(each.method for each in lines))
     figure, axes = panels(len(names))
     for panel, name in zip(axes, names, strict=True):
         for method in methods:
-            found = {each.budget: each.means.get(name) for each in lines if each.method == method}
-            points = [(at, mean) for at, each in enumerate(budgets) if (mean := found.get(each))]
+            own = [each for each in lines if each.method == method]
+            found = {e.budget if by_budget else e.length: e.means.get(name) for e in own}
+            points = [(at, mean) for at, each in enumerate(places) if (mean := found.get(each))]
             _measure(panel, points, method, methods)
         panel.set_title(name)
-        steps(panel, [say.budget(each) for each in budgets], "budget")
+        marks = map(say.budget if by_budget else say.length, places)
+        steps(panel, list(marks), "budget" if by_budget else "tokens")
     legend(figure, axes)
     return figure
+
+
+def _differs(lines: Sequence[Measured], name: str) -> bool:
+    """Whether a measure tells methods apart, or there is one method alone."""
+    found: dict[Any, set[float]] = {}
+    for each in lines:
+        if (mean := each.means.get(name)) is not None:
+            found.setdefault((each.length, each.budget), set()).add(mean.mean)
+    alone = len({each.method for each in lines}) == 1
+    return bool(found) and (alone or any(len(means) > 1 for means in found.values()))
 
 
 def _measure(

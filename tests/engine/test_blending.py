@@ -402,12 +402,15 @@ def test_waiting_for_a_stored_start_is_no_computing(engine, monkeypatch):
     monkeypatch.setattr(engine.store, "read_many", slow)
     speeds = engine.blending.speeds
     monkeypatch.setattr(speeds, "prefilled", lambda tokens, seconds, **_: learned.append(seconds))
+    began = time.perf_counter()
     report = engine.generate(asked, max_new_tokens=1)[0].stats.blend
+    took = time.perf_counter() - began
     assert report.reason.startswith("compute")
     assert report.exact_tokens > 0
-    assert report.load_s >= report.waited_s >= 0.25
+    assert report.load_s >= 0.3
+    assert report.waited_s >= 0.1
     assert learned[-1] == report.compute_s  # before it, the chunk alone
-    assert report.compute_s < 0.25
+    assert report.compute_s <= took - report.waited_s
 
 
 def test_after_some_requests_the_controller_knows_its_speeds(engine):

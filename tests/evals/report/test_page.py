@@ -6,7 +6,9 @@ from html.parser import HTMLParser
 import pytest
 
 from evals.record import NO_CONTEXT
+from evals.report.drawing import styled
 from evals.report.load import load_runs
+from evals.report.plots import plots
 from evals.report.style import COLOURS, LOOKS, PAPER
 from evals.report.summary import summarize
 from evals.report.write import write_report
@@ -149,6 +151,41 @@ def test_files_are_there(written):
     }  # fmt: skip
     for path in (written / "plots").glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def measured(method, budget, length, kl):
+    return [
+        record(
+            n, method, budget, None, suite="fidelity", length=length,
+            measures={"kl": kl, "kept_tokens": 64.0},
+        )
+        for n in range(2)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("budgets", "title", "label", "marks"),
+    [
+        ([0.05], "fidelity · niah, 5 %", "tokens", ["4k", "8k"]),
+        ([0.016, 0.05], "fidelity · niah, 8k tokens", "budget", ["1.6 %", "5 %"]),
+    ],
+)
+def test_fidelity_is_drawn_over_what_there_is_more_of(tmp_path, budgets, title, label, marks):
+    """And only measures that tell methods apart."""
+    made = [
+        each
+        for length in (4096, 8192)
+        for budget in budgets
+        for method, kl in (("quest", 0.3), ("headrace", 0.1))
+        for each in measured(method, budget, length, kl * length)
+    ]
+    (plot,) = plots(summarize(load_runs([folder(tmp_path / "run", made)])))
+    assert plot.title == f"Fidelity: {title}"
+    with styled(plot.name):
+        (panel,) = [x for x in plot.draw().axes if x.get_title(loc="left")]
+    assert (panel.get_title(loc="left"), panel.get_xlabel()) == ("kl", label)
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == marks
+    assert {line.get_label() for line in panel.lines} >= {"quest", "headrace"}
 
 
 def test_the_same_records_make_the_same_page(tmp_path):
