@@ -13,7 +13,8 @@ real text    questions of MuSiQue and their paragraphs, from $HEADRACE_DATA; KL 
 
 A share is charged in tokens times layers, probes and check layers included (`engine/policies.py`).
 A share that a policy cannot spend, or must exceed, is left empty: so is every share but 0 of
-`reposition`, and of `deviation` all below that of its check layers.
+`reposition`, and of `deviation` all below that of its check layers. Where a probe would take most
+of a share, boundaries are repaired instead (`engine/blend.py`).
 """
 
 import argparse
