@@ -58,7 +58,7 @@ def new_process():
         yield pool
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_logits_equal_transformers_for_any_length_and_chunking(
     module, long_logits, their_angles, data

@@ -41,7 +41,7 @@ calls = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(calls=calls, slots=st.integers(6, 14))
 def test_it_is_a_dictionary_that_forgets_what_was_used_longest_ago(calls, slots):
     buffer, oracle = HotBuffer(HEADS, slots, LAYOUT, CPU), [{} for _ in range(HEADS)]

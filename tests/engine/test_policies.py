@@ -113,7 +113,7 @@ def test_union_takes_starts_by_relevance_where_not_all_of_them_fit():
     assert charged <= 0.1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 90), min_size=2, max_size=8),
     st.floats(0, 1),

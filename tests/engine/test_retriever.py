@@ -73,7 +73,7 @@ def test_scores_are_those_of_the_formula():
     assert {h.id: h.score for h in bm25(texts).search("X? y!", 9)} == pytest.approx(expected)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.randoms(use_true_random=False), st.lists(st.text("abc ", max_size=9), max_size=9))
 def test_results_depend_on_what_is_there_and_not_on_how_it_came(rng, texts):
     named = {f"c{number}": text for number, text in enumerate(texts)}

@@ -146,9 +146,7 @@ class FairMachine(SchedulerMachine):
         return Fair(aging_steps=3)
 
 
-LONG = settings(
-    max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=[*HealthCheck]
-)
+LONG = settings(max_examples=50, stateful_step_count=40, suppress_health_check=[*HealthCheck])
 TestFirstComeFirstServed = SchedulerMachine.TestCase
 TestFair = FairMachine.TestCase
 TestFirstComeFirstServed.settings = TestFair.settings = LONG
@@ -200,7 +198,7 @@ def test_under_load_somebody_always_goes_on_and_all_end(first):
     assert any(plan.back for plan in plans)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(has=LIMITS, jobs=st.lists(st.tuples(JOB, MORE, st.integers(0, 5)), max_size=25))
 @pytest.mark.parametrize("policy", [FCFS, lambda: Fair(3)])
 def test_the_same_requests_make_the_same_plans(policy, has, jobs):
@@ -222,7 +220,7 @@ def test_the_same_requests_make_the_same_plans(policy, has, jobs):
     assert plans() == plans()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(has=LIMITS, jobs=st.lists(st.tuples(JOB, MORE, st.integers(0, 5)), max_size=25))
 def test_first_come_first_served_starts_in_order_of_arrival(has, jobs):
     caller = scheduled(FCFS(), **has)

@@ -42,7 +42,7 @@ def test_pieces_are_not_much_shorter_than_they_may_be():
     assert all(len(piece.tokens) >= 50 for piece in pieces[:-1])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(max_size=300), st.integers(16, 40))
 @example(" A", 16)  # one token, that begins before the text does
 def test_any_text_can_be_cut(text, limit):

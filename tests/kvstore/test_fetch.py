@@ -289,9 +289,7 @@ def room_of(nbytes, to):
     return room, slice(start, start + nbytes)
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(241, 0, MAPPED, False)
 @example(1025, 0, MAPPED, False)
 @example(1088, 0, MAPPED, False)

@@ -125,4 +125,4 @@ class PinMachine(RuleBasedStateMachine):
 
 
 TestPinsAgainstAList = PinMachine.TestCase
-TestPinsAgainstAList.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestPinsAgainstAList.settings = settings(max_examples=60, stateful_step_count=30)

@@ -59,7 +59,7 @@ def test_some_blocks_may_be_chosen_and_codecs_stay(tmp_path):
     assert right(found)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_a_flipped_byte_costs_at_most_the_block_it_is_in(written, data):
     at = data.draw(st.integers(len(MAGIC), len(written) - 1))
@@ -72,7 +72,7 @@ def test_a_flipped_byte_costs_at_most_the_block_it_is_in(written, data):
     assert (None in found) == (len(whole) < 7)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_file_cut_short_has_the_blocks_before(written, data):
     end = data.draw(st.integers(len(MAGIC), len(written) - 1))

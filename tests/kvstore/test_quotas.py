@@ -280,7 +280,7 @@ class QuotaMachine(RuleBasedStateMachine):
 
 
 TestQuotasAgainstAModel = QuotaMachine.TestCase
-TestQuotasAgainstAModel.settings = settings(max_examples=20, stateful_step_count=40, deadline=None)
+TestQuotasAgainstAModel.settings = settings(max_examples=20, stateful_step_count=40)
 
 
 class ChainMachine(RuleBasedStateMachine):
@@ -322,4 +322,4 @@ class ChainMachine(RuleBasedStateMachine):
 
 
 TestQuotasOfChains = ChainMachine.TestCase
-TestQuotasOfChains.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestQuotasOfChains.settings = settings(max_examples=60, stateful_step_count=30)

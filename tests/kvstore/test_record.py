@@ -188,7 +188,7 @@ def swap_entry(tier, change):
         txn.put(KEY.digest, change(txn.get(KEY.digest, db=env.entries)), db=env.entries)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_a_flipped_bit_on_disk_is_a_miss_until_the_block_is_put_again(tier, data):
     tier.put([(KEY, KVBlock(DATA))])

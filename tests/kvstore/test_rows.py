@@ -77,7 +77,7 @@ def test_low_precision_is_at_most_half_a_step_off(dtype, dim, offset):
 FLOATS = st.floats(-3e4, 3e4, width=32)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(FLOATS, min_size=1, max_size=80))
 def test_any_finite_row_stays_finite_and_within_its_bound(values):
     x = torch.tensor([values], dtype=torch.float32)

@@ -26,7 +26,7 @@ def test_a_byte_holds_token_i_and_token_i_plus_16():
     assert torch.equal(unpacked(got), codes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 3), st.integers(1, 9), st.lists(st.integers(0, 100), max_size=8), st.booleans()
 )

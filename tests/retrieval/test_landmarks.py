@@ -123,7 +123,7 @@ def test_a_partial_chunk_counts_with_the_mean_of_what_is_there():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @given(cuts=st.lists(st.integers(1, 126)), prompt=st.integers(0, 127))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_any_cut_gives_the_same_tokens_and_means(dtype, cuts, prompt):
     keys, query = make_keys(2, 127, 64, dtype), make_query(8, 64, dtype)
     once, cut = (

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrieval import pending
@@ -14,7 +14,6 @@ from tests.retrieval.keys import DTYPES, LENGTHS, SHAPES, make_keys, make_query,
     steps=st.lists(st.tuples(st.sampled_from(["append", "rewind", "share"]), st.integers(0, 9))),
     shape=st.sampled_from([(), (3,), (2, 4)]),
 )
-@settings(deadline=None)
 def test_rows_are_a_list_and_never_write_what_they_share(steps, shape):
     rows, lent = Rows(2, shape, torch.int64), []
     want = torch.empty(2, 0, *shape, dtype=torch.int64)

@@ -51,7 +51,6 @@ def test_scores_are_the_sum_of_the_better_bounds(hk, group, dim, length, dtype):
     query=hnp.arrays("float32", (4, 4), elements=st.floats(-100, 100, width=16)),
     dtype=st.sampled_from(DTYPES),
 )
-@settings(deadline=None)
 def test_no_key_scores_more_than_its_page(page, prompt, values, query, dtype):
     keys, query = torch.from_numpy(values).to(dtype), torch.from_numpy(query)
     index = Quest(2, 4, dtype, page=page)
@@ -94,7 +93,7 @@ def test_before_finalize_a_page_scores_its_best_key():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @given(cuts=st.lists(st.integers(1, 126)), prompt=st.integers(0, 127))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_any_cut_gives_the_same_bounds(dtype, cuts, prompt):
     keys = make_keys(2, 127, 64, dtype)
     once = fill(Quest(2, 64, dtype), keys, [], 127).state()

@@ -224,7 +224,7 @@ def test_generated_tokens_are_scored_with_what_the_prompt_chose():
     assert torch.equal(rebuilt.score(query), index.score(query))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=6), st.sampled_from([1, 2, 4]))
 def test_a_prompt_in_any_cut_gives_the_same_index(cuts, bits):
     query, keys = tensors(2, 2, 64, sum(cuts))

@@ -66,7 +66,7 @@ def cases(draw, top_p=False):
 
 
 @given(cases())
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_it_takes_what_a_plain_selection_takes(case):
     scores, policy, where, outliers = case
     chosen = top_tokens(scores, policy, outliers=outliers, **where)
@@ -80,7 +80,6 @@ def test_it_takes_what_a_plain_selection_takes(case):
 
 
 @given(cases())
-@settings(deadline=None)
 def test_group_scores_are_probabilities_of_each_query_head(case):
     scores, policy, where, _ = case
     assume(not scores.isneginf().all(-1).any())
@@ -91,7 +90,7 @@ def test_group_scores_are_probabilities_of_each_query_head(case):
 
 
 @given(cases(top_p=True))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_top_p_holds_at_least_its_share_and_no_more_tokens_than_that_needs(case):
     scores, policy, where, _ = case
     chosen = top_tokens(scores, policy, **where)

@@ -24,8 +24,8 @@ OPERATIONS = {f"{x.ok().method} {x.ok().path}": x.ok() for x in SCHEMA.get_all_o
 CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
 MESSAGES = [{"role": "user", "content": "One"}]
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-QUICK = settings(max_examples=6, deadline=None, suppress_health_check=QUIET)
-LONG = settings(max_examples=300, deadline=None, suppress_health_check=QUIET)
+QUICK = settings(max_examples=6, suppress_health_check=QUIET)
+LONG = settings(max_examples=300, suppress_health_check=QUIET)
 
 # schemathesis draws from `random` in a strategy of its own, which hypothesis means to forbid
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")

@@ -63,7 +63,7 @@ def check_idle(server: Running) -> None:
     assert stats["pinned_blocks"] == 0
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(batch=st.lists(cases(), min_size=8, max_size=16))
 def test_no_bytes_make_it_fail_or_hang(server, batch):
     fuzz(server, batch)
@@ -71,7 +71,7 @@ def test_no_bytes_make_it_fail_or_hang(server, batch):
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(batch=st.lists(cases(), min_size=8, max_size=16))
 def test_many_bytes_do_not_make_it_fail_or_hang(server, batch):
     fuzz(server, batch)

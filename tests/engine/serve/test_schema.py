@@ -175,7 +175,7 @@ def test_the_edges_of_what_the_schema_allows_are_parsed(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ASKED)
-@settings(suppress_health_check=list(HealthCheck), deadline=None, max_examples=25)
+@settings(suppress_health_check=list(HealthCheck), max_examples=25)
 @given(data=st.data())
 def test_what_the_schema_allows_is_parsed(name, data):
     path, parse = ASKED[name]
@@ -193,7 +193,6 @@ def test_what_the_schema_allows_is_parsed(name, data):
 
 
 @pytest.mark.parametrize("name", ["ChatRequest", "CompletionRequest"])
-@settings(deadline=None)
 @given(data=st.data())
 def test_what_is_parsed_the_schema_allows(name, data):
     """One field after the other, with values that its neighbours have."""

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.sampling import Likely, TokenLogprob
@@ -30,7 +30,6 @@ def data(groups):
 
 
 @pytest.mark.parametrize("tokenizer", [of_bytes, of_pieces])
-@settings(deadline=None)
 @given(words=WORDS, stop=STOPS)
 def test_the_tokens_are_those_of_the_shown_text(tokenizer, words, stop):
     tokenizer = tokenizer()
@@ -43,7 +42,6 @@ def test_the_tokens_are_those_of_the_shown_text(tokenizer, words, stop):
 
 
 @pytest.mark.parametrize("tokenizer", [of_bytes, of_pieces])
-@settings(deadline=None)
 @given(words=WORDS, stop=STOPS)
 def test_tokens_come_with_their_text(tokenizer, words, stop):
     tokenizer = tokenizer()
@@ -56,7 +54,6 @@ def test_tokens_come_with_their_text(tokenizer, words, stop):
         assert all(placed.offset < len(text) or not placed.data for placed in group)  # nor early
 
 
-@settings(deadline=None)
 @given(words=WORDS)
 def test_offsets_are_where_a_token_begins_in_the_text(words):
     tokenizer = of_bytes()

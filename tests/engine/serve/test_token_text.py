@@ -1,7 +1,7 @@
 """Bytes of single tokens: those of an answer are its text, whatever the vocabulary."""
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from engine.serve.token_text import TokenText, longest
@@ -30,7 +30,6 @@ TEXT = st.text(
 )
 
 
-@settings(deadline=None)
 @given(text=TEXT)
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_bytes_of_an_answer_are_its_text(name, text):

@@ -4,7 +4,7 @@ import json
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from openai.types import Model
 
@@ -71,7 +71,6 @@ def some(count):
     return [DocumentObject(id=str(n), title="", chunks=["c"], tokens=n) for n in range(count)]
 
 
-@settings(deadline=None)
 @given(count=st.integers(0, 12), limit=st.integers(1, 5))
 def test_pages_add_up_to_the_whole(count, limit):
     documents, after, seen = some(count), None, []

@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.serve.refusals import LONGEST, Refusal
@@ -109,14 +109,12 @@ def _read_all_of(request):
         assert isinstance(request.alone, str | list)
 
 
-@settings(deadline=None)
 @given(body=st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes_are_a_request_or_refused(body):
     for parse in PARSERS:
         taken(parse, body)
 
 
-@settings(deadline=None)
 @given(near=NEAR, changes=st.dictionaries(FIELDS, JSON, max_size=3))
 def test_almost_a_request_is_one_or_refused(near, changes):
     body = json.dumps(near | changes).encode()
@@ -124,7 +122,6 @@ def test_almost_a_request_is_one_or_refused(near, changes):
         taken(parse, body)
 
 
-@settings(deadline=None)
 @given(cut=st.integers(0, 400))
 def test_half_a_request_is_refused(cut):
     whole = json.dumps({"model": "m", "messages": HELLO, "stop": ["ä€😀"] * 4, "seed": 5}).encode()

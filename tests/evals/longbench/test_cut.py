@@ -67,7 +67,7 @@ def test_what_only_fits_without_a_chat_template_is_cut_and_not_doubled(chatty, u
 
 
 @given(length=st.integers(60, 200), start=st.text("语言模型ab", max_size=6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_character_that_is_cut_in_two_does_not_make_the_prompt_longer(length, start):
     cut = cut_to_length(PLAIN, sample(start + "长文本理解" * 50, "问题？", length))
     assert length - 10 - 12 <= prompt_tokens(PLAIN, cut) <= length - 10

@@ -48,7 +48,7 @@ TEXTS = st.lists(WORDS, max_size=25).map(" ".join)
 
 
 @given(TEXTS, TEXTS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_it_is_the_number_of_the_package_to_the_last_bit(said, reference):
     package = pytest.importorskip("rouge", reason="the package rouge 1.0.1 is not installed")
     try:

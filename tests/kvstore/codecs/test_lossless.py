@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.codecs.codec import byte_view
@@ -29,7 +29,6 @@ def like_kv(shape, dtype, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@settings(deadline=None)
 @given(
     st.tuples(
         st.integers(1, 3), st.just(2), st.integers(1, 3), st.integers(1, 9), st.integers(1, 40)
@@ -75,7 +74,6 @@ def test_noise_takes_eight_bytes_a_plane_more():
     )
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_whatever_is_decoded_is_numbers_or_a_clear_error(draw):
     """Behind a right checksum nothing else can be; if it is, it is a miss."""

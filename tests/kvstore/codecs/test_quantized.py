@@ -59,7 +59,7 @@ def bounds(x):
     }
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     SHAPES, st.sampled_from(list(DTYPES.values())), st.sampled_from(list(KINDS)), st.integers(0, 99)
 )
@@ -70,7 +70,7 @@ def test_no_number_is_further_off_than_its_codec_allows(shape, dtype, kind, seed
         assert (off <= bound).all(), (name, (off - bound).max(), off.max())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(SHAPES, st.sampled_from(list(DTYPES.values())), st.sampled_from(CODECS))
 def test_payloads_have_one_size_and_layers_are_alone(shape, dtype, codec):
     data = made(shape, dtype)
@@ -140,7 +140,7 @@ def test_a_payload_of_any_other_size_takes_no_memory(codec):
             codec.landing(byte_view(data), data.shape, data.dtype, nbytes)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.sampled_from(CODECS), st.integers(0, 2**32 - 1))
 def test_any_bytes_of_the_right_size_are_decoded(codec, seed):
     """Behind a right checksum there is nothing else than what was encoded; and if there were."""

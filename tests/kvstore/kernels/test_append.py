@@ -80,7 +80,7 @@ def awkward(size, generator):
 
 
 @pytest.mark.parametrize("name", ["int8", "int4, 80", "odd"])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 2**32))
 def test_any_numbers_are_rounded_as_torch_rounds(name, seed):
     generator, layout = torch.Generator().manual_seed(seed), LAYOUTS[name]

@@ -88,7 +88,7 @@ def check(residency, rows, ids, found, now):
 
 
 @pytest.mark.parametrize("way", WAYS, ids=["torch", "triton"])
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 2**32), most=st.integers(1, 9), spare=st.sampled_from([0, 0, 3, 20]))
 def test_thirty_steps_are_those_of_the_rule(way, seed, most, spare):
     rng = random.Random(seed)

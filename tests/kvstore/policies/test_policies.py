@@ -73,7 +73,7 @@ def follow(policy, model, step, arg):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(steps=STEPS, pinned=st.sets(NAME, max_size=3))
 def test_victims_are_those_of_the_definition(name, steps, pinned):
     policy, model = make(name), MODELS[name](PARENTS, SIZES)
@@ -94,7 +94,7 @@ def needed(policy, pinned, excess):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(requests=st.lists(st.tuples(NAME, FEW), max_size=30), room=st.integers(3, 20))
 def test_what_stays_is_the_beginning_of_every_chain_and_what_is_pinned(name, requests, room):
     policy = make(name)

@@ -62,13 +62,13 @@ def cases(draw, most=45):
 
 @pytest.mark.parametrize("choose", [choose_torch, choose_whole], ids=["torch", "whole"])
 @given(case=cases())
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_it_takes_what_sorting_takes(choose, case):
     check(choose, *case)
 
 
 @given(case=cases(most=12))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_it_takes_what_sorting_takes_where_rows_are_cut(case):
     with pytest.MonkeyPatch.context() as patch:
         small = dict(RUN=16, PART=16, SETS=16, ROOM=1, DEPTH=2, WIDTH=16)

@@ -111,7 +111,7 @@ def test_the_definition_is_the_sum_of_table_entries_up_to_their_rounding():
         assert error.mean() <= 3e-2
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     *(st.integers(1, n) for n in (3, 9, 40, 3000)),
     st.integers(1, 600),
