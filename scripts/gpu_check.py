@@ -20,6 +20,7 @@ is. --dry-run, on a CPU, leaves out tests and sanitizer, and times nothing.
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -143,6 +144,7 @@ def main() -> int:
     asked, began = options(), time.monotonic()
     dry, out = asked.dry_run, asked.out.absolute()
     os.chdir(ROOT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored by all
     facts = {} if dry else origin()
     modules = kernel_modules(ROOT)
     found, lines = checks(modules, asked.parts, dry=dry), list[dict[str, Any]]()

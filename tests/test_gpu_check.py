@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -71,6 +72,15 @@ def test_the_projects_own_python_serves_where_python3_has_no_torch(tree):
 # parts as processes
 
 
+@pytest.fixture
+def interruptible():
+    """What is started from here hears SIGINT, also where the tests are run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_what_a_part_printed_before_its_time_was_up_counts(bench):
     process = bench("process")
     code = 'import time; print(\'{"part": "x"}\', flush=True); print(\'{"cut\'); time.sleep(60)'
@@ -86,16 +96,16 @@ def test_the_last_words_of_a_failed_part_are_its_reason(bench):
     assert (done.code, "no such thing" in done.why) == (1, True)
 
 
-def test_whoever_runs_too_long_is_asked_to_end_and_leaves_nobody_behind(bench, monkeypatch):
+@pytest.mark.usefixtures("interruptible")
+def test_whoever_runs_too_long_is_asked_to_end_and_leaves_nobody_behind(bench):
     process = bench("process")
-    monkeypatch.setattr(process, "GRACE_S", 2)
     code = (
         "import subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         "print(child.pid, flush=True)\n"
         "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('last words')\n"
     )
-    done = process.run([sys.executable, "-c", code], 2)
+    done = process.run([sys.executable, "-c", code], 5)
     pid, last = done.out.splitlines()
     assert (done.code, last) == (None, "last words")
     for _ in range(100):  # a killed process is there until somebody has noticed
