@@ -49,7 +49,7 @@ class Memory:
             spill = None
             if config.spill_path is not None:
                 spill = Spill(Path(config.spill_path), config.spill_bytes)
-            self._beside(model.shape.max_positions)  # refuses what cannot be, before any prompt
+            beside(model.shape, self.method, 0)  # refuses what cannot be, before any prompt
             shape = pool_shape(model, self.method)
             self.pool = PinnedTier(shape, config.pinned_bytes, spill=spill)
 
@@ -127,7 +127,9 @@ class Memory:
         return hidden + run.capacity * layer * min(1 + together + self._kept, moved)
 
     def _beside(self, prompt_tokens: int) -> Beside:
-        """Of one layer that moves to the pool."""
+        """Of one layer that moves to the pool. A batch has room for all of it from its start."""
+        if self.batched:
+            return Beside(0, 0)
         if self.method.budget >= 1:
             prompt_tokens = 0  # is all the same, and found once
         known, found = self._known

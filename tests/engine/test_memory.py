@@ -112,3 +112,12 @@ def test_what_indexes_and_buffers_take_is_counted(family, name, changes):
         need = engine.memory.need(run)
         assert (need.answer, need.fixed) == (layers * each.token, layers * each.fixed)
         run.release()
+
+
+def test_a_batch_has_room_for_its_indexes_from_the_start(monkeypatch):
+    """They count once: a GPU's requests would have to wait for room that they do not take."""
+    with engine(build("llama"), 1 << 20) as made:
+        (run,) = running(made, prompt(TOKENS).tolist())
+        assert made.memory.need(run).fixed > 0
+        monkeypatch.setattr(made.memory, "batched", True)
+        assert (made.memory.need(run).answer, made.memory.need(run).fixed) == (0, 0)
