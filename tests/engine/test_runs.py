@@ -56,6 +56,19 @@ def test_each_query_sees_its_own_past_and_nothing_else(monkeypatch, spec, where,
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("heads", [(6, 2), (4, 4), (6, 1)])
+@pytest.mark.parametrize("most", [1, 127 * 60, 127 * 250, 1 << 24])
+def test_heads_are_taken_together_as_far_as_memory_allows(monkeypatch, spec, heads, most):
+    positions = torch.tensor(POSITIONS["runs"])
+    q, k, v = inputs(127, positions, heads)
+    ours = Runs(positions, q.dtype)
+    monkeypatch.setattr(runs, "MASK_ELEMENTS", most)
+    got = ours.attend(q, k, v, SPECS[spec])
+    want = plain(q, k, v, positions, SPECS[spec]).float()
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
 def test_masks_are_made_once_unless_they_are_large(monkeypatch):
     positions = torch.arange(0, 300, 2)
     q, k, v = inputs(300, positions)
