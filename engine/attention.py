@@ -57,7 +57,7 @@ def _attend_run(
     first = 0 if spec.window is None else max(0, past + start - spec.window + 1)
     keys = slice(first, past + stop)
     mask = _visible(past + start, past + stop, first, spec.window, q.device)
-    return _grouped(q[:, start:stop], k[:, keys], v[:, keys], spec, mask)
+    return grouped(q[:, start:stop], k[:, keys], v[:, keys], spec, mask)
 
 
 def _visible(
@@ -139,10 +139,14 @@ def attend_token_torch(
     return out.flatten(0, 1)
 
 
-def _grouped(
+def grouped(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor
 ) -> Float[Tensor, "Hq N D"]:
-    """KV heads as the batch and their queries as heads: keys are expanded by stride, not copied."""
+    """KV heads as the batch and their queries as heads: keys are expanded by stride, not copied.
+
+    Args:
+        mask: of every head: what is seen, or what is added to scores.
+    """
     hk, (hq, n, d) = k.shape[0], q.shape
     if spec.softcap is not None:
         rows = _softcapped(q.reshape(hk, -1, d), k, v, spec, mask.repeat(hq // hk, 1))
@@ -159,10 +163,11 @@ def _softcapped(
     k: Float[Tensor, "Hk S D"],
     v: Float[Tensor, "Hk S D"],
     spec: AttentionSpec,
-    mask: Bool[Tensor, "M S"] | None,
+    mask: Bool[Tensor, "M S"] | Float[Tensor, "M S"] | None,
 ) -> Float[Tensor, "Hk M D"]:
     """Attention whose scores are capped before the softmax, which no fused kernel offers."""
     scores = capped((q.float() @ k.float().mT) * spec.scale, spec.softcap)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        seen = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, float("-inf")) if seen else scores + mask
     return (scores.softmax(-1) @ v.float()).to(q.dtype)

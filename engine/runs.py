@@ -9,10 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.attention import MASK_ELEMENTS
+from engine.attention import MASK_ELEMENTS, grouped
 from engine.model import AttentionSpec
 from native.gpu import on_gpu
-from retrieval.capped import capped
 
 SPAN = 512  # positions that the queries of a group spread over: keys read in vain, on average half
 
@@ -104,32 +103,19 @@ def _attend(
     """One group. Queries that share a KV head are one matrix where their mask is small enough, a
     tenth faster in bf16; else keys are expanded by stride, and every head has the same mask.
     """
-    group = len(q) // len(k)
+    group, most = len(q) // len(k), MASK_ELEMENTS // mask.numel()  # heads of so many numbers
     if spec.softcap is None:
-        if mask.numel() * group <= MASK_ELEMENTS:
-            folded, each = q.reshape(1, len(k), -1, q.shape[2]), mask.repeat(group, 1)
-            out = F.scaled_dot_product_attention(
-                folded, k[None], v[None], attn_mask=each, scale=spec.scale
-            )
-            return out.reshape(q.shape)
-        wide = [x[:, None].expand(-1, group, -1, -1) for x in (k, v)]
-        grouped = q.unflatten(0, (len(k), group))
+        if most < group:
+            return grouped(q, k, v, spec, mask)
+        folded, each = q.reshape(1, len(k), -1, q.shape[2]), mask.repeat(group, 1)
         out = F.scaled_dot_product_attention(
-            grouped, wide[0], wide[1], attn_mask=mask, scale=spec.scale
+            folded, k[None], v[None], attn_mask=each, scale=spec.scale
         )
-        return out.flatten(0, 1)
-    most = MASK_ELEMENTS // mask.numel()  # heads whose scores are no larger than a mask may be
+        return out.reshape(q.shape)
     step = len(q) if most >= len(q) else group if most >= group else 1
     parts = [
-        _capped(q[i : i + step], k[j:stop], v[j:stop], spec, mask)
+        grouped(q[i : i + step], k[j:stop], v[j:stop], spec, mask)
         for i in range(0, len(q), step)
         for j, stop in [(i // group, (i + step - 1) // group + 1)]
     ]
     return torch.cat(parts)
-
-
-def _capped(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor) -> Tensor:
-    """Attention whose scores are capped, which no fused kernel offers. All scores at once."""
-    folded, mask = q.reshape(len(k), -1, q.shape[2]), mask.repeat(len(q) // len(k), 1)
-    scores = capped((folded.float() @ k.float().mT) * spec.scale, spec.softcap) + mask
-    return (scores.softmax(-1) @ v.float()).to(q.dtype).reshape(q.shape)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine import runs
+from engine import attention, runs
 from engine.model import AttentionSpec
 from engine.runs import Runs
 
@@ -67,6 +67,29 @@ def test_heads_are_taken_together_as_far_as_memory_allows(monkeypatch, spec, hea
     got = ours.attend(q, k, v, SPECS[spec])
     want = plain(q, k, v, positions, SPECS[spec]).float()
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_no_mask_and_no_scores_of_all_heads_are_larger_than_a_mask_may_be(monkeypatch, spec):
+    most, taken = 127 * 40, []
+    sdpa, caps = attention.F.scaled_dot_product_attention, attention.capped
+
+    def with_mask(*args, attn_mask, **more):
+        taken.append(attn_mask.numel())
+        return sdpa(*args, attn_mask=attn_mask, **more)
+
+    def with_scores(scores, softcap):
+        taken.append(scores.numel())
+        return caps(scores, softcap)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", with_mask)
+    monkeypatch.setattr(attention, "capped", with_scores)
+    monkeypatch.setattr(runs, "MASK_ELEMENTS", most)
+    positions = torch.arange(127)
+    q, k, v = inputs(127, positions)
+    Runs(positions, q.dtype).attend(q, k, v, SPECS[spec])
+    assert taken
+    assert max(taken) <= most
 
 
 def test_masks_are_made_once_unless_they_are_large(monkeypatch):
