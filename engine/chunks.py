@@ -49,13 +49,18 @@ class Chunks:
         self, prefix: Tokens, chunk: Tokens, precision: Precision = Precision.EXACT
     ) -> list[BlockKey]:
         """Names of a chunk's blocks behind a prefix; the last one may be of fewer tokens."""
+        return self._chain(chunk, precision, Kind.CHUNK, digest(prefix))
+
+    def _chain(
+        self, tokens: Tokens, precision: Precision, kind: Kind = Kind.EXACT, warmup: bytes = b""
+    ) -> list[BlockKey]:
         return BlockKey.chain(
-            chunk,
+            tokens,
             identity=self._identity,
             tenant=self._tenant,
             size=self._size,
-            kind=Kind.CHUNK,
-            warmup=digest(prefix),
+            kind=kind,
+            warmup=warmup,
             precision=precision,
         )
 
@@ -106,14 +111,7 @@ class Chunks:
         make = partial(Recorder, self._model.shape, size=self._size, empty=self._store.empty)
         alone = _Alone(self._model, prefix, longest, make, step=self._step)
         whole = prefix[: len(prefix) // self._size * self._size]
-        keys = BlockKey.chain(
-            whole,
-            identity=self._identity,
-            tenant=self._tenant,
-            size=self._size,
-            precision=precision,
-        )
-        self._store.put(list(zip(keys, alone.prefix, strict=True)))
+        self._store.put(list(zip(self._chain(whole, precision), alone.prefix, strict=True)))
         return alone
 
 

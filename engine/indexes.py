@@ -6,7 +6,7 @@ from math import inf
 from typing import Any, get_args
 
 from engine.errors import ConfigError
-from engine.method import Method
+from engine.method import MOST, Method
 from engine.model import Shape
 from retrieval.exact import Exact
 from retrieval.index import KeySpace, KVIndex
@@ -30,7 +30,6 @@ LEAST = {  # of options that are whole numbers
     "chunk": 1, "page": 1, "centroids": 1, "points": 1, "iterations": 1, "subspaces": 1, "bits": 1,
     "outlier_chunks": 0, "seed": 0,
 }  # fmt: skip
-MOST = 1 << 31  # less than that
 PARTS = {"codebook", "guard"}  # which code gives an index, and no setting can
 OUTLIER_SHARE = 6  # ShadowKV keeps 384 outliers of 2,464 tokens: a sixth
 
@@ -63,7 +62,7 @@ def _check(kind: type[Any], options: Mapping[str, int | float | str]) -> None:
             )
         least = LEAST.get(name)
         if least is not None and (type(value) is not int or not least <= value < MOST):
-            raise ValueError(f"{name} is a whole number, {least} or more, got {value!r}")
+            raise ValueError(f"{name} is a whole number from {least} to {MOST - 1}, got {value!r}")
         if name == "ridge" and (isinstance(value, str) or not 0 < value < inf):
             raise ValueError(f"{name} is a number above 0, got {value!r}")
         if name == "key_space" and value not in get_args(KeySpace):

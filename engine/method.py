@@ -10,6 +10,7 @@ from retrieval.select import Policy
 
 IndexName = Literal["dense", "exact", "landmarks", "quest", "vq", "pq", "scalar"]
 Numbers = Literal["exact", "int8", "int4"]
+MOST = 1 << 31  # of whole numbers: less than that
 
 
 class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -67,8 +68,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if not 1 <= self.hot < inf:
             raise ConfigError(f"method.hot must be at least 1 (times the budget), got {self.hot}")
         for name in ("rank", "distance"):
-            if not 1 <= getattr(self, name) < 1 << 31:
-                raise ConfigError(f"method.{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= (value := getattr(self, name)) < MOST:
+                raise ConfigError(f"method.{name} must be at least 1, and below {MOST}: {value}")
         if self.certify is not None and not 0 < self.certify < 1:
             raise ConfigError(f"method.certify is a share between 0 and 1, got {self.certify}")
         if self.dense_layers < 0:

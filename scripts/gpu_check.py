@@ -146,26 +146,27 @@ def main() -> int:
     os.chdir(ROOT)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored by all
     facts = {} if dry else origin()
+    path = None if dry else place(out, facts)
     modules = kernel_modules(ROOT)
     found, lines = checks(modules, asked.parts, dry=dry), list[dict[str, Any]]()
     line = counted(modules, found)
 
     def note() -> None:
         """Write down what there is by now."""
-        if dry:
+        if path is None:
             return
         figures, reasons = measured(lines, asked.parts)
         line.update({"measured": figures, "reasons": reasons})
         seconds = time.monotonic() - began
         record = {"benchmark": "gpu", "seconds": seconds, "checks": found, "lines": lines}
-        place(out, facts).write_text(json.dumps(facts | record | line) + "\n")
+        path.write_text(json.dumps(facts | record | line) + "\n")
 
     note()
     for more in benches(asked.parts, dry=dry):
         lines += more
         note()
-    if not dry:
-        say(f"saved to {place(out, facts)}")
+    if path is not None:
+        say(f"saved to {path}")
     if not asked.json:
         print(tables(lines))
     print(json.dumps(line))
