@@ -4,13 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine.blend.repair import BlendConfig, BlendReport
+    from engine.blend.segments import Segments
     from engine.config import EngineConfig
     from engine.engine import Engine
     from engine.errors import ConfigError, EngineError, ModelError, PromptError
-    from engine.repair import BlendConfig, BlendReport
     from engine.request import Completion, Event, RequestStats
     from engine.sampling import Sampling
-    from engine.segments import Segments
 
 __all__ = [
     "BlendConfig",
@@ -33,10 +33,10 @@ _HOMES = {
     "engine.config": ("EngineConfig",),
     "engine.engine": ("Engine",),
     "engine.errors": ("ConfigError", "EngineError", "ModelError", "PromptError"),
-    "engine.repair": ("BlendConfig", "BlendReport"),
+    "engine.blend.repair": ("BlendConfig", "BlendReport"),
     "engine.request": ("Completion", "Event", "RequestStats"),
     "engine.sampling": ("Sampling",),
-    "engine.segments": ("Segments",),
+    "engine.blend.segments": ("Segments",),
 }
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from engine.kernels.attend_token import Partial, attend_token_native, serves
-from engine.model import AttentionSpec
+from engine.model.pieces import AttentionSpec
 from retrieval.capped import capped
 
 FUSED = (torch.bfloat16, torch.float16)  # what FlashAttention takes

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from engine.attention import attend_token
-from engine.model import AttentionSpec, Shape
+from engine.model.pieces import AttentionSpec, Shape
 from engine.recorder import Recorder
 from kvstore.block import LayerKV
 from native.pages import large_pages

@@ -8,12 +8,12 @@ from typing import get_args
 import msgspec
 import torch
 
+from engine.blend.repair import BlendConfig
 from engine.errors import ConfigError
 from engine.method import Method, preset
-from engine.model import Shape
-from engine.repair import BlendConfig
-from engine.schedule import ScheduleConfig
+from engine.model.pieces import Shape
 from engine.serve.config import ServeConfig
+from engine.service.schedule import ScheduleConfig
 from kvstore.codecs.known import exact_codec
 from kvstore.config import StoreConfig
 from kvstore.ledger import entry_cost
@@ -40,8 +40,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         tenant: secret of whoever owns the stored KV. Another tenant never gets it, not even by
             asking the same question.
         store: where KV rests between requests; see `kvstore.config`.
-        blend: how prompts of `Segments` reuse their chunks; see `engine.repair`.
-        schedule: how requests of a service run together; see `engine.schedule`.
+        blend: how prompts of `Segments` reuse their chunks; see `engine.blend.repair`.
+        schedule: how requests of a service run together; see `engine.service.schedule`.
         serve: of the HTTP server; see `engine.serve.config`.
     """
 

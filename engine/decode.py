@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from engine.cache import Cache
-from engine.model import Model
+from engine.model.pieces import Model
 from engine.step import Piece, hidden, raise_error
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from engine.decode import decode
 from engine.errors import EngineError
 from engine.memory import Memory
-from engine.model import Model
+from engine.model.pieces import Model
 from engine.request import Running
-from engine.sparse_cache import SparseCache
+from engine.sparse.cache import SparseCache
 
 if TYPE_CHECKING:
-    from engine.batch import DeviceBatch
+    from engine.batch.batch import DeviceBatch
 
 
 @runtime_checkable
@@ -78,7 +78,7 @@ def seats(model: Model, memory: Memory, slots: int, capacity: int) -> Seated | N
     """
     if memory.pool is None or not memory.batched:
         return None
-    from engine.batch import DeviceBatch, why_not  # needs Triton, which not every machine has
+    from engine.batch.batch import DeviceBatch, why_not  # needs Triton, which not every machine has
 
     if why_not(model, memory.method, memory.pool) is not None:
         return None

@@ -13,27 +13,27 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from engine.adapter import merge
-from engine.blending import Blending, Progress
+from engine.blend.blending import Blending, Progress
+from engine.blend.repair import BlendConfig
+from engine.blend.segments import Segments, ids_of
 from engine.breakeven import BreakEven
 from engine.cache import SequenceCache
-from engine.check import check
 from engine.config import EngineConfig
 from engine.decoding import decoding
 from engine.errors import EngineError, ModelError, PromptError
-from engine.hf import HFModel
-from engine.identity import identity
-from engine.loader import load_module, load_tokenizer, locate, pick_device, refuse_module
 from engine.memory import Memory
+from engine.model.adapter import merge
+from engine.model.check import check
+from engine.model.hf import HFModel
+from engine.model.identity import identity
+from engine.model.loader import load_module, load_tokenizer, locate, pick_device, refuse_module
 from engine.plain import Plain
 from engine.prefill import hidden_states
 from engine.prompting import flat, rendered, tokenized
-from engine.repair import BlendConfig
+from engine.rag.splitter import Splitter
 from engine.request import Completion, Event, Prompt, Request, Running, listed
 from engine.sampling import Sampling
-from engine.segments import Segments, ids_of
 from engine.slices import Slices, drained
-from engine.splitter import Splitter
 from kvstore.block import Precision
 from kvstore.errors import StoreError
 from kvstore.layout import layer_groups

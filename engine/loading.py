@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from engine.cache import Cache
-from engine.model import Model, owners
-from engine.rope import RopeTable, Tables
+from engine.model.pieces import Model, owners
+from engine.model.rope import RopeTable, Tables
 from engine.staging import Busy, Placed, Staging, modest
 from kvstore.block import BlockKey, KVBlock
 from kvstore.store import TieredStore

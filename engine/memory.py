@@ -5,16 +5,16 @@ from pathlib import Path
 
 import torch
 
-from engine.beside import Beside, beside
 from engine.cache import Cache, SequenceCache
 from engine.config import EngineConfig
 from engine.errors import PromptError
-from engine.job import Need
-from engine.model import Model
+from engine.model.pieces import Model
 from engine.recorder import Recorder
 from engine.request import Running
-from engine.slab import SlabCache
-from engine.sparse_cache import SparseCache, pool_shape, sparse_layers
+from engine.service.job import Need
+from engine.service.slab import SlabCache
+from engine.sparse.beside import Beside, beside
+from engine.sparse.cache import SparseCache, pool_shape, sparse_layers
 from kvstore.errors import PoolFull
 from kvstore.layout import layer_groups
 from kvstore.pinned import PinnedTier
@@ -116,7 +116,7 @@ class Memory:
         Of the layers that move to the pool, a plain prompt has one on the device at a time, and
         as much again while its index is built; where its start is stored, the group of layers that
         are read together, too; and KV that several layers share, until the last has read it. One of
-        segments has them all (`engine.blend`).
+        segments has them all (`engine.blend.blend`).
         """
         if run.segments is not None:
             return run.capacity * layer * moved

@@ -32,7 +32,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             token and KV head more (of head_dim 128), and several times less error.
         certify: the share of attention that may be missed: where a sample does not rule out, with
             confidence 0.95, that a query head misses more, the step's budget in this layer is
-            doubled, until it does (`engine.certified`). None looks at no sample.
+            doubled, until it does (`engine.sparse.certified`). None looks at no sample.
         dense_layers: so many first layers attend to everything.
         attend_on: "host" attends where the KV lies; "device" fetches it to a buffer of `hot`
             times the budget there. "auto" takes the host if that is the model's device, too.

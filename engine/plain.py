@@ -12,12 +12,12 @@ from engine.cache import Cache
 from engine.config import EngineConfig
 from engine.loading import BlocksLost, Loader
 from engine.memory import Memory
-from engine.model import Model
+from engine.model.pieces import Model
 from engine.prefill import hidden_states, layer_slices
 from engine.recorder import Recorder
 from engine.request import Running
 from engine.slices import Slices, Watch, drained
-from engine.sparse_cache import SparseCache
+from engine.sparse.cache import SparseCache
 from engine.staging import Placed
 from kvstore.block import BlockKey, Kind, Precision
 from kvstore.identity import ModelIdentity

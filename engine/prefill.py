@@ -10,10 +10,10 @@ from torch import Tensor
 from engine.attention import attend_chunk
 from engine.cache import Cache
 from engine.loading import Loader
-from engine.model import Layer, Model, kv_depth
-from engine.rope import Tables
+from engine.model.pieces import Layer, Model, kv_depth
+from engine.model.rope import Tables
 from engine.slices import Slices, drained
-from engine.sparse_cache import SparseCache
+from engine.sparse.cache import SparseCache
 from engine.step import Piece, hidden, raise_error
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from engine.blend.segments import Segments, Tokens, ids_of
 from engine.errors import PromptError
 from engine.request import Prompt
-from engine.segments import Segments, Tokens, ids_of
 from engine.unicode import check_unicode
 
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from engine.model import Shape
+from engine.model.pieces import Shape
 from kvstore.block import KVBlock
 
 Empty = Callable[[Sequence[int], torch.dtype], Tensor]

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from engine.blend.repair import BlendConfig, BlendReport
+from engine.blend.segments import Segments
 from engine.cache import Cache, SparseStats
 from engine.errors import PromptError, PromptTooLong
-from engine.repair import BlendConfig, BlendReport
 from engine.sampling import Sampling, TokenLogprob, logprobs, sample
-from engine.segments import Segments
 from engine.text import TextStream
 from kvstore.block import BlockKey, Precision
 

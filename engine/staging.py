@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from engine.model import Shape
+from engine.model.pieces import Shape
 from kvstore.block import BlockKey, KVBlock
 from kvstore.layout import layer_groups
 from kvstore.store import TieredStore

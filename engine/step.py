@@ -12,8 +12,8 @@ from torch import Tensor
 from engine.attention import attend_chunk
 from engine.cache import Cache, Query
 from engine.loading import Loader
-from engine.model import QKV, Layer, Model, kv_depth
-from engine.rope import RopeTable, Tables
+from engine.model.pieces import QKV, Layer, Model, kv_depth
+from engine.model.rope import RopeTable, Tables
 from kvstore.block import LayerKV
 
 

@@ -19,7 +19,7 @@ from engine.decode import decode
 from engine.engine import Engine
 from engine.errors import PromptError
 from engine.request import Request, Running
-from engine.sparse_cache import pool_shape, sparse_layers
+from engine.sparse.cache import pool_shape, sparse_layers
 from evals.context import Context, index_name
 from evals.cost import cost
 from evals.facts import peak_bytes, reset_peak

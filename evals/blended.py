@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from engine.blend.repair import BlendConfig, BlendReport
+from engine.blend.segments import Segments
 from engine.cache import SequenceCache
 from engine.decode import decode
 from engine.engine import Engine
 from engine.prefill import prefill
-from engine.repair import BlendConfig, BlendReport
 from engine.request import Request, Running
-from engine.segments import Segments
 from evals.rag import segments
 from evals.task import Sample
 

@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from engine.cache import SequenceCache
-from engine.indexes import INDEXES
 from engine.method import Method
-from engine.model import Model
+from engine.model.pieces import Model
 from engine.prefill import prefill
-from engine.sparse_cache import SparseCache, latest, sparse_layers
+from engine.sparse.cache import SparseCache, latest, sparse_layers
+from engine.sparse.indexes import INDEXES
 from kvstore.pool import Pool
 from retrieval.index import State
 from retrieval.select import Policy

@@ -4,9 +4,9 @@ from typing import TypedDict
 
 from engine.cache import Cache
 from engine.method import Method
-from engine.model import Model
-from engine.sparse import SparseLayer
-from engine.sparse_cache import SparseCache, pool_shape, sparse_layers
+from engine.model.pieces import Model
+from engine.sparse.cache import SparseCache, pool_shape, sparse_layers
+from engine.sparse.layer import SparseLayer
 
 
 class Cost(TypedDict, total=False):

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from engine.attention import attend_chunk
 from engine.cache import SequenceCache
+from engine.demo.haystack import Haystack
 from engine.engine import Engine
-from engine.haystack import Haystack
-from engine.model import QKV, Model
-from engine.question import prompt
-from engine.rope import Rope, Tables
+from engine.model.pieces import QKV, Model
+from engine.model.rope import Rope, Tables
+from engine.rag.question import prompt
 from evals.trace import Space, Trace
 
 FACTS = 8  # hidden in the text; the question is about the one in its middle

@@ -31,8 +31,8 @@ from engine.decode import decode
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.method import Method
-from engine.model import Model
-from engine.sparse_cache import sparse_layers
+from engine.model.pieces import Model
+from engine.sparse.cache import sparse_layers
 from evals.cost import cost
 from evals.observed import Kept, Observed
 from evals.record import Record

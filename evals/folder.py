@@ -10,7 +10,7 @@ import msgspec
 
 from engine.engine import Engine
 from engine.errors import ConfigError
-from engine.loader import locate
+from engine.model.loader import locate
 from evals.facts import commit, digest_files, hardware, versions
 from evals.record import Journal
 from evals.registry import data_digests, parse

@@ -13,13 +13,13 @@ import torch
 
 from engine.cache import Cache, SparseStats
 from engine.decode import decode
+from engine.demo.haystack import Fact, Haystack
 from engine.engine import Engine
 from engine.errors import PromptError
-from engine.haystack import Fact, Haystack
 from engine.method import Method
-from engine.model import Model
-from engine.question import prompt
-from engine.sparse_cache import pool_shape
+from engine.model.pieces import Model
+from engine.rag.question import prompt
+from engine.sparse.cache import pool_shape
 from evals.context import Context
 from kvstore.device import DeviceTier
 from retrieval.lowrank import Gram, RankChoice, choose_rank

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from engine.attention import attend_part
 from engine.cache import Cache, Query, SequenceCache, SparseStats
-from engine.model import AttentionSpec
+from engine.model.pieces import AttentionSpec
 from engine.recorder import Recorder
-from engine.sparse_cache import SparseCache
+from engine.sparse.cache import SparseCache
 from evals.recall import mass
 from kvstore.block import LayerKV
 from retrieval.capped import capped

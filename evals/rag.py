@@ -12,9 +12,9 @@ from itertools import accumulate, pairwise
 from random import Random
 from typing import Any, NamedTuple
 
+from engine.blend.segments import Segments
+from engine.demo.haystack import KEYS, count_tokens
 from engine.errors import ConfigError
-from engine.haystack import KEYS, count_tokens
-from engine.segments import Segments
 from evals.metrics.longbench import longbench_score
 from evals.musique import Question, musique
 from evals.rows import Source, default_source, read_rows

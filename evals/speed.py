@@ -22,7 +22,7 @@ from engine.cache import Cache
 from engine.decode import decode
 from engine.engine import Engine
 from engine.errors import ConfigError
-from engine.model import Model
+from engine.model.pieces import Model
 from evals.context import index_name, now
 from evals.cost import cost
 from evals.facts import peak_bytes, reset_peak

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from engine.rope import Rope, Tables
+from engine.model.rope import Rope, Tables
 from retrieval.index import KeySpace
 
 

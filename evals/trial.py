@@ -8,8 +8,8 @@ from typing import Any
 from engine.cache import Cache
 from engine.engine import Engine
 from engine.errors import ConfigError, EngineError, PromptError
-from engine.model import Model
-from engine.sparse_cache import pool_shape, sparse_layers
+from engine.model.pieces import Model
+from engine.sparse.cache import pool_shape, sparse_layers
 from evals.context import Context
 from evals.prompt import Asked, ask
 from evals.record import Record

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple
 
+from engine.demo.haystack import KEYS, count_tokens
 from engine.errors import ConfigError
-from engine.haystack import KEYS, count_tokens
 from evals.ruler.templates import NEEDLE, NIAH, Template, singular
 from evals.task import Turn
 
@@ -32,7 +32,7 @@ class Wording:
     Args:
         one, many: how one value of a key, and several, are asked for; `query` is the key.
         statement: of one value of a key.
-        adjectives: that keys have, before a noun of `engine.haystack.KEYS`; none if empty.
+        adjectives: that keys have, before a noun of `engine.demo.haystack.KEYS`; none if empty.
         values: numbers from the first to the last.
         between: an answer and the next question of a conversation.
         chat: see `evals.task.Sample`; False for a text that goes on as it began.

@@ -25,9 +25,9 @@ from store_bench.pages import drop, resident_share
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from engine import BlendConfig, BlendReport, Engine, EngineConfig, Segments
+from engine.blend.repair import PolicyName
 from engine.cache import SequenceCache
 from engine.prefill import prefill
-from engine.repair import PolicyName
 from kvstore.config import StoreConfig
 from kvstore.environment import files_of
 

@@ -11,10 +11,11 @@ two hops     a chunk's fact refers to one of an earlier chunk: what a chunk alon
 single hop   each fact stands in one chunk
 real text    questions of MuSiQue and their paragraphs, from $HEADRACE_DATA; KL only
 
-A share is charged in tokens times layers, probes and check layers included (`engine/policies.py`).
+A share is charged in tokens times layers, probes and check layers included
+(`engine/blend/policies.py`).
 A share that a policy cannot spend, or must exceed, is left empty: so is every share but 0 of
 `reposition`, and of `deviation` all below that of its check layers. Where a probe would take most
-of a share, boundaries are repaired instead (`engine/blend.py`).
+of a share, boundaries are repaired instead (`engine/blend/blend.py`).
 """
 
 import argparse
@@ -36,10 +37,10 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from engine.blend.repair import BlendConfig, BlendReport, PolicyName
+from engine.blend.reuse import BLOCK_TOKENS
 from engine.engine import Engine
 from engine.errors import EngineError
-from engine.repair import BlendConfig, BlendReport, PolicyName
-from engine.reuse import BLOCK_TOKENS
 from evals.blended import Reading, answer, blended, in_full
 from evals.rag import RagSuite
 from evals.task import Sample

@@ -43,9 +43,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.attention import attend_chunk
 from engine.engine import Engine
 from engine.method import Method
+from engine.model.rope import Tables
 from engine.prefill import hidden_states
 from engine.recorder import Recorder
-from engine.rope import Tables
 from evals.context import Context
 from evals.needles import Needles, ask
 from kvstore.block import Precision

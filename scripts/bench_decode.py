@@ -36,7 +36,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.cache import SequenceCache
 from engine.decode import decode
-from engine.hf import HFModel
+from engine.model.hf import HFModel
 
 # Four layers of Qwen3-0.6B: 16 query heads, 8 KV heads, head_dim 128. The vocabulary is cut with
 # the depth, so that the output projection keeps its share of the weights (a fifth).

@@ -36,9 +36,9 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.decode import decode
-from engine.hf import HFModel
 from engine.method import Method, preset
-from engine.sparse_cache import SparseCache, pool_shape
+from engine.model.hf import HFModel
+from engine.sparse.cache import SparseCache, pool_shape
 from kvstore.pinned import PinnedTier
 
 THEIRS = ("static sdpa", "dynamic sdpa")

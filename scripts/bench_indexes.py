@@ -46,9 +46,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.engine import Engine
-from engine.indexes import make_index
 from engine.method import Method
-from engine.model import Shape
+from engine.model.pieces import Shape
+from engine.sparse.indexes import make_index
 from evals.dumps import dump, haystack_tokens
 from evals.fixtures import KINDS, Size, make_fixture
 from evals.recall import Recall, Rows, Truth, fill, mass, recall, truths

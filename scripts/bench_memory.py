@@ -28,10 +28,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.decode import decode
-from engine.hf import HFModel
 from engine.method import Method, preset
-from engine.model import Shape
-from engine.sparse_cache import SparseCache, pool_shape
+from engine.model.hf import HFModel
+from engine.model.pieces import Shape
+from engine.sparse.cache import SparseCache, pool_shape
 from kvstore.pinned import PinnedTier
 from kvstore.spill import Spill
 

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.cache import SequenceCache
-from engine.hf import HFModel
+from engine.model.hf import HFModel
 from engine.prefill import prefill
 from engine.step import Piece, step
 

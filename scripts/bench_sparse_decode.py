@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.attention import attend_token, attend_token_torch
 from engine.cache import Query
 from engine.method import Method, preset
-from engine.model import AttentionSpec, Shape
-from engine.rope import Rope
-from engine.sparse import SparseLayer
+from engine.model.pieces import AttentionSpec, Shape
+from engine.model.rope import Rope
+from engine.sparse.layer import SparseLayer
 from evals.fixtures import Size, make_fixture
 from kvstore.device import DeviceTier
 from kvstore.rows import PoolShape, Raw, RowLayout

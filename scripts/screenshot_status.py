@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.schedule import ScheduleConfig
+from engine.service.schedule import ScheduleConfig
 from kvstore.config import StoreConfig
 from tests.engine.serve.browser import Browser, browser, missing
 from tests.engine.serve.server import ROOT, Running, running

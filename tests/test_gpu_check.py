@@ -494,7 +494,7 @@ def test_dense_ways_are_attention(bench, way):
 def test_dense_decode_is_the_models_own(bench):
     from transformers import DynamicCache
 
-    from engine.hf import HFModel
+    from engine.model.hf import HFModel
 
     module = bench("llama").llama(CPU)
     batch = bench("dense").DenseBatch(HFModel(module), 2, 30)

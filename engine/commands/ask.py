@@ -4,7 +4,7 @@ import os
 from argparse import Namespace
 
 from engine.commands.session import decoded, open_engine, read_text, sampling, show
-from engine.question import prompt
+from engine.rag.question import prompt
 
 
 def run(args: Namespace) -> int:

@@ -12,7 +12,7 @@ from rich.table import Table
 from engine.commands import demo_rag
 from engine.commands.demo_rag import store_folder
 from engine.commands.session import engine_config, progress
-from engine.demo import (
+from engine.demo.demo import (
     Job,
     Outcome,
     check_cold,

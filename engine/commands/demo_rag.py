@@ -14,8 +14,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from engine.commands.session import engine_config, progress
-from engine.demo import DemoError, new_process
-from engine.demo_rag import Answer, Job, Outcome, check
+from engine.demo.demo import DemoError, new_process
+from engine.demo.rag import Answer, Job, Outcome, check
 
 
 def run(args: Namespace) -> int:
@@ -47,7 +47,7 @@ def store_folder(args: Namespace) -> Iterator[str]:
 
 
 def _process(job: Job, name: str) -> Outcome:
-    return new_process("engine.demo_rag_process", job, name, Outcome)
+    return new_process("engine.demo.rag_process", job, name, Outcome)
 
 
 def _job(args: Namespace, folder: str) -> Job:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from rich.progress import Progress
 
 from engine.commands.session import decoded, open_engine, progress
-from engine.documents import files, read_file
 from engine.errors import ConfigError, PromptError
+from engine.rag.documents import files, read_file
 from engine.unicode import check_unicode
 
 if TYPE_CHECKING:
-    from engine.answer import Answer, Step
     from engine.rag import Rag
+    from engine.rag.answer import Answer, Step
 
 
 def run(args: Namespace) -> int:

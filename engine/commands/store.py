@@ -9,12 +9,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.filesize import decimal
 
-from engine.catalogue import catalogues, discard
 from engine.commands import store_bench, store_files, store_top
 from engine.commands.session import engine_config, progress
 from engine.commands.store_top import owners
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.rag.catalogue import catalogues, discard
 from kvstore.compact import compact
 from kvstore.config import StoreConfig
 from kvstore.environment import files_bytes

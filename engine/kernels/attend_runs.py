@@ -64,7 +64,7 @@ def attend_runs_torch(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Float[Tensor, "Hq n D"]:
-    """The definition, with all scores at once; `engine.runs.Runs` is what a CPU runs."""
+    """The definition, with all scores at once; `engine.blend.runs.Runs` is what a CPU runs."""
     i, j = positions[:, None], torch.arange(k.shape[1], device=k.device)
     hidden = j > i if window is None else (j > i) | (j <= i - window)
     behind = (j > positions.max())[:, None]

@@ -4,8 +4,8 @@
     a, b = a cos t - b sin t, b cos t + a sin t                  of every pair (a, b) of rotary dims
 
 The angle t of a token's position comes from two small tables, R(512 m + n) = R(512 m) R(n); the
-model's attention scaling is in the near one (`engine.rope.FarTable`). Everything is fp32, and a key
-is rounded once, to the type of its row.
+model's attention scaling is in the near one (`engine.model.rope.FarTable`). Everything is fp32, and
+a key is rounded once, to the type of its row.
 
     coefficients [B, T, R], shared by all heads    basis [B, Hk, R, D]    mean [B, Hk, D]
     near, far: cos and sin [rows, half]            hot [B, Hk, S, row]: K from k_at of a row
@@ -23,7 +23,7 @@ from jaxtyping import Float, Float32, Int32, UInt8
 from torch import Tensor
 
 from engine.kernels.attend_slots import POINTERS, numbers
-from engine.rope import FarTable, RopeTable
+from engine.model.rope import FarTable, RopeTable
 from kvstore.rows import Raw, RowLayout
 from native.gpu import Build, on_gpu
 

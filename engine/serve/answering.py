@@ -8,12 +8,12 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from engine.ask import Ask, Failure, Ticket
+from engine.rag.shelf import Reading
 from engine.request import Completion, Event
-from engine.shelf import Reading
+from engine.service.ask import Ask, Failure, Ticket
 
 if TYPE_CHECKING:
-    from engine.service import Service
+    from engine.service.service import Service
 
 
 class Answering:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from engine.ask import Ask
-from engine.repair import BlendConfig
-from engine.segments import Segments
+from engine.blend.repair import BlendConfig
+from engine.blend.segments import Segments
 from engine.serve.refusals import invalid, too_long
 from engine.serve.wire import BlendOptions, ChatRequest, CompletionRequest, InlineDocument
-from engine.spans import Trace
+from engine.service.ask import Ask
+from engine.service.spans import Trace
 
 if TYPE_CHECKING:
     from engine.engine import Engine

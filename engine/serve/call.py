@@ -16,7 +16,7 @@ from engine.request import RequestStats
 from engine.serve.observed import Observed
 from engine.serve.protocol import ABORT
 from engine.serve.refusals import crashed
-from engine.spans import Trace
+from engine.service.spans import Trace
 
 log = logging.getLogger(__name__)
 access = logging.getLogger("headrace.access")

@@ -24,7 +24,7 @@ from engine.serve.reading import SMALL
 from engine.serve.refusals import no_model, overloaded
 from engine.serve.tenants import Tenant, Tenants
 from engine.serve.token_text import TokenText, longest
-from engine.service import Service
+from engine.service.service import Service
 
 T = TypeVar("T")
 

@@ -11,10 +11,11 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.catalogue import Document
+from engine.blend.segments import Tokens
 from engine.errors import ServerStopping
-from engine.library import Unknown
-from engine.segments import Tokens
+from engine.rag.catalogue import Document
+from engine.rag.library import Unknown
+from engine.rag.shelf import Shelf
 from engine.serve.body import read_body, unless_gone
 from engine.serve.call import CALL, Call
 from engine.serve.desk import Desk
@@ -30,9 +31,8 @@ from engine.serve.wire_documents import (
     parse_documents,
     parse_page,
 )
-from engine.shelf import Shelf
+from engine.service.spans import span
 from engine.slices import Slices
-from engine.spans import span
 
 T = TypeVar("T")
 

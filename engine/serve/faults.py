@@ -3,7 +3,7 @@
 import logging
 
 from engine.errors import EngineError
-from engine.library import Unknown
+from engine.rag.library import Unknown
 from engine.serve.failures import refused
 from engine.serve.limits import Exceeded
 from engine.serve.refusals import Refusal, rate_limited

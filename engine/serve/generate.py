@@ -24,7 +24,7 @@ from engine.serve.sse import WAITING, failed
 from engine.serve.stream import EventStream
 from engine.serve.tenants import Tenant
 from engine.serve.wire import ChatRequest, CompletionRequest, parse_chat, parse_completion
-from engine.spans import span
+from engine.service.spans import span
 from kvstore.errors import StoreError
 
 log = logging.getLogger(__name__)

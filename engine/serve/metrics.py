@@ -8,11 +8,11 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from engine.repair import BlendReport
+from engine.blend.repair import BlendReport
 from engine.request import RequestStats
 from engine.serve.collector import ReadingsCollector
 from engine.serve.counters import Read
-from engine.spans import NAMES, Trace
+from engine.service.spans import NAMES, Trace
 
 SECONDS: Final = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,

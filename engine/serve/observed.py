@@ -11,7 +11,7 @@ from engine.request import RequestStats
 from engine.serve.counters import Read, Readings
 from engine.serve.history import History, Latencies, Recorded, Sample
 from engine.serve.metrics import Metrics
-from engine.spans import Recent, Trace
+from engine.service.spans import Recent, Trace
 
 
 @dataclass(slots=True)

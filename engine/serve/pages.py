@@ -13,8 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from engine.otlp import otlp
 from engine.serve.observed import Observed
+from engine.serve.otlp import otlp
 from engine.serve.refusals import forbidden, invalid
 from engine.serve.report import TracesReport
 from engine.serve.status import status_report

@@ -6,7 +6,7 @@ from engine.engine import Engine
 from engine.serve.counters import Read, Readings, pool_reading
 from engine.serve.owners import Names
 from engine.serve.report import Running, Swap
-from engine.service import Service
+from engine.service.service import Service
 
 
 def read_of(engine: Engine, service: Service, tenants: Names) -> Read:

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from engine.documents import Source
-from engine.question import around_chat
-from engine.segments import Segments, ids_of
+from engine.blend.segments import Segments, ids_of
+from engine.rag.documents import Source
+from engine.rag.question import around_chat
+from engine.rag.shelf import Reading
 from engine.serve.asks import Room
 from engine.serve.refusals import invalid
 from engine.serve.tenants import Tenant
 from engine.serve.wire import ChatRequest, CompletionRequest, InlineDocument
-from engine.shelf import Reading
 
 
 @dataclass(frozen=True, slots=True)

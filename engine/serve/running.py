@@ -7,7 +7,7 @@ from engine.engine import Engine
 from engine.serve.app import application
 from engine.serve.desk import Desk
 from engine.serve.server import Server
-from engine.service import Service
+from engine.service.service import Service
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from engine.serve.body import Gone, unless_gone
 from engine.serve.call import CALL, Call
 from engine.serve.protocol import ABORT
-from engine.spans import span
+from engine.service.spans import span
 
 HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",

@@ -12,11 +12,11 @@ from starlette.requests import Request
 
 from engine.engine import Engine
 from engine.errors import ConfigError, ModelError, PromptError
-from engine.question import around_chat
+from engine.rag.question import around_chat
+from engine.rag.shelf import Shelf
 from engine.serve.config import KeyConfig, ServeConfig, is_loopback
 from engine.serve.limits import Bucket, Slots
 from engine.serve.refusals import forbidden, unauthorized
-from engine.shelf import Shelf
 from kvstore.block import tenant_tag
 
 log = logging.getLogger(__name__)

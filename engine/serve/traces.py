@@ -1,7 +1,7 @@
 """Traces as `/traces` shows them."""
 
 from engine.serve.report import SpanReport, TraceReport
-from engine.spans import Recent, Shares, Trace
+from engine.service.spans import Recent, Shares, Trace
 
 
 def visible(recent: Recent, tenant: str | None, id_: str | None = None) -> list[Trace]:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from engine.repair import PolicyName
+from engine.blend.repair import PolicyName
 from engine.sampling import Sampling
 from engine.serve.fields import (
     ONLY,

@@ -55,7 +55,7 @@ def run(args: Namespace) -> int:
     """Write the file, whole or not at all."""
     # torch and transformers take seconds, which --help must not
     from engine.commands.session import read_text
-    from engine.loader import load_tokenizer, locate
+    from engine.model.loader import load_tokenizer, locate
 
     if args.count < 1:
         raise ConfigError(f"the count must be at least 1, got {args.count}")

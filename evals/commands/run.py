@@ -232,7 +232,7 @@ def _summary(args: Namespace, run: "Run") -> int:
 def _show_prompt(settings: RunSettings) -> int:
     """The first sample's first prompt on stdout, as the model would read it."""
     from engine.commands.session import progress
-    from engine.loader import load_tokenizer, locate
+    from engine.model.loader import load_tokenizer, locate
     from evals.prompt import ask
     from evals.run import plan
     from evals.ways import ways

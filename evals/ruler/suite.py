@@ -6,8 +6,8 @@ from functools import cached_property, partial
 from random import Random
 from typing import Any, Literal
 
+from engine.demo.haystack import count_tokens
 from engine.errors import ConfigError
-from engine.haystack import count_tokens
 from evals.metrics.ruler import ruler_score
 from evals.prompt import prompt_tokens
 from evals.rows import Source, default_source, read_rows

@@ -6,7 +6,7 @@ from string import ascii_lowercase, ascii_uppercase
 
 import numpy as np
 
-from engine.haystack import KEYS
+from engine.demo.haystack import KEYS
 
 HAYSTACK_KEYS = tuple(KEYS.split())
 
@@ -27,7 +27,7 @@ class Names:
         return self._new(lambda: f"{self._word()}-{self._word()}")
 
     def single(self) -> str:
-        """One word: mostly of one token, `engine.haystack`'s keys among them."""
+        """One word: mostly of one token, `engine.demo.haystack`'s keys among them."""
         return self._new(self._one)
 
     def uuid(self) -> str:

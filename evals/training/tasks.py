@@ -104,7 +104,7 @@ def multi_query(names: Names, rng: np.random.Generator) -> Facts:
 
 
 def plain(names: Names, rng: np.random.Generator) -> Facts:
-    """The wording of `engine.haystack`: six digits."""
+    """The wording of `engine.demo.haystack`: six digits."""
     key, value = names.single(), names.number(6)
     about = f"special magic number for {key}"
     question = Question(f"What is the {about}?", f" The {about} is", f" {value}")

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from engine import BlendConfig, Engine, EngineConfig, Segments
-from engine.hf import HFModel
-from engine.repair import PolicyName
+from engine.blend.repair import PolicyName
+from engine.model.hf import HFModel
 from gpu_bench.prefill import DENSE, Prefill
 from gpu_bench.timing import free_memory, synchronized
 from kvstore.config import StoreConfig

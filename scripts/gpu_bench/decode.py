@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from engine.batch import DeviceBatch
-from engine.hf import HFModel
+from engine.batch.batch import DeviceBatch
 from engine.method import Method, preset
-from engine.sparse_cache import pool_shape
+from engine.model.hf import HFModel
+from engine.sparse.cache import pool_shape
 from gpu_bench.dense import DenseBatch
 from gpu_bench.llama import weight_bytes
 from gpu_bench.synthetic import ROOM, Requests, pool_of

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.model import Model
-from engine.rope import Tables
+from engine.model.pieces import Model
+from engine.model.rope import Tables
 from gpu_bench.timing import time_calls
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # q [B Hq D], k, v [B Hk T D]

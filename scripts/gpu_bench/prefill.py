@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from engine.cache import SequenceCache
-from engine.hf import HFModel
+from engine.model.hf import HFModel
 from engine.prefill import prefill, prefill_layers
-from engine.sparse_cache import SparseCache
+from engine.sparse.cache import SparseCache
 from gpu_bench.decode import method_of
 from gpu_bench.synthetic import ROOM, pool_of
 from gpu_bench.timing import free_memory, synchronized

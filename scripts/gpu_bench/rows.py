@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import rebuild
-from engine.rope import FarTable, Rope
+from engine.model.rope import FarTable, Rope
 from gpu_bench.choosing import HOT
 from gpu_bench.trial import ROUNDED, Sizes, Trial, size
 from kvstore.kernels import append, gather

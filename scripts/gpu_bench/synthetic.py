@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.batch import DeviceBatch
+from engine.batch.batch import DeviceBatch
 from engine.method import Method
-from engine.model import Model
-from engine.sparse import SparseLayer
-from engine.sparse_cache import pool_shape
+from engine.model.pieces import Model
+from engine.sparse.cache import pool_shape
+from engine.sparse.layer import SparseLayer
 from kvstore.lease import Lease
 from kvstore.pinned import PinnedTier
 from kvstore.rows import PoolShape

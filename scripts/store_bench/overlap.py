@@ -21,8 +21,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.cache import SequenceCache
-from engine.hf import HFModel
 from engine.loading import Loader
+from engine.model.hf import HFModel
 from engine.staging import Placed
 from kvstore.block import BlockKey, KVBlock
 from kvstore.disk import DiskTier

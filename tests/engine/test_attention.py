@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from engine import attention
 from engine.attention import attend_chunk, attend_chunk_fused, attend_token
-from engine.model import AttentionSpec
+from engine.model.pieces import AttentionSpec
 
 HEADS = pytest.mark.parametrize(("hq", "hk"), [(4, 4), (8, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
 DIM = pytest.mark.parametrize("dim", [64, 80, 128])

@@ -3,7 +3,7 @@
 import pytest
 
 from engine import Engine, EngineConfig
-from engine.batch import DeviceBatch
+from engine.batch.batch import DeviceBatch
 from engine.decoding import Loop, Seated, decoding
 from engine.method import preset
 from engine.sampling import Sampling

@@ -8,9 +8,9 @@ from jaxtyping import TypeCheckError
 from transformers import AutoModelForCausalLM
 
 from engine import Engine, EngineConfig, PromptError
+from engine.blend.segments import ids_of
 from engine.errors import ConfigError, EngineError, ModelError
 from engine.request import listed
-from engine.segments import ids_of
 from kvstore.config import StoreConfig
 from kvstore.errors import StoreError
 from tests.engine import oracle

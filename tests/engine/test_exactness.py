@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.cache import SequenceCache
-from engine.hf import HFModel
+from engine.model.hf import HFModel
+from engine.model.rope import Rope, RopeTable
 from engine.prefill import prefill
-from engine.rope import Rope, RopeTable
 from tests.engine import oracle, reader
 from tests.engine.families import CASES, build, prompt
 

@@ -7,8 +7,8 @@ import torch
 from msgspec import structs
 
 from engine import Engine, EngineConfig
-from engine.batch import DeviceBatch
-from engine.batch_layer import SelectedLayer
+from engine.batch.batch import DeviceBatch
+from engine.batch.layer import SelectedLayer
 from engine.method import preset
 from tests.engine import oracle
 from tests.engine.families import CASES, build, prompt

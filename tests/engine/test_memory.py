@@ -4,10 +4,10 @@ import msgspec
 import pytest
 
 from engine import Engine, EngineConfig, PromptError, Segments
-from engine.beside import beside
-from engine.hf import HFModel
 from engine.method import preset
+from engine.model.hf import HFModel
 from engine.sampling import Sampling
+from engine.sparse.beside import beside
 from kvstore.config import StoreConfig
 from tests.engine.families import build, prompt
 

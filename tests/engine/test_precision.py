@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from engine import BlendConfig, Engine, EngineConfig
-from engine.ask import Ask
 from engine.rag import Rag
 from engine.sampling import Sampling
-from engine.service import Service
+from engine.service.ask import Ask
+from engine.service.service import Service
 from kvstore.block import Kind, Precision
 from kvstore.config import StoreConfig
 from tests.engine import oracle
-from tests.engine.blends import segments
+from tests.engine.blend.requests import segments
 from tests.engine.families import build, prompt
-from tests.engine.rag import FACTS, PAGES, Parts, documents
+from tests.engine.rag.corpus import FACTS, PAGES, Parts, documents
 from tests.kvstore.make import same
 
 LOSSY = ("fp8", "int8", "k8v4", "int4")

@@ -8,13 +8,13 @@ import torch
 
 from engine import Engine, EngineConfig
 from engine.decode import decode
-from engine.hf import HFModel
 from engine.loading import Loader
 from engine.method import PRESETS, preset
+from engine.model.hf import HFModel
 from engine.prefill import prefill, prefill_layers
 from engine.recorder import Recorder
 from engine.sampling import Sampling
-from engine.sparse_cache import SparseCache, pool_shape, sparse_layers
+from engine.sparse.cache import SparseCache, pool_shape, sparse_layers
 from engine.staging import Placed
 from kvstore.config import StoreConfig
 from kvstore.pool import Pool

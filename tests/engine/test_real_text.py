@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from engine import Engine
-from engine.loader import locate
+from engine.model.loader import locate
 from tests.data import real_data
 from tests.engine import oracle
 

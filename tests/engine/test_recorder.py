@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.hf import HFModel
+from engine.model.hf import HFModel
 from engine.recorder import Recorder
 from tests.engine.families import build
 

@@ -13,9 +13,9 @@ import torch
 
 from engine import staging
 from engine.cache import SequenceCache
-from engine.hf import HFModel
 from engine.loading import Loader
-from engine.model import owners
+from engine.model.hf import HFModel
+from engine.model.pieces import owners
 from engine.staging import AHEAD, Busy, Placed, Staging
 from kvstore import layout
 from kvstore.block import KVBlock

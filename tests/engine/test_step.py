@@ -10,12 +10,12 @@ from engine import Engine
 from engine.cache import Query, SequenceCache
 from engine.decode import decode
 from engine.errors import EngineError
-from engine.hf import HFModel
 from engine.method import preset
+from engine.model.hf import HFModel
 from engine.prefill import prefill
 from engine.recorder import Recorder
-from engine.slab import SlabCache
-from engine.sparse_cache import OBSERVED, SparseCache, pool_shape
+from engine.service.slab import SlabCache
+from engine.sparse.cache import OBSERVED, SparseCache, pool_shape
 from engine.step import Piece, step
 from kvstore.pool import Pool
 from tests.engine.families import build, every_family, prompt

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.repair import BlendConfig, BlendReport
+from engine.blend.repair import BlendConfig, BlendReport
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_blend_quality.py"
 

@@ -38,9 +38,9 @@ def test_an_index_takes_the_bytes_of_its_class_at_any_head_dim(monkeypatch):
     import bench_indexes
     import torch
 
-    from engine.indexes import make_index
     from engine.method import Method
-    from engine.model import Shape
+    from engine.model.pieces import Shape
+    from engine.sparse.indexes import make_index
 
     for dim in (64, 128):
         seen = set()

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from engine.blend.repair import BlendConfig
 from engine.engine import Engine
 from engine.errors import PromptError
-from engine.repair import BlendConfig
 from evals.blended import answer, blended, in_full
 from evals.rag import RagSuite, segments
 

@@ -5,8 +5,8 @@ import torch
 
 from engine.attention import attend_token_torch
 from engine.engine import Engine
-from engine.hf import HFModel
-from engine.model import AttentionSpec
+from engine.model.hf import HFModel
+from engine.model.pieces import AttentionSpec
 from evals.dumps import dump, haystack_tokens
 from tests.engine.families import build, prompt
 

@@ -8,8 +8,8 @@ from engine.config import EngineConfig
 from engine.decode import decode
 from engine.errors import ConfigError
 from engine.method import PRESETS
-from engine.model import AttentionSpec
-from engine.sparse import SparseLayer
+from engine.model.pieces import AttentionSpec
+from engine.sparse.layer import SparseLayer
 from evals.context import Context
 from evals.fidelity import attention_measures, dense_path, follow, measure
 from evals.observed import Kept, Observed, compare

@@ -12,8 +12,8 @@ from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.method import PRESETS, Method, preset
 from engine.prefill import prefill
-from engine.question import prompt
-from engine.sparse_cache import SparseCache, pool_shape
+from engine.rag.question import prompt
+from engine.sparse.cache import SparseCache, pool_shape
 from evals import needles as subject
 from evals.needles import Context, Needles, ask, low_rank
 from kvstore.device import DeviceTier

@@ -6,7 +6,7 @@ import struct
 import pytest
 
 from engine.errors import PromptError
-from engine.loader import load_tokenizer, locate
+from engine.model.loader import load_tokenizer, locate
 from evals.prompt import Asked, ask, ask_alone
 from evals.task import Sample, Turn
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from engine.indexes import make_index
 from engine.method import Method
-from engine.model import Shape
+from engine.model.pieces import Shape
+from engine.sparse.indexes import make_index
 from evals.fixtures import Size, make_fixture
 from evals.recall import Rows, attended, fill, mass, recall, truths, union
 from evals.trace import Trace

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from engine.demo.haystack import Haystack
 from engine.errors import ConfigError
-from engine.haystack import Haystack
 from evals import registry
 from evals.settings import RunSettings
 from evals.task import Sample, Turn

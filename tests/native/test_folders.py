@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from engine.catalogue import Catalogue, Document, Origin
+from engine.rag.catalogue import Catalogue, Document, Origin
 from kvstore.compact import compact
 from kvstore.disk import DiskTier
 from native.folders import sync_folder

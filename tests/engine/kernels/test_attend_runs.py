@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from engine import runs
+from engine.blend import runs
+from engine.blend.runs import Runs
 from engine.kernels import attend_runs as kernel
 from engine.kernels.attend_runs import attend_runs, attend_runs_torch, attend_runs_triton
-from engine.model import AttentionSpec
-from engine.runs import Runs
+from engine.model.pieces import AttentionSpec
 
 SPECS = {
     "plain": AttentionSpec(0.2),

@@ -11,7 +11,7 @@ from engine.kernels import merge_parts as merging
 from engine.kernels.attend_slots import attend_slots, attend_slots_torch, attend_slots_triton
 from engine.kernels.attend_token import Partial
 from engine.kernels.merge_parts import merge_parts_torch, merge_parts_triton
-from engine.model import AttentionSpec
+from engine.model.pieces import AttentionSpec
 from kvstore.rows import Int8, Raw, RowLayout
 from tests.engine.kernels.rows import DTYPES, HEADS, contexts, placed, queries, some_ids
 

@@ -8,7 +8,7 @@ import torch
 from engine.attention import attend_part, merge
 from engine.kernels.attend_tail import SOURCE, attend_tail_native, can_estimate
 from engine.kernels.attend_token import Partial, attend_rows_native, row_place
-from engine.model import AttentionSpec
+from engine.model.pieces import AttentionSpec
 from kvstore.rows import Raw, RowLayout
 from native import library as native
 from retrieval.estimate import Tail

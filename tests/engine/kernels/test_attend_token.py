@@ -8,7 +8,7 @@ import torch
 
 from engine.attention import attend_token, attend_token_torch
 from engine.kernels.attend_token import SOURCE, attend_token_native, serves
-from engine.model import AttentionSpec
+from engine.model.pieces import AttentionSpec
 from native import library as native
 
 HEADS = [(1, 1), (4, 2), (8, 2), (6, 2), (10, 2), (7, 1), (4, 4)]  # groups of 1 to 7

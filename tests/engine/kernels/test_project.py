@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.kernels.project import MOST_ROWS, SOURCE, project_native, serves
-from engine.linear import Linear, borrowed
+from engine.model.linear import Linear, borrowed
 from native import library as native
 
 

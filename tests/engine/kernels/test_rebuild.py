@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.kernels.rebuild import Angles, Factors, rebuild, rebuild_torch, rebuild_triton
-from engine.rope import FarTable, Rope
+from engine.model.rope import FarTable, Rope
 from retrieval.lowrank import Gram, LowRankKeys
 from tests.engine.kernels.rows import HEADS, layout_of, poisoned
 

@@ -6,7 +6,6 @@ from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from engine.hf import FAMILIES, norm_of
 from engine.kernels.rms_norm import (
     MOST_VALUES,
     SOURCE,
@@ -14,7 +13,8 @@ from engine.kernels.rms_norm import (
     rms_norm_torch,
     serves,
 )
-from engine.linear import Norm, borrowed_norm
+from engine.model.hf import FAMILIES, norm_of
+from engine.model.linear import Norm, borrowed_norm
 from native import library as native
 
 

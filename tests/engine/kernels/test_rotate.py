@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.kernels.rotate import SOURCE, VALUES_OF_A_THREAD, rotate_native, rotate_torch, serves
-from engine.rope import Rope, RopeTable
+from engine.model.rope import Rope, RopeTable
 from native import library as native
 
 SHAPES = [  # dimensions, of which turn, of neighbours
@@ -85,7 +85,7 @@ def test_runs_are_placed_without_a_compiler(monkeypatch):
     Rope(torch.ones(32)).place(x, RopeTable(cos, sin), out)  # another dtype than x has
     want = rotate_torch(x.flatten(1, 2), cos, sin, interleaved=False).half()
     assert torch.equal(out, want)
-    monkeypatch.setattr("engine.rope.serves", lambda *_: False)
+    monkeypatch.setattr("engine.model.rope.serves", lambda *_: False)
     same = torch.zeros(2, 12, 64, dtype=torch.bfloat16)
     Rope(torch.ones(32)).place(x, RopeTable(cos, sin), same)
     assert torch.equal(same.half(), want)

@@ -11,13 +11,13 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from engine.repair import BlendReport
+from engine.blend.repair import BlendReport
 from engine.request import RequestStats
 from engine.serve.counters import Readings
 from engine.serve.observed import Observed
 from engine.serve.pages import routes
 from engine.serve.report import Pool, Running, Swap
-from engine.spans import NAMES, Trace
+from engine.service.spans import NAMES, Trace
 from kvstore.block import Kind
 from kvstore.codecs.known import RAW
 from kvstore.stats import StoreStats, TierStats

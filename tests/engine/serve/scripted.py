@@ -6,13 +6,13 @@ from itertools import count
 from queue import Queue
 from typing import Any
 
-from engine.ask import Ask, Failure, Listener, Ticket
+from engine.blend.segments import Segments
 from engine.engine import Engine
 from engine.errors import Cancelled, ServerStopping
 from engine.request import Completion, Event, FinishReason, RequestStats
-from engine.segments import Segments
-from engine.service import Service
-from engine.service_stats import ServiceStats
+from engine.service.ask import Ask, Failure, Listener, Ticket
+from engine.service.service import Service
+from engine.service.stats import ServiceStats
 from engine.slices import Slices, drained
 from tests.engine.serve.server import LIMIT_S
 

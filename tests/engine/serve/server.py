@@ -18,11 +18,11 @@ import openai
 import torch
 
 from engine import Engine, EngineConfig
-from engine.loader import load_module, load_tokenizer
-from engine.schedule import ScheduleConfig
+from engine.model.loader import load_module, load_tokenizer
 from engine.serve.config import ServeConfig
 from engine.serve.running import serving
-from engine.service import Service
+from engine.service.schedule import ScheduleConfig
+from engine.service.service import Service
 from kvstore.config import StoreConfig
 
 ROOT = Path(__file__).parents[3]

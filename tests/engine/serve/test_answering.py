@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from engine.ask import Ask, Failure, Listener, Ticket
 from engine.errors import Busy, Cancelled
+from engine.rag.shelf import Reading
 from engine.request import Completion, Event, RequestStats
 from engine.serve.answering import Answering
-from engine.shelf import Reading
+from engine.service.ask import Ask, Failure, Listener, Ticket
 from tests.engine.serve.server import LIMIT_S
 
 ASK = Ask(prompt=[1], max_new_tokens=9)

@@ -9,14 +9,14 @@ from typing import Any
 import openai
 import pytest
 
-from engine.catalogue import Catalogue, CatalogueError, Document
-from engine.repair import BlendConfig
+from engine.blend.repair import BlendConfig
+from engine.rag.catalogue import Catalogue, CatalogueError, Document
+from engine.rag.shelf import Reading, Shelf
 from engine.serve.config import KeyConfig
 from engine.serve.desk import THREADS
-from engine.shelf import Reading, Shelf
 from kvstore.config import StoreConfig
 from kvstore.errors import StoreError
-from tests.engine.rag import FACTS, blocks, documents
+from tests.engine.rag.corpus import FACTS, blocks, documents
 from tests.engine.serve.server import LIMIT_S, Running, running
 
 FIRST, SECOND = FACTS[0], FACTS[1]

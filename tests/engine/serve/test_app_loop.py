@@ -13,7 +13,7 @@ import pytest
 from engine.engine import Engine
 from engine.serve import documents, generate, pages
 from engine.serve.config import KeyConfig
-from engine.service_stats import ServiceStats
+from engine.service.stats import ServiceStats
 from engine.slices import Slices, drained
 from tests.engine.serve.scripted import Scripted
 from tests.engine.serve.server import LIMIT_S, Running, running

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from engine.repair import BlendConfig
+from engine.blend.repair import BlendConfig
+from engine.blend.segments import Segments
 from engine.sampling import Sampling
-from engine.segments import Segments
 from engine.serve.asks import Room, ask_of, new_tokens, refuse_hopeless
 from engine.serve.refusals import Refusal
 from engine.serve.wire import parse_chat, parse_completion

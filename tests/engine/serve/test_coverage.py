@@ -5,8 +5,8 @@ from typing import Any
 
 import openai
 
-from engine.schedule import ScheduleConfig
-from engine.spans import NAMES
+from engine.service.schedule import ScheduleConfig
+from engine.service.spans import NAMES
 from tests.engine.serve.server import running
 
 SENTENCE = "The grass is green. The sky is blue. The sun is yellow. Here we go. "

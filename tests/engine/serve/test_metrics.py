@@ -5,7 +5,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as classic
 
 from engine.serve.observed import Observed
-from engine.spans import NAMES
+from engine.service.spans import NAMES
 from kvstore.stats import RemoteStats, StoreStats, TierStats
 from tests.engine.serve.figures import blend, readings, stats, traced
 

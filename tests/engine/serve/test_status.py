@@ -14,7 +14,7 @@ from engine.serve.observed import Observed
 from engine.serve.refusals import Refusal
 from engine.serve.report import StatusReport, TracesReport
 from engine.serve.status import status_report
-from engine.spans import NAMES
+from engine.service.spans import NAMES
 from kvstore.stats import StoreStats, TierStats
 from tests.engine.serve.figures import app, blend, readings, stats, traced
 

@@ -8,7 +8,7 @@ import pytest
 
 from engine.cli import main
 from engine.serve.observed import Observed
-from engine.spans import NAMES
+from engine.service.spans import NAMES
 from tests.engine.serve.figures import app, readings, serving, stats, traced
 
 

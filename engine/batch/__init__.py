@@ -1,0 +1,1 @@
+"""A decode step of many sparse requests in static shapes."""

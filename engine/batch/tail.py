@@ -1,0 +1,71 @@
+"""The estimated tail of one layer of a batch, in static shapes; see `retrieval.estimate.Tail`."""
+
+import torch
+from jaxtyping import Float, Float32, Int32, UInt8
+from torch import Tensor
+
+from engine.kernels.merge_parts import Partials
+from engine.kernels.tail import estimate_tail
+from engine.model.pieces import Shape
+from kvstore.rows import RowLayout
+from retrieval.estimate import CLUSTER_TOKENS, Tail, alone, joined
+
+PITCH = 16  # numbers: a stride that Triton knows to be a multiple of 16 makes wide loads
+
+
+class BatchTail:
+    """Clusters of all tokens of all slots: mean key, mean value, variance of the keys.
+
+    Args:
+        softcap: of the layer's scores, see `Tail`.
+    """
+
+    def __init__(self, shape: Shape, slots: int, capacity: int, softcap: float | None) -> None:
+        heads, clusters = shape.num_kv_heads, -(-capacity // CLUSTER_TOKENS)
+        self._width, self._softcap = 2 * shape.head_dim + 1, softcap
+        pitch = -(-self._width // PITCH) * PITCH
+        self._rows = torch.zeros(slots, heads, clusters, pitch, device=shape.device)
+        self._slots = torch.arange(slots, device=shape.device)
+
+    @property
+    def nbytes(self) -> int:
+        return self._rows.nbytes
+
+    @property
+    def summaries(self) -> Float32[Tensor, "B Hk C F"]:
+        """A view: rows are padded."""
+        return self._rows[..., : self._width]
+
+    def adopt(self, slot: int, tail: Tail) -> None:
+        """The clusters of one request."""
+        rows = tail.summaries
+        self.summaries[slot, :, : rows.shape[1]] = rows
+
+    def append(
+        self,
+        k: Float[Tensor, "B Hk D"],
+        v: Float[Tensor, "B Hk D"],
+        positions: Int32[Tensor, " B"],
+    ) -> None:
+        """The newest token of every slot, rotated; a free slot's lands where nobody reads."""
+        at = positions.clamp_min(0).long()
+        cluster, before = at // CLUSTER_TOKENS, (at % CLUSTER_TOKENS)[:, None, None]
+        newest, begun = alone(k, v), self.summaries[self._slots, :, cluster]
+        row = torch.where(before > 0, joined(begun, before, newest, 1), newest)
+        self.summaries[self._slots, :, cluster] = row
+
+    def estimate(
+        self,
+        q: Float[Tensor, "B Hq D"],
+        lengths: Int32[Tensor, " B"],
+        ids: Int32[Tensor, "B Hk K"],
+        hot: UInt8[Tensor, "B Hk S row"],
+        slots: Int32[Tensor, "B Hk K"],
+        layout: RowLayout,
+        scale: float,
+    ) -> Partials:
+        """Attention over every token but `ids`, whose rows are in `slots`, estimated."""
+        return estimate_tail(
+            *(q, self.summaries, lengths, ids, hot, slots, layout),
+            *(CLUSTER_TOKENS, scale, self._softcap),
+        )

@@ -1,0 +1,1 @@
+"""The demonstrations, and the processes that they start."""

@@ -1,0 +1,1 @@
+"""The model: pieces of one from transformers, checked, named and loaded."""

@@ -1,0 +1,224 @@
+"""What an engine has read: documents on record, found by a retriever, forgotten with their KV."""
+
+import hmac
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.blend.segments import Segments
+from engine.engine import Engine
+from engine.errors import PromptError
+from engine.rag.answer import Citation
+from engine.rag.catalogue import FILE, Catalogue, Document, Origin
+from engine.rag.forget import Forgetting
+from engine.rag.retriever import Hit, Retriever
+from engine.request import Completion
+
+
+class Unknown(PromptError):
+    """There is no such document or chunk; who else may have one does not show."""
+
+
+class Cited(NamedTuple):
+    """A chunk that goes into a prompt."""
+
+    citation: Citation
+    tokens: tuple[int, ...]
+
+
+class Library:
+    """Documents of an engine's tenant and model. May be used from several threads.
+
+    Args:
+        prefix: tokens that chunks are computed behind.
+        folder: of the catalogue; None for the disk tier's, and without that memory only.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        retriever: Retriever,
+        *,
+        prefix: tuple[int, ...],
+        folder: str | Path | None,
+    ) -> None:
+        self._engine, self._retriever = engine, retriever
+        self._indexed: set[str] = set()
+        self._origin = Origin(prefix, engine.config.block_tokens)
+        self._reading: Counter[Origin] = Counter()  # by prompts that run
+        self._lock = threading.RLock()  # guards all others; not held while the engine computes
+        self._catalogue = Catalogue(catalogue_file(engine, folder))
+        self._forgetting = Forgetting(engine, self._catalogue)
+        self._finish()
+
+    def documents(self) -> list[Document]:
+        """All documents, in the order in which they came."""
+        with self._lock:
+            self._catalogue.refresh()
+            return list(self._catalogue.documents.values())
+
+    def document(self, id_: str) -> Document:
+        """One document. Unknown: there is none."""
+        with self._lock:
+            self._catalogue.refresh()
+            if id_ not in self._catalogue.documents:
+                raise Unknown(f"there is no document {id_!r}")
+            return self._catalogue.documents[id_]
+
+    def add(self, documents: Sequence[Document]) -> None:
+        """Put documents on record, in the place of those with the same ids.
+
+        Raises:
+            PromptError: the model cannot read a chunk; nothing was added.
+        """
+        for document in documents:
+            for chunk in document.chunks:
+                self._engine.blending.chunks.check(self._origin.prefix, chunk.tokens)
+        with self._lock:
+            self._catalogue.add(documents, self._origin)
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Forget documents; how many chunks no other document has. Unknown: an id is.
+
+        KV that an earlier deletion left, as the store failed, goes in any case.
+        """
+        with self._lock:
+            self._catalogue.refresh()
+            unknown = [id_ for id_ in ids if id_ not in self._catalogue.documents]
+            if not unknown:
+                self._catalogue.remove(ids)
+        count = self._finish()
+        if unknown:
+            raise Unknown(f"there is no document {unknown[0]!r}: nothing was deleted")
+        return count
+
+    def _finish(self) -> int:
+        """Delete the KV of chunks that are doomed; how many. Others have their turns meanwhile."""
+        with self._lock:
+            doomed = self._forgetting.doomed()
+        if doomed.names:
+            self._engine.store.delete(doomed.names)
+        with self._lock:
+            self._forgetting.gone(doomed)
+        return len(doomed.chunks)
+
+    def search(self, question: str, top_k: int) -> list[Hit]:
+        """The chunks that the retriever finds, best first."""
+        if top_k < 1:
+            raise PromptError(f"top_k must be at least 1, got {top_k}")
+        with self._lock:
+            self._index()
+            return self._retriever.search(question, top_k)
+
+    def find(self, question: str, top_k: int) -> list[Cited]:
+        """The chunks for a question. PromptError where there is none."""
+        with self._lock:
+            hits = self.search(question, top_k)
+            if not self._catalogue.documents:
+                raise PromptError("there are no documents yet: add some")
+            if not hits:
+                raise PromptError(
+                    "no chunk fits the question: use the documents' words, or name the chunks"
+                )
+            return [self._cited(*hit) for hit in hits]
+
+    def named(self, ids: Iterable[str]) -> list[Cited]:
+        """Chunks by their ids. PromptError for an unknown one, or none at all."""
+        with self._lock:
+            self._catalogue.refresh()
+            if found := [self._cited(id_, None) for id_ in ids]:
+                return found
+        raise PromptError("chunks is empty: name at least one, or leave it out for a search")
+
+    def parts(self, id_: str) -> list[Cited]:
+        """The chunks of a document, or the one chunk, with this id. Unknown: there is none."""
+        with self._lock:
+            self._catalogue.refresh()
+            document = self._catalogue.documents.get(id_)
+            ids = [id_] if document is None else [chunk.id for chunk in document.chunks]
+            return [self._cited(one, None) for one in ids]
+
+    def before_reading(self, prefix: tuple[int, ...] | None = None) -> None:
+        """Note where KV of chunks is about to be stored; `asked` must follow, or `withdrawn`.
+
+        Args:
+            prefix: that the prompt's chunks stand behind; None is the library's own.
+        """
+        with self._lock:
+            origin = self._behind(prefix)
+            self._catalogue.remember(origin)
+            self._forgetting.prune({self._origin, origin, *self._reading})
+            self._reading[origin] += 1
+
+    def withdrawn(self, prefix: tuple[int, ...] | None = None) -> None:
+        """What `before_reading` announced did not run: nothing was stored."""
+        with self._lock:
+            self._read_no_more(self._behind(prefix))
+
+    def stored(self, chunks: Mapping[str, Sequence[int]]) -> None:
+        """KV of chunks was stored: delete what was deleted in the meantime."""
+        with self._lock:
+            self._catalogue.refresh()
+            self._forgetting.after(chunks)
+
+    def asked(
+        self,
+        segments: Segments,
+        ids: Sequence[str | None],
+        generated: Sequence[int],
+        done: Completion | None,
+    ) -> None:
+        """A prompt of chunks has ended, and may have left KV: see `Forgetting.note`."""
+        with self._lock:
+            self._read_no_more(self._behind(segments.prefix))
+            self._catalogue.refresh()
+            self._forgetting.note(segments, ids, generated, done)
+            pairs = zip(ids, segments.chunks, strict=True)
+            self._forgetting.after({id_: chunk for id_, chunk in pairs if id_ is not None})
+
+    def _read_no_more(self, origin: Origin) -> None:
+        self._reading[origin] -= 1
+        self._reading += Counter()  # without those that nobody reads
+
+    def _behind(self, prefix: tuple[int, ...] | None) -> Origin:
+        return self._origin if prefix is None else Origin(prefix, self._origin.block_tokens)
+
+    def _cited(self, id_: str, score: float | None) -> Cited:
+        if id_ not in self._catalogue.chunks:
+            raise Unknown(
+                f"there is no chunk {id_!r}: it was never added, or its documents are deleted"
+            )
+        chunk, owners = self._catalogue.chunks[id_], self._catalogue.owners[id_]
+        return Cited(Citation(id_, owners, self._title(id_), chunk.text, score), chunk.tokens)
+
+    def _title(self, chunk: str) -> str:
+        return self._catalogue.documents[self._catalogue.owners[chunk][0]].title
+
+    def _index(self) -> None:
+        """Tell the retriever what came and what went."""
+        self._catalogue.refresh()
+        known = self._catalogue.chunks
+        if gone := self._indexed - known.keys():
+            self._retriever.remove(sorted(gone))
+            self._indexed -= gone
+        if new := [id_ for id_ in known if id_ not in self._indexed]:
+            self._indexed.update(new)  # some of them may be, whatever goes wrong
+            try:
+                self._retriever.add(new, [f"{self._title(id_)}\n{known[id_].text}" for id_ in new])
+            except BaseException:
+                self._retriever.remove(new)
+                self._indexed.difference_update(new)
+                raise
+
+
+def catalogue_file(engine: Engine, folder: str | Path | None) -> Path | None:
+    """Where the catalogue of this tenant and model is: nobody else can tell its name."""
+    folder = engine.config.store.disk_path if folder is None else folder
+    if folder is None:
+        return None
+    secret = sha256(b"headrace rag 1" + engine.config.tenant.encode()).digest()
+    name = hmac.digest(secret, engine.identity.digest, "sha256").hex()[:32]
+    return Path(folder) / FILE.format(name)

@@ -1,0 +1,1 @@
+"""What one request attends to when it chooses: caches, indexes, rows."""
