@@ -30,10 +30,10 @@ from engine.model.loader import load_module, load_tokenizer, locate, pick_device
 from engine.plain import Plain
 from engine.prefill import hidden_states
 from engine.prompting import flat, rendered, tokenized
-from engine.rag.splitter import Splitter
 from engine.request import Completion, Event, Prompt, Request, Running, listed
 from engine.sampling import Sampling
 from engine.slices import Slices, drained
+from engine.splitter import Splitter
 from kvstore.block import Precision
 from kvstore.errors import StoreError
 from kvstore.layout import layer_groups

@@ -9,7 +9,7 @@ import numpy as np
 
 from engine.errors import PromptError
 from engine.rag.catalogue import Chunk, Document
-from engine.rag.splitter import Piece
+from engine.splitter import Piece
 from engine.unicode import check_unicode
 
 Source = str | Path | Mapping[str, str]  # a text; a file; "text" with an "id" and a "title"

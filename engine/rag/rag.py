@@ -19,8 +19,8 @@ from engine.rag.documents import Source, read
 from engine.rag.library import Cited, Library
 from engine.rag.question import around
 from engine.rag.retriever import BM25, Hit, Retriever
-from engine.rag.splitter import BREAK, Piece
 from engine.request import Completion, Event
+from engine.splitter import BREAK, Piece
 from kvstore.errors import StoreError
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from engine.rag.documents import Source, read
 from engine.rag.library import Library
 from engine.rag.question import Around
 from engine.rag.retriever import BM25
-from engine.rag.splitter import BREAK, Piece
 from engine.request import Completion
+from engine.splitter import BREAK, Piece
 
 
 class Reading:

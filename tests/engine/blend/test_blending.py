@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from engine import BlendConfig, ConfigError, Engine, EngineConfig, PromptError, Segments, probe
+from engine import BlendConfig, ConfigError, Engine, EngineConfig, PromptError, Segments
+from engine.blend import probe
 from engine.blend.probe import attention_mass
 from engine.decode import decode
 from engine.method import preset

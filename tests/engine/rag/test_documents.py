@@ -4,7 +4,7 @@ import pytest
 
 from engine import PromptError
 from engine.rag.documents import chunk_id, files, read
-from engine.rag.splitter import Piece
+from engine.splitter import Piece
 
 
 def cut(text: str, title: str) -> list[Piece]:

@@ -8,7 +8,7 @@ from engine.rag.catalogue import Catalogue, CatalogueError
 from engine.rag.library import Library, Unknown
 from engine.rag.question import around_chat
 from engine.rag.shelf import Shelf
-from engine.rag.splitter import Splitter
+from engine.splitter import Splitter
 from kvstore.block import Precision
 from tests.engine.rag.corpus import FACTS, Parts, blocks, documents
 

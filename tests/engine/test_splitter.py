@@ -11,9 +11,9 @@ from tokenizers import normalizers
 
 from engine import PromptError
 from engine.model.loader import load_tokenizer
-from engine.rag.splitter import BREAK, Splitter
+from engine.splitter import BREAK, Splitter
 
-MODEL = Path(__file__).parents[3] / "models" / "needle-tiny"
+MODEL = Path(__file__).parents[2] / "models" / "needle-tiny"
 TOKENIZER = load_tokenizer(MODEL)
 SPLITTER = Splitter(TOKENIZER)
 PAGE = topics["assignment"]
