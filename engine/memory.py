@@ -17,9 +17,9 @@ from engine.sparse.beside import Beside, beside
 from engine.sparse.cache import SparseCache, pool_shape, sparse_layers
 from kvstore.errors import PoolFull
 from kvstore.layout import layer_groups
-from kvstore.pinned import PinnedTier
-from kvstore.pool import Pool
-from kvstore.spill import Spill
+from kvstore.pool.pinned import PinnedTier
+from kvstore.pool.pool import Pool
+from kvstore.pool.spill import Spill
 
 
 class Memory:

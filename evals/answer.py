@@ -28,7 +28,7 @@ from evals.record import NO_CONTEXT, Record
 from evals.task import Sample, Turn
 from evals.trial import FAILURES, failed
 from evals.ways import Way
-from kvstore.pinned import PinnedTier
+from kvstore.pool.pinned import PinnedTier
 
 BATCH = 16  # turns decoded at once, each with a copy of the context
 

@@ -15,7 +15,7 @@ from engine.model.pieces import Model
 from engine.prefill import prefill
 from engine.sparse.cache import SparseCache, latest, sparse_layers
 from engine.sparse.indexes import INDEXES
-from kvstore.pool import Pool
+from kvstore.pool.pool import Pool
 from retrieval.index import State
 from retrieval.select import Policy
 

@@ -21,7 +21,7 @@ from engine.model.pieces import Model
 from engine.rag.question import prompt
 from engine.sparse.cache import pool_shape
 from evals.context import Context
-from kvstore.device import DeviceTier
+from kvstore.pool.device import DeviceTier
 from retrieval.lowrank import Gram, RankChoice, choose_rank
 from retrieval.select import Policy
 

@@ -16,7 +16,7 @@ from evals.record import Record
 from evals.task import Sample
 from evals.ways import Way
 from kvstore.errors import StoreError
-from kvstore.pinned import PinnedTier
+from kvstore.pool.pinned import PinnedTier
 
 QUESTION_TOKENS = 64  # that go through the decode path; of a longer question, these are its last
 FAILURES = (EngineError, StoreError, ValueError, ImportError, MemoryError, RuntimeError)

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from kvstore.block import KVBlock
+from kvstore.disk.writer import Writer
 from kvstore.level import Level
 from kvstore.pins import Pins
 from kvstore.spares import Spares
 from kvstore.tier import HostTier, Item
-from kvstore.writer import Writer
 
 
 class Kept:

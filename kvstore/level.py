@@ -7,8 +7,8 @@ from contextlib import suppress
 from dataclasses import replace
 
 from kvstore.admission import AdmissionName, SecondSight
-from kvstore.audit import AuditReport, audit_tier
 from kvstore.block import BlockKey
+from kvstore.disk.audit import AuditReport, audit_tier
 from kvstore.errors import DeviceFull, MissingParent, StoreError, TierFull
 from kvstore.eviction import PolicyName
 from kvstore.quotas import Lack, Quotas

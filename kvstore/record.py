@@ -4,7 +4,7 @@
       176 bytes, little-endian               of [n layers][2][Hk][P][D], by a codec
 
 The checksum of the payload lies in the header, and that of the header at its end, so one flipped
-bit anywhere is seen. On disk each begins a page: see `kvstore.values`.
+bit anywhere is seen. On disk each begins a page: see `kvstore.disk.values`.
 """
 
 import struct

@@ -14,11 +14,12 @@ from torch import Tensor
 from kvstore.admission import AdmissionName
 from kvstore.allowance import Allowance
 from kvstore.ancestors import with_ancestors
-from kvstore.audit import AuditReport
 from kvstore.block import BlockKey, KVBlock, LayerKV
 from kvstore.codecs.known import exact_codec
 from kvstore.config import StoreConfig
-from kvstore.disk import DiskTier
+from kvstore.disk.audit import AuditReport
+from kvstore.disk.tier import DiskTier
+from kvstore.disk.writer import BATCH_BYTES, QUEUE_BYTES, Writer, batches
 from kvstore.eviction import PolicyName
 from kvstore.kept import Kept
 from kvstore.layout import gaps
@@ -30,7 +31,6 @@ from kvstore.spares import Spares
 from kvstore.stats import StoreStats
 from kvstore.summary import Ages, ages
 from kvstore.tier import HostTier, Item, Tier
-from kvstore.writer import BATCH_BYTES, QUEUE_BYTES, Writer, batches
 from native.threads import be_patient
 
 READ_THREADS = 4  # on two cores, too: a disk wants several reads at a time

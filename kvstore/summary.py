@@ -6,7 +6,7 @@ from statistics import median
 from typing import NamedTuple
 
 from kvstore.codecs.known import CODECS
-from kvstore.disk import DiskTier
+from kvstore.disk.tier import DiskTier
 from kvstore.tally import Group, Usage
 
 

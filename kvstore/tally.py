@@ -7,7 +7,7 @@ from typing import NamedTuple
 import lmdb
 
 from kvstore.block import Kind
-from kvstore.environment import Environment
+from kvstore.disk.environment import Environment
 
 _PREFIX = b"group"
 _NAME = struct.Struct("<8sBB")

@@ -29,7 +29,7 @@ from engine.blend.repair import PolicyName
 from engine.cache import SequenceCache
 from engine.prefill import prefill
 from kvstore.config import StoreConfig
-from kvstore.environment import files_of
+from kvstore.disk.environment import files_of
 
 POLICIES: tuple[PolicyName, ...] = ("reposition", "boundary", "deviation", "union")
 SHARE = 0.15

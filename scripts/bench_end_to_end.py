@@ -39,7 +39,7 @@ from engine.decode import decode
 from engine.method import Method, preset
 from engine.model.hf import HFModel
 from engine.sparse.cache import SparseCache, pool_shape
-from kvstore.pinned import PinnedTier
+from kvstore.pool.pinned import PinnedTier
 
 THEIRS = ("static sdpa", "dynamic sdpa")
 METHODS = {

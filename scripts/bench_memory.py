@@ -32,8 +32,8 @@ from engine.method import Method, preset
 from engine.model.hf import HFModel
 from engine.model.pieces import Shape
 from engine.sparse.cache import SparseCache, pool_shape
-from kvstore.pinned import PinnedTier
-from kvstore.spill import Spill
+from kvstore.pool.pinned import PinnedTier
+from kvstore.pool.spill import Spill
 
 TOKENS = 131_072
 STEPS = 4

@@ -38,7 +38,7 @@ from engine.model.pieces import AttentionSpec, Shape
 from engine.model.rope import Rope
 from engine.sparse.layer import SparseLayer
 from evals.fixtures import Size, make_fixture
-from kvstore.device import DeviceTier
+from kvstore.pool.device import DeviceTier
 from kvstore.rows import PoolShape, Raw, RowLayout
 
 HQ, HK, DIM, BUDGET = 32, 8, 128, 2048

@@ -29,7 +29,7 @@ from soaking.plot import plot
 from soaking.watch import Window, resident_bytes, verdict
 
 from kvstore.config import GIB, StoreConfig
-from kvstore.environment import files_bytes
+from kvstore.disk.environment import files_bytes
 from kvstore.store import TieredStore
 
 CONSOLE = Console(stderr=True, soft_wrap=True)

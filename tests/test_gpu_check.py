@@ -291,7 +291,7 @@ def test_tests_and_benchmarks_need_no_module_that_the_script_does_not_ask_for(be
 def test_tests_of_whole_engines_on_a_gpu_come_first(bench):
     files = bench("checks").marked_gpu()
     assert files[0] == "tests/engine/test_gpu.py"
-    assert "tests/kvstore/test_pool.py" in files
+    assert "tests/kvstore/pool/test_pool.py" in files
     assert "tests/test_docs.py" not in files
 
 

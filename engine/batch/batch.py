@@ -17,7 +17,7 @@ from engine.method import Method
 from engine.model.pieces import Layer, Model
 from engine.model.rope import Tables
 from engine.sparse.cache import SparseCache, sparse_layers
-from kvstore.pool import Pool
+from kvstore.pool.pool import Pool
 
 log = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from typing import Any
 from engine.method import Method
 from engine.model.pieces import Shape
 from engine.sparse.indexes import make_index, outlier_chunks
-from retrieval.device_index import DeviceIndex
-from retrieval.device_lookup import DevicePQ8, DeviceVQ
-from retrieval.device_pq4 import DevicePQ4
-from retrieval.device_rows import BOUNDS, KEYS, LANDMARKS, DeviceRows
-from retrieval.device_scalar import DeviceScalar
+from retrieval.device.index import DeviceIndex
+from retrieval.device.lookup import DevicePQ8, DeviceVQ
+from retrieval.device.pq4 import DevicePQ4
+from retrieval.device.rows import BOUNDS, KEYS, LANDMARKS, DeviceRows
+from retrieval.device.scalar import DeviceScalar
 from retrieval.index import IndexSpec
 
 Size = tuple[int, int, int, int]  # slots, KV heads, head_dim, tokens

@@ -22,7 +22,7 @@ from kvstore.block import LayerKV
 from kvstore.kernels.append import append
 from kvstore.kernels.gather import gather
 from kvstore.kernels.resolve import Residency, Resolved, empty, forget, resolve
-from kvstore.pool import Pool
+from kvstore.pool.pool import Pool
 from retrieval.kernels.choose import best_tokens
 from retrieval.kernels.scores import Scores
 

@@ -15,13 +15,13 @@ from engine.commands.store_top import owners
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.rag.catalogue import catalogues, discard
-from kvstore.compact import compact
 from kvstore.config import StoreConfig
-from kvstore.environment import files_bytes
+from kvstore.disk.compact import compact
+from kvstore.disk.environment import files_bytes
+from kvstore.disk.tables import check_tables
 from kvstore.errors import StoreError
 from kvstore.store import TieredStore
 from kvstore.summary import rows
-from kvstore.tables import check_tables
 
 
 def run(args: Namespace) -> int:

@@ -16,8 +16,8 @@ from engine.errors import ConfigError
 from kvstore.block import BlockKey, KVBlock
 from kvstore.codecs.known import BY_NAME
 from kvstore.config import StoreConfig
-from kvstore.disk import DiskTier
-from kvstore.environment import files_of
+from kvstore.disk.environment import files_of
+from kvstore.disk.tier import DiskTier
 from kvstore.identity import ModelIdentity
 from kvstore.store import TieredStore
 from kvstore.tier import Item

@@ -12,9 +12,9 @@ from engine.commands.session import progress
 from engine.errors import ConfigError
 from kvstore.codecs.known import BY_NAME
 from kvstore.config import StoreConfig
-from kvstore.disk import DiskTier
-from kvstore.entry import Entry
-from kvstore.portable import export, imported
+from kvstore.disk.entry import Entry
+from kvstore.disk.portable import export, imported
+from kvstore.disk.tier import DiskTier
 from kvstore.store import TieredStore
 from kvstore.tier import Item
 

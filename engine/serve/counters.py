@@ -9,7 +9,7 @@ from typing import Final, TypeAlias
 
 from engine.serve.owners import Names
 from engine.serve.report import Pool, Process, Running, Swap
-from kvstore.pool import Pool as KVPool
+from kvstore.pool.pool import Pool as KVPool
 from kvstore.stats import StoreStats
 
 NO_SWAP: Final = Swap(

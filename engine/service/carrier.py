@@ -27,7 +27,7 @@ from engine.service.slab import SlabCache
 from engine.service.swap import Swap
 from engine.sparse.cache import SparseCache
 from engine.step import Piece, step
-from kvstore.spill import Spill
+from kvstore.pool.spill import Spill
 from native.threads import use_one_core
 
 GROWTH = 256  # tokens by which a request's memory grows, on a CPU, which backs it as it is used

@@ -13,8 +13,8 @@ from engine.service.below import Below, Copies, Segment, SwapStats
 from engine.service.slab import SlabCache
 from engine.service.swap_file import SwapFile
 from kvstore.errors import PoolFull
-from kvstore.pinned import lock_pages
-from kvstore.spill import Spill
+from kvstore.pool.pinned import lock_pages
+from kvstore.pool.spill import Spill
 from native.pages import own_pages
 from native.threads import use_one_core
 

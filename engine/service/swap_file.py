@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.model.pieces import Shape
 from kvstore.errors import PoolFull
-from kvstore.spill import Spill
+from kvstore.pool.spill import Spill
 from native.pages import own_pages
 
 PIECE_BYTES = 1 << 20

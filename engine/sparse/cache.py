@@ -17,8 +17,8 @@ from engine.model.pieces import AttentionSpec, Model, owners
 from engine.recorder import Recorder
 from engine.sparse.layer import SparseLayer
 from kvstore.block import LayerKV
-from kvstore.lease import Lease
-from kvstore.pool import Pool
+from kvstore.pool.lease import Lease
+from kvstore.pool.pool import Pool
 from kvstore.rows import PoolShape, Raw, RowCodec, RowLayout, row_codec
 from native.threads import use_one_core
 

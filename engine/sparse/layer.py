@@ -15,8 +15,8 @@ from engine.sparse.certified import SAMPLED, most_missed
 from engine.sparse.choice import Choice
 from engine.sparse.rows import SparseRows
 from kvstore.block import LayerKV
-from kvstore.lease import Lease
-from kvstore.pool import Pool
+from kvstore.pool.lease import Lease
+from kvstore.pool.pool import Pool
 from retrieval.estimate import Tail, draw
 
 

@@ -21,8 +21,8 @@ from engine.model.rope import RUN_TOKENS, FarTable, Rope
 from engine.sparse.choice import Choice
 from engine.sparse.hot import HotBuffer
 from kvstore.block import LayerKV
-from kvstore.lease import Lease
-from kvstore.pool import Pool
+from kvstore.pool.lease import Lease
+from kvstore.pool.pool import Pool
 from kvstore.rows import Raw, RowLayout
 from retrieval.lowrank import Gram, LowRankKeys
 

@@ -17,8 +17,8 @@ from engine.method import Method
 from engine.model.pieces import Model
 from engine.sparse.cache import pool_shape
 from engine.sparse.layer import SparseLayer
-from kvstore.lease import Lease
-from kvstore.pinned import PinnedTier
+from kvstore.pool.lease import Lease
+from kvstore.pool.pinned import PinnedTier
 from kvstore.rows import PoolShape
 from retrieval.codebook import Codebook
 from retrieval.kernels.choose import best_tokens

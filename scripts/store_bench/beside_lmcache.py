@@ -35,8 +35,8 @@ from typing import Any
 import torch
 
 from kvstore.block import BlockKey, KVBlock
-from kvstore.disk import DiskTier
-from kvstore.environment import files_of
+from kvstore.disk.environment import files_of
+from kvstore.disk.tier import DiskTier
 from kvstore.identity import ModelIdentity
 from kvstore.store import TieredStore
 from kvstore.tier import HostTier, Item

@@ -25,8 +25,8 @@ from engine.loading import Loader
 from engine.model.hf import HFModel
 from engine.staging import Placed
 from kvstore.block import BlockKey, KVBlock
-from kvstore.disk import DiskTier
-from kvstore.environment import files_of
+from kvstore.disk.environment import files_of
+from kvstore.disk.tier import DiskTier
 from kvstore.store import TieredStore
 from store_bench.pages import drop
 from store_bench.sides import MODEL

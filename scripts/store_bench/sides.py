@@ -16,9 +16,9 @@ from kvstore import record
 from kvstore.block import BlockKey
 from kvstore.codecs.codec import byte_view
 from kvstore.codecs.known import RAW
-from kvstore.disk import DiskTier
-from kvstore.environment import files_of
-from kvstore.extent import MAP_BYTES
+from kvstore.disk.environment import files_of
+from kvstore.disk.extent import MAP_BYTES
+from kvstore.disk.tier import DiskTier
 from kvstore.identity import ModelIdentity
 from kvstore.layout import layer_groups
 from kvstore.tier import Item

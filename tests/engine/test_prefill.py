@@ -17,7 +17,7 @@ from engine.sampling import Sampling
 from engine.sparse.cache import SparseCache, pool_shape, sparse_layers
 from engine.staging import Placed
 from kvstore.config import StoreConfig
-from kvstore.pool import Pool
+from kvstore.pool.pool import Pool
 from tests.engine.families import build, prompt
 
 SPARSE = [name for name in PRESETS if name != "dense"]

@@ -19,7 +19,7 @@ from engine.model.pieces import owners
 from engine.staging import AHEAD, Busy, Placed, Staging
 from kvstore import layout
 from kvstore.block import KVBlock
-from kvstore.disk import DiskTier
+from kvstore.disk.tier import DiskTier
 from kvstore.store import TieredStore
 from tests.engine.families import build
 from tests.kvstore.make import chain, content, identity, items, same

@@ -17,7 +17,7 @@ from engine.recorder import Recorder
 from engine.service.slab import SlabCache
 from engine.sparse.cache import OBSERVED, SparseCache, pool_shape
 from engine.step import Piece, step
-from kvstore.pool import Pool
+from kvstore.pool.pool import Pool
 from tests.engine.families import build, every_family, prompt
 
 LENGTHS = (45, 7, 1, 60)

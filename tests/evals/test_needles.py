@@ -16,7 +16,7 @@ from engine.rag.question import prompt
 from engine.sparse.cache import SparseCache, pool_shape
 from evals import needles as subject
 from evals.needles import Context, Needles, ask, low_rank
-from kvstore.device import DeviceTier
+from kvstore.pool.device import DeviceTier
 from retrieval.select import Policy
 
 TOKENS = 1024

@@ -1,7 +1,7 @@
 """What a disk tier has stored, changed by hand."""
 
+from kvstore.disk.values import PAGE_BYTES, PREFIX
 from kvstore.record import HEADER_BYTES
-from kvstore.values import PAGE_BYTES, PREFIX
 
 
 def values_file(folder):

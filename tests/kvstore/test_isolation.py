@@ -6,7 +6,7 @@ import pytest
 
 from kvstore.block import Kind
 from kvstore.config import StoreConfig
-from kvstore.disk import DiskTier
+from kvstore.disk.tier import DiskTier
 from kvstore.store import TieredStore
 from tests.kvstore.make import chain, identity, items
 from tests.kvstore.stored import change_record, entry_of

@@ -7,9 +7,9 @@ from contextlib import closing
 import pytest
 
 from kvstore.config import StoreConfig
-from kvstore.disk import DiskTier
+from kvstore.disk.ledger import entry_cost
+from kvstore.disk.tier import DiskTier
 from kvstore.eviction import POLICIES
-from kvstore.ledger import entry_cost
 from kvstore.level import Level
 from kvstore.ranks import ALL
 from kvstore.store import TieredStore

@@ -14,10 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvstore.block import tenant_tag
 from kvstore.config import StoreConfig
-from kvstore.disk import DiskTier
+from kvstore.disk.ledger import entry_cost
+from kvstore.disk.tier import DiskTier
 from kvstore.errors import TierFull
 from kvstore.eviction import POLICIES
-from kvstore.ledger import entry_cost
 from kvstore.quotas import Quotas
 from kvstore.store import TieredStore
 from kvstore.tally import of_tenants

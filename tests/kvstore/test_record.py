@@ -12,11 +12,11 @@ from kvstore import record
 from kvstore.block import KVBlock, Precision
 from kvstore.codecs.codec import DTYPE_CODES, Codec
 from kvstore.codecs.known import BY_NAME, CODECS, LOSSLESS, RAW
-from kvstore.disk import DiskTier
-from kvstore.entry import Entry, unpack
+from kvstore.disk.entry import Entry, unpack
+from kvstore.disk.tier import DiskTier
+from kvstore.disk.values import PAGE_BYTES
 from kvstore.errors import CorruptRecord
 from kvstore.identity import DTYPES
-from kvstore.values import PAGE_BYTES
 from tests.kvstore.make import chain, content, identity, right, same
 from tests.kvstore.stored import change_record
 

@@ -8,10 +8,10 @@ import torch
 from kvstore import store as store_module
 from kvstore.block import KVBlock
 from kvstore.config import StoreConfig
-from kvstore.disk import DiskTier
-from kvstore.environment import files_of
+from kvstore.disk.environment import files_of
+from kvstore.disk.ledger import entry_cost
+from kvstore.disk.tier import DiskTier
 from kvstore.errors import DeviceFull, StoreError, TierFull
-from kvstore.ledger import entry_cost
 from kvstore.store import TieredStore
 from kvstore.tier import HostTier, Tier
 from tests.kvstore.make import chain, content, identity, items, right, same

@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvstore.disk import DiskTier
-from kvstore.ledger import entry_cost
+from kvstore.disk.ledger import entry_cost
+from kvstore.disk.tier import DiskTier
 from kvstore.store import TieredStore
 from kvstore.tier import HostTier
 from tests.kvstore.make import chain, content, identity, items, right, same

@@ -4,11 +4,11 @@ from contextlib import closing
 
 import pytest
 
-from kvstore.audit import audit_tier
 from kvstore.block import Kind, tenant_tag
 from kvstore.codecs.known import RAW
-from kvstore.disk import DiskTier
-from kvstore.ledger import entry_cost
+from kvstore.disk.audit import audit_tier
+from kvstore.disk.ledger import entry_cost
+from kvstore.disk.tier import DiskTier
 from kvstore.tally import Group, Usage, of_tenants
 from kvstore.tier import HostTier
 from tests.kvstore.make import chain, content, identity, items

@@ -5,8 +5,8 @@ import os
 import pytest
 
 from engine.rag.catalogue import Catalogue, Document, Origin
-from kvstore.compact import compact
-from kvstore.disk import DiskTier
+from kvstore.disk.compact import compact
+from kvstore.disk.tier import DiskTier
 from native.folders import sync_folder
 
 

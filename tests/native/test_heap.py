@@ -82,7 +82,7 @@ WRITES = """
 import resource, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from kvstore.disk import DiskTier
+from kvstore.disk.tier import DiskTier
 from tests.kvstore.make import chain, identity, items
 
 model = identity(num_layers=4, num_kv_heads=8, head_dim=128)

@@ -11,7 +11,7 @@ from engine.method import preset
 from engine.model.hf import HFModel
 from engine.prefill import prefill
 from engine.sparse.cache import SparseCache, pool_shape, sparse_layers
-from kvstore.device import DeviceTier
+from kvstore.pool.device import DeviceTier
 from tests.engine.families import build, prompt
 from tests.engine.sparse.test_layer import GLOBAL, dense, full
 

@@ -19,7 +19,7 @@ from engine.prefill import prefill_layers
 from engine.sparse.cache import SparseCache, pool_shape, sparse_layers
 from engine.sparse.layer import SparseLayer
 from kvstore.config import StoreConfig
-from kvstore.device import DeviceTier
+from kvstore.pool.device import DeviceTier
 from tests.engine import oracle
 from tests.engine.families import build, prompt
 

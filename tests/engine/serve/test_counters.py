@@ -4,11 +4,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.serve.counters import pool_reading, process_reading
 from kvstore.config import StoreConfig
-from kvstore.pool import Pool
+from kvstore.pool.pool import Pool
 from kvstore.store import TieredStore
 from tests.engine.serve.server import running
 from tests.kvstore.make import chain, items
-from tests.kvstore.test_pool import shaped
+from tests.kvstore.pool.test_pool import shaped
 
 PROMPT = "The grass is green. The sky is blue. The sun is yellow. Here we go. " * 12
 

@@ -17,7 +17,7 @@ from engine.service.slab import SlabCache
 from engine.service.swap import Swap
 from engine.step import Piece, step
 from kvstore.errors import CorruptRecord, PoolFull, StoreError
-from kvstore.spill import Spill
+from kvstore.pool.spill import Spill
 from tests.engine.families import build, prompt
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine.model.pieces import Shape
 from engine.service.slab import SlabCache
 from engine.service.swap import Swap
-from kvstore.spill import Spill
+from kvstore.pool.spill import Spill
 
 SHAPE = Shape(2, 2, 1, 8, 211, 1 << 20, torch.float32, torch.device("cpu"))
 TOKEN = SHAPE.kv_bytes_per_token

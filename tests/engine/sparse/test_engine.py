@@ -14,8 +14,8 @@ from engine.sampling import Sampling
 from engine.sparse.cache import SparseCache, pool_shape
 from engine.sparse.indexes import make_index
 from kvstore.config import StoreConfig
-from kvstore.device import DeviceTier
 from kvstore.errors import PoolFull
+from kvstore.pool.device import DeviceTier
 from tests.engine.families import build, prompt
 
 BIG = StoreConfig(host_bytes=1 << 26)

@@ -16,8 +16,8 @@ from engine.model.rope import FarTable
 from engine.prefill import prefill
 from engine.sparse.cache import SparseCache, pool_shape, sparse_layers
 from engine.sparse.choice import unturned
-from kvstore.device import DeviceTier
-from kvstore.spill import Spill
+from kvstore.pool.device import DeviceTier
+from kvstore.pool.spill import Spill
 from retrieval.select import top_tokens
 from retrieval.vq import VQIndex
 from tests.engine.families import CASES, build, prompt

@@ -9,7 +9,7 @@ from engine.method import preset
 from engine.model.hf import HFModel
 from engine.prefill import prefill_layers
 from engine.sparse.cache import SparseCache, pool_shape
-from kvstore.pool import Pool
+from kvstore.pool.pool import Pool
 from tests.alive import taken
 from tests.engine.families import build, prompt
 

@@ -9,9 +9,9 @@ from evals.traces.read import read_traces
 from evals.traces.replay import Cache, named
 from kvstore.admission import SecondSight
 from kvstore.block import BlockKey, Kind, KVBlock
-from kvstore.disk import DiskTier
+from kvstore.disk.ledger import entry_cost
+from kvstore.disk.tier import DiskTier
 from kvstore.eviction import POLICIES
-from kvstore.ledger import entry_cost
 from kvstore.store import TieredStore
 from kvstore.tier import HostTier
 from tests.evals.traces.tiers import Room, replay_tiers

@@ -5,12 +5,13 @@ from contextlib import closing
 import pytest
 import torch
 
-from kvstore import fetch, layout
+from kvstore import layout
 from kvstore.block import Kind, KVBlock, Precision
 from kvstore.codecs.codec import byte_view
 from kvstore.codecs.known import BY_NAME, LOSSLESS, RAW, exact_codec
 from kvstore.config import StoreConfig
-from kvstore.disk import DiskTier
+from kvstore.disk import fetch
+from kvstore.disk.tier import DiskTier
 from kvstore.record import HEADER_BYTES
 from kvstore.store import TieredStore
 from native.library import library

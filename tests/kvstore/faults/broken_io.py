@@ -16,8 +16,8 @@ from itertools import cycle, product
 from pathlib import Path
 from typing import NamedTuple
 
-from kvstore.compact import compact
-from kvstore.environment import files_of
+from kvstore.disk.compact import compact
+from kvstore.disk.environment import files_of
 from kvstore.errors import StoreError
 from tests.kvstore.cold import drop
 from tests.kvstore.faults.children import ended

@@ -10,11 +10,11 @@ record, in the other file [ zeros 16 | header | payload | rest ]
 import struct
 from collections import defaultdict
 
-from kvstore.entry import unpack
-from kvstore.extent import PAGE_HEADER, span
+from kvstore.disk.entry import unpack
+from kvstore.disk.extent import PAGE_HEADER, span
+from kvstore.disk.space import empty
+from kvstore.disk.values import pages_of
 from kvstore.record import HEADER_BYTES
-from kvstore.space import empty
-from kvstore.values import pages_of
 
 PAGE = 4096
 _TABLE = struct.Struct("<IHHQQQQQ")  # pad, flags, depth, pages of three sorts, entries, root

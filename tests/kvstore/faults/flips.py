@@ -3,7 +3,7 @@
 A flip in an entry or a record is a miss of its block alone, one in what nothing uses is none, and
 one in the note of free pages costs nothing, either: the next change makes that anew. LMDB's own
 pages have no checksum: what a flip there may do is a miss, a clear error, or the end of the
-process, and `kvstore.tables` finds it or not.
+process, and `kvstore.disk.tables` finds it or not.
 """
 
 import os
@@ -14,10 +14,11 @@ from contextlib import contextmanager
 
 import torch
 
-from kvstore import layout, tables
-from kvstore.audit import audit_disk
-from kvstore.disk import DiskTier
-from kvstore.environment import files_of
+from kvstore import layout
+from kvstore.disk import tables
+from kvstore.disk.audit import audit_disk
+from kvstore.disk.environment import files_of
+from kvstore.disk.tier import DiskTier
 from kvstore.errors import StoreError
 from tests.kvstore.faults.bytemap import CHECKED, CLASSES, NOTE, SPARE, TABLES, ByteMap
 from tests.kvstore.faults.children import Child, ended

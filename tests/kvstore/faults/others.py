@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from kvstore.environment import files_of
+from kvstore.disk.environment import files_of
 from kvstore.errors import StoreError
 from tests.kvstore.faults.children import Child, ended
 from tests.kvstore.faults.count import Count

@@ -10,8 +10,8 @@ from contextlib import suppress
 
 import torch
 
-from kvstore import disk
-from kvstore.values import Values
+from kvstore.disk import tier as disk
+from kvstore.disk.values import Values
 from tests.kvstore.faults.children import Child, ended
 from tests.kvstore.faults.count import Count
 from tests.kvstore.faults.others import damaged, note, put

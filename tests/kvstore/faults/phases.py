@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from kvstore import compact, environment, portable
-from kvstore.disk import DiskTier
-from kvstore.ledger import Ledger
+from kvstore.disk import compact, environment, portable
+from kvstore.disk.ledger import Ledger
+from kvstore.disk.readers import Readers
+from kvstore.disk.space import Space
+from kvstore.disk.tier import DiskTier
+from kvstore.disk.values import Values
 from kvstore.level import Level
-from kvstore.readers import Readers
-from kvstore.space import Space
-from kvstore.values import Values
 from tests.kvstore.faults.children import Child, ended
 from tests.kvstore.faults.count import Count
 from tests.kvstore.faults.points import Point

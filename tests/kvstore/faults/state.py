@@ -4,9 +4,10 @@ import gc
 import os
 from functools import cache
 
-from kvstore import fetch, guard, layout
-from kvstore.disk import DiskTier
-from kvstore.ledger import entry_cost
+from kvstore import layout
+from kvstore.disk import fetch, guard
+from kvstore.disk.ledger import entry_cost
+from kvstore.disk.tier import DiskTier
 from kvstore.store import TieredStore
 from native.library import library
 from tests.kvstore.make import chain, identity, items, same

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from kvstore.environment import files_of
+from kvstore.disk.environment import files_of
 from tests.kvstore.faults.bytemap import CHECKED, CLASSES, NOTE, SPARE, TABLES, ByteMap
 from tests.kvstore.faults.children import ended
 from tests.kvstore.faults.flips import made

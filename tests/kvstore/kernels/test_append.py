@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvstore.kernels.append import append, append_torch, append_triton
 from kvstore.kernels.part import hot_rows
-from kvstore.pinned import PinnedTier
+from kvstore.pool.pinned import PinnedTier
 from kvstore.rows import PoolShape, RowLayout
 from tests.kvstore.kernels.rows import LAYOUTS, batch
 

@@ -7,7 +7,7 @@ from kvstore.kernels import gather as module
 from kvstore.kernels.gather import gather, gather_torch, gather_triton
 from kvstore.kernels.part import hot_rows
 from kvstore.kernels.resolve import Resolved
-from kvstore.pinned import PinnedTier
+from kvstore.pool.pinned import PinnedTier
 from kvstore.rows import Int4, Int8, PoolShape, Raw, RowLayout
 from tests.kvstore.kernels.rows import LAYOUTS, batch, misses, same
 

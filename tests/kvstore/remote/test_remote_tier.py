@@ -8,7 +8,7 @@ import torch
 from redis.crc import key_slot
 
 from kvstore.codecs.known import BY_NAME
-from kvstore.disk import DiskTier
+from kvstore.disk.tier import DiskTier
 from kvstore.errors import StoreError, Unreachable
 from kvstore.remote.tier import RemoteTier
 from kvstore.store import TieredStore

@@ -5,7 +5,7 @@ import torch
 
 from native.gpu import interpreted
 from retrieval.codes import unpacked
-from retrieval.device_scalar import DeviceScalar
+from retrieval.device.scalar import DeviceScalar
 from retrieval.kernels.encode import encode, encode_torch, encode_triton
 from retrieval.scalar import encoded
 from tests.retrieval.coded import scalar_index, spread_keys

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from native.gpu import interpreted
-from retrieval.device_scalar import DeviceScalar
+from retrieval.device.scalar import DeviceScalar
 from retrieval.kernels.scan import quantized
 from retrieval.kernels.tables import laid_out, lanes, rounded, tables, tables_torch, tables_triton
 from tests.retrieval.coded import scalar_index

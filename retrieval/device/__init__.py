@@ -1,0 +1,1 @@
+"""The indexes of a batch of requests, in static shapes."""

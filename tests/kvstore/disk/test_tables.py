@@ -1,0 +1,57 @@
+"""Damage in LMDB's own pages is found by a process of its own, whatever becomes of that."""
+
+import os
+import subprocess
+
+import pytest
+
+from kvstore.disk import tables
+from kvstore.disk.tables import check_tables
+from kvstore.disk.tier import DiskTier
+from kvstore.errors import CorruptRecord
+from tests.kvstore.make import chain, items
+from tests.kvstore.stored import values_file
+
+
+@pytest.fixture
+def path(tmp_path):
+    tier = DiskTier(tmp_path / "store", 1 << 30)
+    tier.put(items(chain(range(400))))
+    tier.close()
+    return tmp_path / "store"
+
+
+def damage(file, page):
+    with file.open("r+b") as file:
+        file.seek(page * 4096)
+        file.write(os.urandom(4096))
+
+
+def test_sound_tables_pass_while_others_use_them(path):
+    tier = DiskTier(path, 1 << 30)
+    check_tables(path)
+    tier.close()
+
+
+def test_a_damaged_page_is_named(path):
+    damage(path / "data.mdb", 5)
+    with pytest.raises(CorruptRecord, match=r"damaged.*delete the folder"):
+        check_tables(path)
+
+
+def test_damaged_kv_is_not_damage_of_the_tables(path):
+    damage(values_file(path), 5)
+    check_tables(path)
+
+
+def test_a_store_without_its_kv_is_named(path):
+    values_file(path).unlink()
+    with pytest.raises(CorruptRecord, match=r"is gone.*delete the folder"):
+        check_tables(path)
+
+
+def test_a_walk_that_ends_its_process_is_a_clear_error(path, monkeypatch):
+    killed = subprocess.CompletedProcess([], -11, "", "")
+    monkeypatch.setattr(tables.subprocess, "run", lambda *_args, **_kwargs: killed)
+    with pytest.raises(CorruptRecord, match="SIGSEGV on reading"):
+        check_tables(path)
