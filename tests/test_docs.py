@@ -23,6 +23,10 @@ def blocks():
             yield pytest.param(*found.groups(), id=f"{doc.name}-{number}")
 
 
+NAMED = [f"engine/{name}" for name in ("model", "sparse", "batch", "blend", "rag", "service")]
+NAMED += ["kvstore/disk", "kvstore/pool"]
+
+
 @pytest.mark.parametrize(("language", "code", "printed"), list(blocks()))
 def test_a_code_block_runs_and_prints_what_the_document_shows(tmp_path, language, code, printed):
     command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
@@ -75,6 +79,16 @@ def test_the_listing_of_the_architecture_names_every_file():
         there |= {f"{x.name}/" for x in folder.iterdir() if next(x.glob("*.py"), None)}
         missing = [name for name in there if not any(fnmatch(name, word) for word in said)]
         assert not missing, f"{folder.name}: {sorted(missing)}"
+
+
+@pytest.mark.parametrize("folder", NAMED)
+def test_the_listing_names_every_file_of_a_folder_that_it_goes_into(folder):
+    listing = (ROOT / "ARCHITECTURE.md").read_text().split("```text\n")[2].split("```")[0]
+    entry = re.split(rf"^ +{folder.split('/')[1]}/", listing, flags=re.M)[1]
+    said = re.findall(r"\w+", re.split(r"^.{11}\w+/", entry, maxsplit=1, flags=re.M)[0])
+    there = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+    assert there
+    assert there <= set(said), sorted(there - set(said))
 
 
 def test_every_script_a_document_names_is_there():
