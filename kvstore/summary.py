@@ -21,8 +21,8 @@ class Ages(NamedTuple):
 def ages(tier: DiskTier, now_ns: int | None = None) -> Ages | None:
     """Of all blocks; None without any."""
     now = time.time_ns() if now_ns is None else now_ns
-    with tier.reading() as txn:
-        stamps = [entry.stamp for entry in tier.ledger.entries(txn)]
+    with tier.access.reading() as txn:
+        stamps = [entry.stamp for entry in tier.access.ledger.entries(txn)]
     if not stamps:
         return None
     since = [max(0, now - stamp) / 1e9 for stamp in stamps]  # the clock may have been set back

@@ -52,8 +52,9 @@ class Tier(Protocol):
     setting: str  # of the budget
     durable: bool  # put waits for a device
     capacity_bytes: int
-    corrupt: int  # records found damaged
 
+    @property
+    def corrupt(self) -> int: ...  # records found damaged
     @property
     def quarantined(self) -> int: ...  # blocks no longer served, and not yet deleted
     @property

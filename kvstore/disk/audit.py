@@ -8,6 +8,7 @@ import lmdb
 
 from kvstore.disk.entry import Entry
 from kvstore.disk.ledger import Ledger
+from kvstore.disk.loads import records
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import CorruptRecord
 from kvstore.tally import counted
@@ -55,12 +56,12 @@ def audit_disk(tier: DiskTier, repair: bool) -> AuditReport:
 
     Bad blocks are quarantined at once; `repair` deletes them, and sets counts and free pages right.
     """
-    with tier.reading() as txn:
-        digests = _digests(tier.ledger, txn)
+    with tier.access.reading() as txn:
+        digests = _digests(tier.access.ledger, txn)
     problems = [problem for digest in digests if (problem := _check_block(tier, digest))]
-    with tier.reading() as txn:
-        good = list(tier.ledger.entries(txn))
-        problems += _check_books(tier.ledger, txn, good)
+    with tier.access.reading() as txn:
+        good = list(tier.access.ledger.entries(txn))
+        problems += _check_books(tier.access.ledger, txn, good)
     if repair and problems:
         _repair(tier)
     return AuditReport(len(good), sum(e.nbytes for e in good), problems, repair and bool(problems))
@@ -74,9 +75,9 @@ def _digests(ledger: Ledger, txn: lmdb.Transaction) -> list[bytes]:
 def _check_block(tier: DiskTier, digest: bytes) -> str | None:
     """What is wrong with one block, which is then quarantined."""
     try:
-        tier.records(digest)  # None: evicted since
+        records(tier.access, digest)  # None: evicted since
     except CorruptRecord as error:
-        tier.quarantine(digest, str(error))
+        tier.access.quarantine(digest, str(error))
         return f"block {digest.hex()}: {error}"
     return None
 
@@ -99,11 +100,11 @@ def _check_books(ledger: Ledger, txn: lmdb.Transaction, good: list[Entry]) -> It
 
 
 def _repair(tier: DiskTier) -> None:
-    with tier.changing() as txn:  # has deleted what is in quarantine
-        good = list(tier.ledger.entries(txn))
+    with tier.access.changing() as txn:  # has deleted what is in quarantine
+        good = list(tier.access.ledger.entries(txn))
         known = {entry.key.digest for entry in good}
-        tier.ledger.remove_trees(
+        tier.access.ledger.remove_trees(
             txn, [e.key.digest for e in good if e.key.parent not in known | {None}]
         )
-        digests = [entry.key.digest for entry in tier.ledger.entries(txn)]
-        tier.ledger.recount(txn, digests)
+        digests = [entry.key.digest for entry in tier.access.ledger.entries(txn)]
+        tier.access.ledger.recount(txn, digests)

@@ -22,6 +22,7 @@ from kvstore import record
 from kvstore.block import KVBlock
 from kvstore.disk.entry import Entry, unpack
 from kvstore.disk.environment import FORMAT
+from kvstore.disk.loads import records
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import CorruptRecord, StoreFormatError
 from kvstore.tier import Item
@@ -62,8 +63,8 @@ def export(tier: DiskTier, path: Path, chosen: Callable[[Entry], bool]) -> Expor
 
     What rests on a block that is damaged, or gone by then, is left out with it.
     """
-    with tier.reading() as txn:
-        entries = [entry for entry in tier.ledger.entries(txn) if chosen(entry)]
+    with tier.access.reading() as txn:
+        entries = [entry for entry in tier.access.ledger.entries(txn) if chosen(entry)]
     entries.sort(key=lambda entry: entry.key.depth)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
@@ -128,7 +129,7 @@ def _write_all(tier: DiskTier, file: BufferedIOBase, entries: list[Entry]) -> di
 def _parts(tier: DiskTier, entry: Entry) -> list[bytes | memoryview] | bool:
     """A block's entry and records, verified; else whether it is damaged, and not gone."""
     try:
-        found = tier.records(entry.key.digest)
+        found = records(tier.access, entry.key.digest)
     except CorruptRecord:
         return True
     return False if found is None else [found[0].pack(), *found[1]]

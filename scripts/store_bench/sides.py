@@ -93,7 +93,7 @@ class Buffered(Tier):
 
     def open(self) -> None:
         super().open()
-        ways = self.tier._env.ways
+        ways = self.tier.access.env.ways
         ways.close()
         ways._mapped_at = 0
 
@@ -182,10 +182,11 @@ class Raw:
 
     def open(self) -> None:
         self.tier.open()
-        with self.tier.tier.reading() as txn:
-            entries = [self.tier.tier.ledger.sound(txn, key.digest) for key in self.tier.keys]
+        access = self.tier.tier.access
+        with access.reading() as txn:
+            entries = [access.ledger.sound(txn, key.digest) for key in self.tier.keys]
         self.places = [(page + 1) * PAGE for entry in entries if entry for page in entry.pages]
-        values = self.tier.tier.ledger.env.values
+        values = access.env.values
         self.handle = os.open(values.path, os.O_RDONLY | os.O_DIRECT)
 
     def close(self) -> None:

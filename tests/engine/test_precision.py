@@ -40,8 +40,8 @@ def entries(engine):
     """Of every block on the disk."""
     engine.store.flush()
     disk = engine.store._levels[0].tier
-    with disk.reading() as txn:
-        return list(disk.ledger.entries(txn))
+    with disk.access.reading() as txn:
+        return list(disk.access.ledger.entries(txn))
 
 
 def written(engine):

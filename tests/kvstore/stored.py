@@ -11,8 +11,8 @@ def values_file(folder):
 
 
 def entry_of(tier, key):
-    with tier.reading() as txn:
-        return tier.ledger.get(txn, key.digest)
+    with tier.access.reading() as txn:
+        return tier.access.ledger.get(txn, key.digest)
 
 
 def place_of(tier, key, number=0):
@@ -22,7 +22,7 @@ def place_of(tier, key, number=0):
 
 def change_record(tier, key, number, change):
     """Replace the bytes of a record, header and payload, by as many or fewer."""
-    entry, values = entry_of(tier, key), tier.ledger.env.values
+    entry, values = entry_of(tier, key), tier.access.ledger.env.values
     stored = bytes(values.record(entry.pages[number], entry.sizes[number]))
     changed, place = change(stored).ljust(len(stored), b"\0"), place_of(tier, key, number)
     with values.path.open("r+b") as file:

@@ -39,7 +39,7 @@ def test_a_record_copied_by_hand_under_another_key_is_a_miss(tmp_path, other, pa
     model = other.get("model", identity())
     [mine], [theirs] = chain(range(4)), chain(range(4), **other)
     tier.put(items([mine]) + items([theirs], model))
-    env = tier.ledger.env
+    env = tier.access.ledger.env
     if "values" in parts:
         stolen = entry_of(tier, mine)
         record = bytes(env.values.record(stolen.page, stolen.sizes[0]))

@@ -162,10 +162,10 @@ def test_a_damaged_entry_keeps_nothing_out_of_a_full_tier(tmp_path, policy, read
         store.put(items(two))
         store.put(items(others))
         store.flush()
-        with tier.ledger.env.lmdb.begin(write=True) as txn:
-            stored = bytearray(txn.get(two[1].digest, db=tier.ledger.env.entries))
+        with tier.access.ledger.env.lmdb.begin(write=True) as txn:
+            stored = bytearray(txn.get(two[1].digest, db=tier.access.ledger.env.entries))
             stored[40] ^= 1
-            txn.put(two[1].digest, bytes(stored), db=tier.ledger.env.entries)
+            txn.put(two[1].digest, bytes(stored), db=tier.access.ledger.env.entries)
         assert not read or store.get(two[1]) is None
         new = [chain([5000 + i] * 4)[0] for i in range(20)]
         for key in new:

@@ -183,7 +183,7 @@ def tier(tmp_path_factory):
 
 def swap_entry(tier, change):
     """Change stored bytes behind the tier's back."""
-    env = tier.ledger.env
+    env = tier.access.ledger.env
     with env.lmdb.begin(write=True) as txn:
         txn.put(KEY.digest, change(txn.get(KEY.digest, db=env.entries)), db=env.entries)
 
@@ -229,5 +229,5 @@ def test_a_record_of_which_a_part_is_there_is_a_miss(tier):
 
 def test_a_record_behind_the_end_of_its_file_is_a_miss(tier):
     tier.put([(KEY, KVBlock(DATA))])
-    os.truncate(tier.ledger.env.values.path, 0)
+    os.truncate(tier.access.ledger.env.values.path, 0)
     assert tier.read(KEY, range(1)) is None

@@ -280,7 +280,7 @@ def test_threads_that_put_read_pin_and_evict_at_once_see_only_right_blocks(path)
 
 def test_readers_leave_no_snapshot_behind_and_the_file_does_not_grow_with_churn(path):
     with opened(path, host=0, blocks=20) as store:
-        env = store._levels[0].tier.ledger.env.lmdb
+        env = store._levels[0].tier.access.ledger.env.lmdb
         sizes = []
         for i in range(60):
             keys = chain(range(1000 * i, 1000 * i + 20))

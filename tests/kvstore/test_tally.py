@@ -54,7 +54,7 @@ def test_counts_stay_on_disk_and_damaged_ones_are_counted_anew(tmp_path):
         wanted = tier.groups()
     with closing(DiskTier(tmp_path / "kv", 1 << 20)) as tier:
         assert tier.groups() == wanted
-        env = tier.ledger.env
+        env = tier.access.ledger.env
         for damage in (lambda row: row[:-1], lambda row: bytes([row[0] ^ 1]) + row[1:]):
             with env.lmdb.begin(write=True) as txn:
                 cursor = txn.cursor(env.info)
@@ -70,8 +70,8 @@ def test_counts_stay_on_disk_and_damaged_ones_are_counted_anew(tmp_path):
 def test_an_audit_sees_and_repairs_what_belongs_to_others(tmp_path):
     with closing(DiskTier(tmp_path / "kv", 1 << 20)) as tier:
         tier.put(items(ONE))
-        with tier.changing() as txn:
-            tier.ledger._tally.change(txn, group(TWO), COST, 1)
+        with tier.access.changing() as txn:
+            tier.access.ledger._tally.change(txn, group(TWO), COST, 1)
         assert "miscounts what belongs to whom" in audit_tier(tier, repair=True).problems[0]
         assert audit_tier(tier, repair=False).clean
         assert tier.groups() == {group(ONE): Usage(3 * COST, 3)}

@@ -109,8 +109,8 @@ def test_the_budget_counts_what_is_written(tier, codec, keys):
     assert sizes == [r.nbytes for r in sorted(tier.residents(), key=lambda r: r.depth)] + [0]
     for (key, block), size in zip(items, sizes):
         assert size <= tier.cost(key, block)
-    with tier.reading() as txn:
-        entry = tier.ledger.get(txn, keys[0].digest)
+    with tier.access.reading() as txn:
+        entry = tier.access.ledger.get(txn, keys[0].digest)
     assert entry.codec is codec
     for size, group in zip(entry.sizes, entry.groups):
         part = items[0][1].data[group.start : group.stop]
@@ -160,8 +160,8 @@ def test_numbers_that_a_codec_cannot_write_are_written_losslessly(name, number, 
         tier.put(items)
         codecs = []
         for key, block in items:
-            with tier.reading() as txn:
-                codecs.append(tier.ledger.get(txn, key.digest).codec)
+            with tier.access.reading() as txn:
+                codecs.append(tier.access.ledger.get(txn, key.digest).codec)
             assert same(tier.get(key).data, through(codecs[-1], block.data))
     assert [codec.name for codec in codecs] == [name, "lossless", name, name, name][: len(items)]
 
@@ -175,8 +175,8 @@ def test_a_block_that_a_codec_would_not_shrink_is_written_losslessly(name, tmp_p
     items = blocks(keys)
     with closing(DiskTier(tmp_path / "store", 1 << 24)) as tier:
         tier.put(items)
-        with tier.reading() as txn:
-            used = [tier.ledger.get(txn, key.digest).codec.name for key in keys]
+        with tier.access.reading() as txn:
+            used = [tier.access.ledger.get(txn, key.digest).codec.name for key in keys]
         assert tier.used_bytes <= sum(tier.cost(*item) for item in items)
     assert used == [name, name if name == "fp8" else "lossless"]
 

@@ -68,7 +68,7 @@ NOTES = {"used", "free pages", "free pages, damaged", "no free pages"}  # cost n
 def test_an_audit_finds_and_repairs(store, damage):
     where, change = DAMAGES[damage]
     tier = store._levels[0].tier
-    env = tier.ledger.env
+    env = tier.access.ledger.env
     if where == "values":
         change_record(tier, KEYS[4], 0, change)
     else:

@@ -117,10 +117,10 @@ def test_what_is_damaged_stays_so_and_costs_no_other_block(path, damage):
     if damage == "a record":
         flip(tier, last)
     elif damage == "an entry":
-        with tier.changing() as txn:
-            stored = bytes(txn.get(last.digest, db=tier.ledger.env.entries))
+        with tier.access.changing() as txn:
+            stored = bytes(txn.get(last.digest, db=tier.access.ledger.env.entries))
             changed = stored[:-1] + bytes([stored[-1] ^ 1])
-            txn.put(last.digest, changed, db=tier.ledger.env.entries)
+            txn.put(last.digest, changed, db=tier.access.ledger.env.entries)
     else:
         last = lies_last
         os.truncate(values_file(path), 4096 * entry_of(tier, last).page + 5000)

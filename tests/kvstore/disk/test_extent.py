@@ -140,9 +140,9 @@ def calls(monkeypatch):
 
 
 def set_page(tier, key, page):
-    with tier.changing() as txn:
-        entry = tier.ledger.get(txn, key.digest)
-        txn.put(key.digest, replace(entry, page=page).pack(), db=tier.ledger.env.entries)
+    with tier.access.changing() as txn:
+        entry = tier.access.ledger.get(txn, key.digest)
+        txn.put(key.digest, replace(entry, page=page).pack(), db=tier.access.ledger.env.entries)
 
 
 def all_right(tier, keys=KEYS):
@@ -176,12 +176,12 @@ def test_small_values_have_pages_of_their_own_too(tier):
 
 
 def test_freed_pages_are_used_again_from_the_next_change_on(tier):
-    freed, end = pages_of(tier, KEYS[4:]), values_file(tier.ledger.env.path).stat().st_size
+    freed, end = pages_of(tier, KEYS[4:]), values_file(tier.access.ledger.env.path).stat().st_size
     tier.delete(KEYS[4:])
     others = chain(range(100, 116), model=MODEL)
     tier.put(items(others, MODEL))
     assert pages_of(tier, KEYS[:4] + others) & freed == freed
-    assert values_file(tier.ledger.env.path).stat().st_size == end
+    assert values_file(tier.access.ledger.env.path).stat().st_size == end
     assert all_right(tier, KEYS[:4] + others)
 
 
@@ -232,7 +232,7 @@ def test_short_reads_are_continued(tier, calls, monkeypatch, most):
 
 @pytest.mark.parametrize("keep", [0, 0.3, 0.6, 0.95])
 def test_a_values_file_cut_short_costs_what_it_lacks_and_is_mended(tier, keep):
-    file = values_file(tier.ledger.env.path)
+    file = values_file(tier.access.ledger.env.path)
     end = int(file.stat().st_size * keep)
     os.truncate(file, end)
     found = [tier.get(key) for key in KEYS]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kvstore import layout
 from kvstore.codecs.known import RAW
-from kvstore.disk import fetch
+from kvstore.disk import fetch, loads
 from kvstore.disk import tier as disk
 from kvstore.disk.entry import Entry
 from kvstore.disk.fetch import Part
@@ -81,7 +81,7 @@ def at_first_copy(monkeypatch, happens):
             pending.pop()()
         copy(*args)
 
-    monkeypatch.setattr(disk, "copy", late)
+    monkeypatch.setattr(loads, "copy", late)
 
 
 def changed(tier, change):
@@ -135,31 +135,31 @@ def test_an_io_error_is_a_miss_of_its_block_alone(tier, monkeypatch, way):
 
 
 def test_a_file_that_cannot_be_read_is_misses(tier, monkeypatch):
-    folder = os.open(tier._env.path, os.O_RDONLY)
-    monkeypatch.setattr(tier._env.values, "handle", folder)
-    monkeypatch.setattr(tier._env.ways, "_direct", os.dup(folder))
+    folder = os.open(tier.access.env.path, os.O_RDONLY)
+    monkeypatch.setattr(tier.access.env.values, "handle", folder)
+    monkeypatch.setattr(tier.access.env.ways, "_direct", os.dup(folder))
     assert read(tier, KEYS) == [False] * 8
-    assert all("Is a directory" in reason for reason in tier._bad.values())
+    assert all("Is a directory" in reason for reason in tier.access.bad.values())
     monkeypatch.undo()
     os.close(folder)
 
 
 def test_tables_that_cannot_be_walked_at_one_block_are_a_miss_of_it_alone(tier, monkeypatch):
-    get = tier.ledger.get
+    get = tier.access.ledger.get
 
     def fail(txn, digest):
         if digest == KEYS[3].digest:
             raise lmdb.CorruptedError("a page of the tables")
         return get(txn, digest)
 
-    monkeypatch.setattr(tier.ledger, "get", fail)
+    monkeypatch.setattr(tier.access.ledger, "get", fail)
     assert read(tier, KEYS) == but(3)
-    assert tier._bad.keys() == {KEYS[3].digest}
+    assert tier.access.bad.keys() == {KEYS[3].digest}
 
 
 @pytest.mark.parametrize("keep", [0, 0.3, 0.6, 0.95])
 def test_a_file_cut_short_is_misses_and_not_a_crash(tier, keep):
-    file = values_file(tier.ledger.env.path)
+    file = values_file(tier.access.ledger.env.path)
     end = int(file.stat().st_size * keep)
     os.truncate(file, end)
     assert read(tier, KEYS, range(6)) == [entry_of(tier, k).extent.end * 4096 <= end for k in KEYS]
@@ -174,7 +174,7 @@ def test_tables_cut_short_are_misses_and_not_a_crash(tier, tmp_path, keep):
 
 
 def test_a_file_cut_short_between_lookup_and_copy_is_misses(tier, monkeypatch):
-    file, end = values_file(tier.ledger.env.path), place_of(tier, KEYS[4]) + 5000
+    file, end = values_file(tier.access.ledger.env.path), place_of(tier, KEYS[4]) + 5000
     at_first_copy(monkeypatch, lambda: os.truncate(file, end))
     assert read(tier, KEYS) == [True] * 4 + [False] * 4
 
@@ -189,7 +189,7 @@ def test_what_was_wrong_once_and_is_right_then_is_served(tier, monkeypatch, grou
         part._landed[100:200] = 0
         part._digest = bytes(16)
 
-    monkeypatch.setattr(disk, "copy", torn)
+    monkeypatch.setattr(loads, "copy", torn)
     assert read(tier, KEYS) == but()
     assert read(tier, KEYS[2:5]) == but(count=3)
     assert (tier.corrupt, tier.quarantined) == (0, 0)
@@ -260,16 +260,16 @@ def test_a_block_whose_pages_are_just_being_written_is_a_miss_and_not_corrupt(ti
 )
 def test_a_transaction_lasts_for_so_many_bytes(tier, monkeypatch, most, transactions):
     monkeypatch.setattr(disk, "READ_BYTES", most)
-    reading, count = tier.reading, []
-    monkeypatch.setattr(tier, "reading", lambda: count.append(1) or reading())
+    reading, count = tier.access.reading, []
+    monkeypatch.setattr(tier.access, "reading", lambda: count.append(1) or reading())
     assert read(tier, KEYS) == but()
     assert len(count) == transactions
 
 
 def test_all_is_looked_up_before_anything_is_copied(tier, monkeypatch):
-    steps, get, copy = [], tier.ledger.get, fetch.copy
-    monkeypatch.setattr(tier.ledger, "get", lambda *a: steps.append("get") or get(*a))
-    monkeypatch.setattr(disk, "copy", lambda *a: steps.append("copy") or copy(*a))
+    steps, get, copy = [], tier.access.ledger.get, fetch.copy
+    monkeypatch.setattr(tier.access.ledger, "get", lambda *a: steps.append("get") or get(*a))
+    monkeypatch.setattr(loads, "copy", lambda *a: steps.append("copy") or copy(*a))
     assert read(tier, KEYS, range(2)) == but()
     assert steps == ["get"] * 8 + ["copy"]
 

@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 import lmdb
 import pytest
 
-from kvstore.disk import guard
+from kvstore.disk import guard, loads
+from kvstore.disk.access import Access
 from kvstore.disk.environment import VALUES, explained
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import CorruptRecord, StoreError
@@ -84,13 +85,13 @@ def test_a_bus_error_elsewhere_is_passed_on(tmp_path, before):
 
 def test_who_met_a_blank_page_is_told_and_who_comes_later_finds_the_file(tier, tmp_path):
     data = tmp_path / "store" / "data.mdb"
-    whole, there = data.read_bytes(), tier._env.guard
+    whole, there = data.read_bytes(), tier.access.env.guard
     os.truncate(data, 0)
     with pytest.raises(CorruptRecord, match="cut short"), there.whole():
-        tier._env.lmdb.info()
+        tier.access.env.lmdb.info()
     data.write_bytes(whole)
     with there.whole():
-        assert tier._env.lmdb.info()["last_pgno"] > 2
+        assert tier.access.env.lmdb.info()["last_pgno"] > 2
 
 
 @pytest.mark.parametrize("keep", [0, 0.002, 0.01, 0.5, 0.9])
@@ -111,9 +112,9 @@ def test_what_a_cut_file_still_has_is_served_and_nothing_more_is_written(tier, t
 
 @pytest.mark.parametrize("renewed", [True, False])
 def test_blank_pages_in_the_map_of_values_cost_no_block(tier, tmp_path, monkeypatch, renewed):
-    file, env, again = values_file(tmp_path / "store"), tier._env, []
-    whole, method = file.read_bytes(), tier._is_right_again
-    monkeypatch.setattr(tier, "_is_right_again", lambda read: again.append(1) or method(read))
+    file, env, again = values_file(tmp_path / "store"), tier.access.env, []
+    whole, look = file.read_bytes(), loads._is_right_again
+    monkeypatch.setattr(loads, "_is_right_again", lambda *a: again.append(1) or look(*a))
     os.truncate(file, 0)
     for key in KEYS[::2]:
         ctypes.string_at(env.values.map_start + 4096 * entry_of(tier, key).page, 1)
@@ -173,12 +174,12 @@ def test_blocks_that_cannot_be_looked_for_are_not_said_to_be_deleted(tier, tmp_p
 def test_after_a_commit_that_failed_in_its_last_step_blocks_are_misses(tier, monkeypatch):
     @contextmanager
     def panicking(self):
-        with explained(self._env.path):
+        with explained(self.env.path):
             raise lmdb.PanicError("what LMDB says then, always")
         yield
 
-    monkeypatch.setattr(DiskTier, "reading", panicking)
-    monkeypatch.setattr(DiskTier, "changing", panicking)
+    monkeypatch.setattr(Access, "reading", panicking)
+    monkeypatch.setattr(Access, "changing", panicking)
     assert tier.held(KEYS) == [False] * len(KEYS)
     assert tier.get(KEYS[0]) is None
     with pytest.raises(StoreError, match="open the store again"):
@@ -190,7 +191,7 @@ def test_tables_that_a_cut_made_unknown_are_misses(tier, monkeypatch):
     def gone(*_):
         raise lmdb.BadDbiError("what LMDB says of a table whose record it does not find")
 
-    monkeypatch.setattr(tier.ledger, "get", gone)
+    monkeypatch.setattr(tier.access.ledger, "get", gone)
     assert tier.get(KEYS[0]) is None
 
 
@@ -240,11 +241,11 @@ def test_a_store_without_its_values_is_a_clear_error(tier, tmp_path):
 
 @pytest.mark.parametrize("name", [None, b"", b"values-", b"values-0g", b"values-0/../../mine"])
 def test_a_store_that_does_not_say_where_its_values_are_is_a_clear_error(tier, tmp_path, name):
-    with tier.changing() as txn:
+    with tier.access.changing() as txn:
         if name is None:
-            txn.delete(VALUES, db=tier.ledger.env.info)
+            txn.delete(VALUES, db=tier.access.ledger.env.info)
         else:
-            txn.put(VALUES, name, db=tier.ledger.env.info)
+            txn.put(VALUES, name, db=tier.access.ledger.env.info)
     tier.close()
     with pytest.raises(CorruptRecord, match="does not say where its blocks are; delete"):
         DiskTier(tmp_path / "store", 1 << 30)

@@ -96,7 +96,7 @@ def test_what_is_aligned_does_not_pass_through_other_memory(tmp_path, monkeypatc
     out = room[place].view(WHOLE.torch_dtype).view(size)
     with closing(cold(tmp_path / "s", items(keys, WHOLE))) as tier:
         assert all(tier.read_many(keys, range(6), out))
-        first, second = np.split(tier._env.ways._scratch.held, 2)
+        first, second = np.split(tier.access.env.ways._scratch.held, 2)
     assert first[:PAGE_BYTES].any()  # headers
     assert second[:PAGE_BYTES].any()
     assert first[PAGE_BYTES:].any() == second[PAGE_BYTES:].any() == bool(skipped)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.codecs.known import LOSSLESS, RAW
+from kvstore.disk import portable
 from kvstore.disk.portable import MAGIC, export, imported
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import StoreFormatError
@@ -97,14 +98,14 @@ def test_a_damaged_block_is_left_out_with_what_rests_on_it(tmp_path):
     assert [key for key, _ in read((tmp_path / "blocks").read_bytes())] == KEYS[:2]
 
 
-def test_an_export_that_fails_leaves_no_file(tmp_path):
+def test_an_export_that_fails_leaves_no_file(tmp_path, monkeypatch):
     with closing(DiskTier(tmp_path / "store", 1 << 20)) as tier:
         tier.put(items(KEYS))
 
         def fails(*_):
             raise RuntimeError("no")
 
-        tier.records = fails
+        monkeypatch.setattr(portable, "records", fails)
         with pytest.raises(RuntimeError, match="no"):
             export(tier, tmp_path / "blocks", lambda entry: True)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
@@ -129,13 +130,13 @@ def test_a_summary_says_who_has_what_and_how_old_it_is(tmp_path):
 def test_what_goes_meanwhile_is_not_called_damaged(tmp_path, monkeypatch):
     with closing(DiskTier(tmp_path / "store", 1 << 20)) as tier:
         tier.put(items([*KEYS, *OTHERS]))
-        records = tier.records
+        records = portable.records
 
-        def overtaken(digest):
+        def overtaken(access, digest):
             tier.delete([KEYS[2]])
-            return records(digest)
+            return records(access, digest)
 
-        monkeypatch.setattr(tier, "records", overtaken)
+        monkeypatch.setattr(portable, "records", overtaken)
         done = export(tier, tmp_path / "blocks", lambda entry: True)
     gone = len(KEYS) - 2
     assert (done.blocks, done.damaged, done.gone) == (2 + len(OTHERS), 0, gone)

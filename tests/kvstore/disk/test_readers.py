@@ -24,7 +24,7 @@ def put(tier, number):
 
 
 def read_for_ever(path, pipe):
-    with DiskTier(path, 1 << 30).reading():
+    with DiskTier(path, 1 << 30).access.reading():
         os.write(pipe, b"!")
         signal.pause()
 

@@ -85,7 +85,7 @@ def test_pages_that_fit_no_block_are_given_back_to_the_file_system(path):
                 break
             tier.put([item])
             put.append(item)
-        values = tier.ledger.env.values
+        values = tier.access.ledger.env.values
         assert values.size() > 1.2 * capacity
         assert values.disk_bytes < 1.1 * capacity
         assert all(right(tier.get(key), key, model) for key, _ in [*small[1::2], *put])

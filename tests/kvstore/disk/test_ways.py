@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvstore.disk import fetch, values, ways
+from kvstore.disk import fetch, loads, values, ways
 from kvstore.disk.tier import DiskTier
 from kvstore.disk.values import PAGE_BYTES
 from kvstore.disk.ways import CACHED, DIRECT, MAPPED, Ways
@@ -66,13 +66,13 @@ def reopened(tmp_path, put=False):
 @pytest.fixture
 def again(monkeypatch):
     """The blocks that were not right at first, and were looked at once more."""
-    seen, method = [], DiskTier._is_right_again
+    seen, look = [], loads._is_right_again
 
-    def note(self, read):
+    def note(access, read):
         seen.append(read.entry.key)
-        return method(self, read)
+        return look(access, read)
 
-    monkeypatch.setattr(DiskTier, "_is_right_again", note)
+    monkeypatch.setattr(loads, "_is_right_again", note)
     return seen
 
 
@@ -113,7 +113,7 @@ def test_records_come_in_several_ways_in_one_read(tier, tmp_path, taken, again):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # and no other with it
             os.pread(file.fileno(), PAGE_BYTES + RECORD_BYTES, place)
     for place in places[1::3]:
-        tier._env.ways.took(place // PAGE_BYTES, DIRECT)
+        tier.access.env.ways.took(place // PAGE_BYTES, DIRECT)
     taken.clear()
     read(tier)
     assert not again
@@ -124,13 +124,13 @@ def test_records_come_in_several_ways_in_one_read(tier, tmp_path, taken, again):
 def test_a_page_behind_the_end_of_the_file_costs_no_other_record(
     tier, monkeypatch, taken, again, page
 ):
-    find, astray = DiskTier._find, KEYS[len(KEYS) // 2]
+    find, astray = loads._find, KEYS[len(KEYS) // 2]
 
-    def strayed(self, txn, key):
-        entry = find(self, txn, key)
+    def strayed(access, txn, key):
+        entry = find(access, txn, key)
         return replace(entry, page=page) if key == astray else entry
 
-    monkeypatch.setattr(DiskTier, "_find", strayed)
+    monkeypatch.setattr(loads, "_find", strayed)
     assert found(tier) == [key != astray for key in KEYS]
     assert again == [astray]
     assert taken.total() == len(KEYS)
@@ -182,15 +182,15 @@ def test_a_map_goes_when_the_store_is_closed(tmp_path):
 
 
 def test_without_a_guard_the_map_is_not_touched(tier, monkeypatch, taken):
-    monkeypatch.setattr(tier._env.ways, "_mapped_at", 0)
+    monkeypatch.setattr(tier.access.env.ways, "_mapped_at", 0)
     read(tier)
     read(tier)
     assert MAPPED not in taken
 
 
 def test_a_file_system_without_direct_reads_is_read_through_its_cache(tier, monkeypatch, taken):
-    monkeypatch.setattr(tier._env.ways, "_direct", -1)
-    monkeypatch.setattr(tier._env.ways, "_mapped_at", 0)
+    monkeypatch.setattr(tier.access.env.ways, "_direct", -1)
+    monkeypatch.setattr(tier.access.env.ways, "_mapped_at", 0)
     read(tier)
     assert set(taken) == {CACHED}
 
@@ -198,8 +198,8 @@ def test_a_file_system_without_direct_reads_is_read_through_its_cache(tier, monk
 def test_a_file_that_refuses_such_a_read_is_read_through_its_cache(tier, tmp_path, taken, again):
     if is_in_memory(tmp_path):
         pytest.skip("the temporary folder is in memory")
-    os.close(tier._env.ways._direct)
-    tier._env.ways._direct = refusing = os.pidfd_open(os.getpid())  # no file at all
+    os.close(tier.access.env.ways._direct)
+    tier.access.env.ways._direct = refusing = os.pidfd_open(os.getpid())  # no file at all
     with pytest.raises(OSError, match=r"argument|seek") as error:
         os.preadv(refusing, [bytearray(1)], 0)
     if error.value.errno != errno.EINVAL:
@@ -222,8 +222,9 @@ def test_a_system_without_direct_reads_reads_through_its_cache(tmp_path, monkeyp
 def test_what_is_remembered_is_bounded(tier, monkeypatch):
     monkeypatch.setattr(ways, "REMEMBERED", 3)
     for page in range(2, 10):
-        tier._env.ways.took(page, DIRECT)
-    assert [tier._env.ways.way(page) for page in (6, 7, 8, 9)] == [DIRECT, CACHED, CACHED, CACHED]
+        tier.access.env.ways.took(page, DIRECT)
+    way = tier.access.env.ways.way
+    assert [way(page) for page in (6, 7, 8, 9)] == [DIRECT, CACHED, CACHED, CACHED]
 
 
 def test_an_open_file_is_read_around_its_cache_by_the_name_it_had(tmp_path, taken):
@@ -235,7 +236,7 @@ def test_an_open_file_is_read_around_its_cache_by_the_name_it_had(tmp_path, take
 
 def test_threads_that_remember_at_once_do_not_disturb_each_other(tier, monkeypatch):
     monkeypatch.setattr(ways, "REMEMBERED", 8)
-    interval, failed, taken = sys.getswitchinterval(), [], tier._env.ways
+    interval, failed, taken = sys.getswitchinterval(), [], tier.access.env.ways
 
     def remember(first):
         try:

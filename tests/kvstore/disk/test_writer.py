@@ -6,8 +6,7 @@ import pytest
 
 from kvstore import store as store_module
 from kvstore.allowance import Allowance
-from kvstore.disk import tier as disk
-from kvstore.disk.ledger import entry_cost
+from kvstore.disk.ledger import Ledger, entry_cost
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import StoreError
 from kvstore.store import TieredStore
@@ -32,7 +31,7 @@ def test_a_failed_write_is_reported_once_and_reads_go_on(path, monkeypatch):
             raise OSError(5, "Input/output error")
 
         with monkeypatch.context() as patch:
-            patch.setattr(disk.Ledger, "add", fail)
+            patch.setattr(Ledger, "add", fail)
             store.put(items(KEYS[2:]))
             with pytest.raises(StoreError, match="Input/output error"):
                 store.flush()
@@ -46,14 +45,14 @@ def test_a_failed_write_is_reported_once_and_reads_go_on(path, monkeypatch):
 
 def test_the_queue_is_bounded(path, monkeypatch):
     gate, seen = threading.Event(), []
-    add = disk.Ledger.add
+    add = Ledger.add
 
     def slow(self, txn, block):
         gate.wait()
         seen.append(store._writer.queued_bytes)
         add(self, txn, block)
 
-    monkeypatch.setattr(disk.Ledger, "add", slow)
+    monkeypatch.setattr(Ledger, "add", slow)
     with TieredStore([DiskTier(path, 100 * COST)], queue_bytes=3 * BYTES) as store:
         putting = threading.Thread(target=store.put, args=(items(KEYS),))
         putting.start()

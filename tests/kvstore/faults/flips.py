@@ -51,8 +51,8 @@ def made(_say, folder):
     for model in SHAPES:
         tier.put([item for pair in zip(known(model, 0), known(model, 1000)) for item in pair])
     tier.delete([key for model in SHAPES for key, _ in known(model, 1000)])
-    with tier.changing() as txn:  # so that no page that was freed is in use by a meta page
-        tier.ledger.stamp(txn, [known(SHAPES[0], 0)[0][0].digest])
+    with tier.access.changing() as txn:  # so that no page that was freed is in use by a meta page
+        tier.access.ledger.stamp(txn, [known(SHAPES[0], 0)[0][0].digest])
     tier.close()
 
 
@@ -128,10 +128,10 @@ def outcome(folder, blocks, hit, turn):
         seen["lost"] += found is None and key.digest not in hit
         seen["unseen"] += found is not None and key.digest in hit
     if turn % AUDITED == 0:
-        tier._bad.clear()
+        tier.access.bad.clear()
         named = NAMED.findall("\n".join(audit_disk(tier, repair=False).problems))
         seen["unseen"] += len({digest.hex() for digest in hit} ^ set(named))
-    tier._bad.clear()  # closing would delete them
+    tier.access.bad.clear()  # closing would delete them
     tier.close()
     return seen
 
@@ -168,8 +168,8 @@ def noted(say, folder, wanted, seed, blocks):
 
 def misnoted(tier):
     """What is wrong with the note of free pages."""
-    with tier.reading() as txn:
-        return list(tier.ledger.space.problems(txn, list(tier.ledger.extents(txn))))
+    with tier.access.reading() as txn:
+        return list(tier.access.ledger.space.problems(txn, list(tier.access.ledger.extents(txn))))
 
 
 def missed(tier, blocks, *, at_once):
@@ -204,7 +204,7 @@ def behind(folder, blocks, *, writes):
                 tier.delete([key for key, _ in blocks[first // 1000 :: 7]])
                 tier.put(known(SHAPES[2], first)[:10])
             found += served(tier, blocks, at_once=False)
-        tier._bad.clear()
+        tier.access.bad.clear()
         tier.close()
     except StoreError:
         return "refused"

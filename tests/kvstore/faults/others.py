@@ -59,7 +59,7 @@ def note(count, child, allowed=(0,)):
 
 
 def reading(say, folder):
-    with tier_of(opened(folder, TIGHT)).reading():
+    with tier_of(opened(folder, TIGHT)).access.reading():
         say("in a transaction")
         time.sleep(1000)  # until killed
 

@@ -10,7 +10,8 @@ from contextlib import suppress
 
 import torch
 
-from kvstore.disk import tier as disk
+from kvstore.disk import loads
+from kvstore.disk.loads import records
 from kvstore.disk.values import Values
 from tests.kvstore.faults.children import Child, ended
 from tests.kvstore.faults.count import Count
@@ -81,7 +82,7 @@ def found_by(tier, way):
         out = torch.empty(len(keys), *data.shape, dtype=data.dtype)
         there = tier.read_many(keys, range(len(data)), out)
         return [row if is_ else None for row, is_ in zip(out, there, strict=True)]
-    return [stored(tier.records(key.digest), data) for key in keys]
+    return [stored(records(tier.access, key.digest), data) for key in keys]
 
 
 def stored(found, data):
@@ -99,7 +100,7 @@ def reading(say, folder, seed):
     other.hear()
     os.close(pipe[0])
     late, seen, wrong, problems = Late(other, pipe[1]), Counter(), 0, []
-    disk.copy, Values.record = late(disk.copy), late(Values.record)
+    loads.copy, Values.record = late(loads.copy), late(Values.record)
     with opened(folder) as store:
         tier = tier_of(store)
         for _ in range(TURNS):
