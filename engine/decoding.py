@@ -1,5 +1,6 @@
 """Who decodes running requests: a loop over them, or on a GPU a batch in static shapes."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -16,6 +17,10 @@ from engine.sparse.cache import SparseCache
 
 if TYPE_CHECKING:
     from engine.batch.batch import DeviceBatch
+
+log = logging.getLogger(__name__)
+
+USABLE = 0.9  # of what is free: activations and graphs take some, too
 
 
 @runtime_checkable
@@ -51,6 +56,11 @@ class Seated:
         self._batch = batch
         self._slots: dict[Running, int] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Of the device, whoever is here."""
+        return self._batch.nbytes
+
     def join(self, run: Running) -> None:
         """The request takes a slot."""
         assert isinstance(run.cache, SparseCache)
@@ -70,6 +80,45 @@ class Seated:
         return [rows[slot] for slot in slots]
 
 
+def places(model: Model, memory: Memory, most: int, capacity: int, cache_bytes: int) -> int:
+    """How many requests of so many tokens a service decodes at a time: all, where there is room.
+
+    A batch takes what its slots hold from the start, which at 128k tokens each is gigabytes.
+
+    Args:
+        cache_bytes: of the device, that are not the batch's.
+    Raises:
+        EngineError: if the device has no room for one.
+    """
+    device = model.shape.device
+    if not memory.batched or device.type != "cuda":
+        return most
+    one = seats(model, memory, 1, capacity)
+    assert one is not None
+    slot_bytes = one.nbytes
+    del one
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return fitting(most, slot_bytes, int(free * USABLE) - cache_bytes, capacity)
+
+
+def fitting(most: int, slot_bytes: int, free_bytes: int, capacity: int) -> int:
+    """How many slots of a batch fit. EngineError for none."""
+    fit = free_bytes // slot_bytes
+    if fit < 1:
+        raise EngineError(
+            f"a request of up to {capacity} tokens takes {slot_bytes} bytes of the device, which "
+            f"has {max(0, free_bytes)} beside cache_bytes: lower schedule.max_tokens, cache_bytes "
+            "or method.hot"
+        )
+    if fit < most:
+        log.warning(
+            "the device has room for %d requests of %d tokens at a time, not for %d "
+            "(schedule.max_running, schedule.max_tokens)", fit, capacity, most,
+        )  # fmt: skip
+    return min(most, fit)
+
+
 def seats(model: Model, memory: Memory, slots: int, capacity: int) -> Seated | None:
     """A batch of so many requests of so many tokens each, where requests are decoded in one.
 
@@ -78,10 +127,8 @@ def seats(model: Model, memory: Memory, slots: int, capacity: int) -> Seated | N
     """
     if memory.pool is None or not memory.batched:
         return None
-    from engine.batch.batch import DeviceBatch, why_not  # needs Triton, which not every machine has
+    from engine.batch.batch import DeviceBatch  # needs Triton, which not every machine has
 
-    if why_not(model, memory.method, memory.pool) is not None:
-        return None
     try:
         return Seated(
             DeviceBatch(model, memory.method, memory.pool, slots=slots, capacity=capacity)

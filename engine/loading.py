@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 
 import torch
@@ -24,6 +25,44 @@ class BlocksLost(Exception):
     def __init__(self, keys: Sequence[BlockKey]) -> None:
         super().__init__(f"{len(keys)} stored blocks could not be read")
         self.keys = keys
+
+
+class Side:
+    """The stream that a loader's copies and kernels take, beside the loop's; none on a CPU.
+
+    Torch gives streams of high priority out apart from others, so that no loader's is one that
+    another thread captures.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device, priority=-1)
+            # the memory that is loaded to may be in use by what was launched before
+            self._stream.wait_event(torch.cuda.current_stream(device).record_event())
+
+    def here(self) -> AbstractContextManager[object]:
+        """What is launched inside goes there."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """Where it is now."""
+        return None if self._stream is None else self._stream.record_event()
+
+    def meet(self, mark: torch.cuda.Event, made: Iterable[Tensor]) -> None:
+        """What the caller's stream does from now on is after the mark, and may read what was made.
+
+        Memory that was taken here is given to others only when both streams are done with it.
+        """
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(mark)
+        for tensor in made:
+            tensor.record_stream(stream)
+
+    def settle(self) -> None:
+        """Return when it has done everything."""
+        if self._stream is not None:
+            self._stream.synchronize()
 
 
 class Loader:
@@ -53,7 +92,12 @@ class Loader:
         self._cache, self._num_layers = cache, model.shape.num_layers
         self._device = model.shape.device
         self._owners = owners(model)
-        self.tables = Tables(torch.arange(length, device=model.shape.device))
+        self.tables = Tables(torch.arange(length, device=self._device))
+        if self._device.type == "cuda":
+            for owner in self._owners:
+                self.tables[owner.rope]  # before the streams part: both read it
+        self._side = Side(self._device)
+        self._marks: dict[int, torch.cuda.Event | None] = {}
         self._busy, self.waited_s = Busy(), 0.0
         self._staging = Staging(model.shape, store, blocks, computed or {}, self._busy)
         self._loads: dict[int, Future[None]] = {}
@@ -73,6 +117,8 @@ class Loader:
         start = time.perf_counter()
         self._loads[layer].result()
         self.waited_s += time.perf_counter() - start
+        if (mark := self._marks[layer]) is not None:
+            self._side.meet(mark, self._cache.view(layer, 0))
         if layer + 1 not in self._loads:
             self._submit()
 
@@ -95,6 +141,7 @@ class Loader:
         """Stop loading; returns when nothing writes to the cache any more: after one batch."""
         self._cancelled.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._side.settle()
         self._staging.close()
 
     def _submit(self) -> None:
@@ -104,6 +151,11 @@ class Loader:
     @torch.inference_mode()
     def _load(self, group: range) -> None:
         """Read some layers of every block, rotate the keys, and put them in place."""
+        with self._side.here():
+            self._bring(group)
+            self._marks |= dict.fromkeys(group, self._side.mark())
+
+    def _bring(self, group: range) -> None:
         lost: list[BlockKey] = []
         for layer in group:
             self.tables[self._owners[layer].rope]  # made while the first batch is read

@@ -8,6 +8,7 @@ import torch
 from engine.cache import Cache, SequenceCache
 from engine.config import EngineConfig
 from engine.errors import PromptError
+from engine.method import Method
 from engine.model.pieces import Model
 from engine.recorder import Recorder
 from engine.request import Running
@@ -38,7 +39,6 @@ class Memory:
     def __init__(self, model: Model, config: EngineConfig) -> None:
         self._model, self._config = model, config
         self.method = config.method
-        self.batched = model.shape.device.type == "cuda"  # see `engine.decoding`
         first = torch.zeros(1, dtype=torch.int64, device=model.shape.device)
         self._hidden_bytes = model.embed(first).nbytes  # of a token
         self._known: tuple[int, Beside | None] = 0, None  # the last one, by tokens of its prompt
@@ -51,7 +51,9 @@ class Memory:
                 spill = Spill(Path(config.spill_path), config.spill_bytes)
             beside(model.shape, self.method, 0)  # refuses what cannot be, before any prompt
             shape = pool_shape(model, self.method)
-            self.pool = PinnedTier(shape, config.pinned_bytes, spill=spill)
+            on_gpu = model.shape.device.type == "cuda"
+            self.pool = PinnedTier(shape, config.pinned_bytes, spill=spill, locked=on_gpu)
+        self.batched = in_a_batch(model, self.method, self.pool)  # see `engine.decoding`
 
     def cache(self, run: Running, recorder: Recorder | None) -> Cache:
         """An empty cache with room for all that a request may need. PoolFull if there is none:
@@ -127,9 +129,7 @@ class Memory:
         return hidden + run.capacity * layer * min(1 + together + self._kept, moved)
 
     def _beside(self, prompt_tokens: int) -> Beside:
-        """Of one layer that moves to the pool. A batch has room for all of it from its start."""
-        if self.batched:
-            return Beside(0, 0)
+        """Of one layer that moves to the pool."""
         if self.method.budget >= 1:
             prompt_tokens = 0  # is all the same, and found once
         known, found = self._known
@@ -152,7 +152,8 @@ class Memory:
             token = shape.kv_bytes_per_token
             return Need(token, token, slack=slack, movable=run.movable)
         moved, blocks = self.pool.shape.num_layers, self._blocks(run)
-        own = self._beside(len(run.request.prompt))
+        # the batch of a service has room for all of it from its start
+        own = Beside(0, 0) if self.batched else self._beside(len(run.request.prompt))
         layer = shape.kv_bytes_per_token // shape.num_layers
         return Need(
             prompt=shape.kv_bytes_per_token,
@@ -184,3 +185,12 @@ class Memory:
         """Free the pool. StoreError while a request still runs."""
         if self.pool is not None:
             self.pool.close()
+
+
+def in_a_batch(model: Model, method: Method, pool: Pool | None) -> bool:
+    """Whether requests are decoded together, in static shapes."""
+    if pool is None or model.shape.device.type != "cuda":
+        return False
+    from engine.batch.batch import why_not  # needs Triton, which not every machine has
+
+    return why_not(model, method, pool) is None

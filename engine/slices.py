@@ -25,6 +25,14 @@ def drained(slices: Slices[T]) -> T:
             return end.value
 
 
+def finished(slices: Slices[T], device: torch.device) -> Slices[T]:
+    """The same slices; they end when the device has done what they launched."""
+    made = yield from slices
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return made
+
+
 class Watch:
     """Seconds that slices took, without those between them."""
 

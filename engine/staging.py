@@ -87,7 +87,7 @@ class Staging:
         part = self._layer_bytes(most) * len(self.groups[0])
         room = max(STAGING_BYTES // (AHEAD + 1), part)
         numbers = room // shape.dtype.itemsize
-        self._rooms = deque(own_large_pages((numbers,), shape.dtype) for _ in range(AHEAD + 1))
+        self._rooms = deque(_room(numbers, shape) for _ in range(AHEAD + 1))
         self.batches = list(self._stretches(blocks, room // part))
         self._left = product(self.groups, self.batches)
         self._threads = ThreadPoolExecutor(AHEAD, "headrace-staging", modest)
@@ -151,3 +151,10 @@ class Staging:
         near = block.start == last.start + last.key.num_tokens
         same = (last.key in self._computed) == (block.key in self._computed)
         return near and same and last.key.num_tokens == block.key.num_tokens
+
+
+def _room(numbers: int, shape: Shape) -> Float[Tensor, " numbers"]:
+    """Memory that is copied from: page-locked for a GPU, by torch, which keeps it for the next."""
+    if shape.device.type == "cuda":
+        return torch.empty(numbers, dtype=shape.dtype, pin_memory=True)
+    return own_large_pages((numbers,), shape.dtype)

@@ -304,7 +304,7 @@ LINES = [
     *(
         {"part": "decode", "name": name, "tokens": 1 << 17, "largest": largest, "batch": n}
         | ({"hits": 0.6, "share_of_bound": 0.7} if name == "headrace" else {})
-        | {"tokens_per_s": rate, "median_s": n / rate}
+        | {"tokens_per_s": rate, "median_s": n / rate, "cap_bytes": 40 << 30}
         for name, largest, n, rate in [
             ("dense", False, 1, 50),
             ("dense", True, 1, 50),
@@ -328,6 +328,7 @@ def test_figures_come_from_lines_and_what_is_lacking_has_a_reason(bench):
         "batch_over_dense": 7.0,
         "share_of_bound": 0.7,
         "latency_over_dense_alone": 0.625,
+        "cap_bytes": 40 << 30,
     }
     assert (figures["scoring_share_of_copy"], figures["exposed_copies"]) == (0.9, 0.1)
     assert figures["prefill_over_dense"] == {"headrace": 1.05}

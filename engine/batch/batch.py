@@ -1,7 +1,6 @@
 """Loop two for many requests at once in static shapes: on a GPU, a step is one CUDA graph."""
 
 import logging
-import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from engine.batch.capture import capturing, out_of_memory
 from engine.batch.lanes import Lanes, OneLane, TwoStreams
 from engine.batch.layer import Clock, Fresh, RingLayer, Select, SelectedLayer
 from engine.cache import SparseStats
@@ -17,11 +17,11 @@ from engine.method import Method
 from engine.model.pieces import Layer, Model
 from engine.model.rope import Tables
 from engine.sparse.cache import SparseCache, sparse_layers
+from kvstore.kernels.resolve import MOST_SLOTS
 from kvstore.pool.pool import Pool
 
 log = logging.getLogger(__name__)
 
-CAPTURES = threading.Lock()  # torch captures one graph at a time in a process
 YOUNGEST = 256  # the clock's first step: ages of what requests bring along are kept
 
 
@@ -62,7 +62,9 @@ class DeviceBatch:
         self.model, self.method, self.capacity = model, method, capacity
         on_gpu = model.shape.device.type == "cuda"
         self.graph = on_gpu and model.static_shapes
+        # streams made one after the other differ: torch gives out 32 of them in turn
         self._lanes = lanes or (TwoStreams(model.shape.device) if on_gpu else OneLane())
+        self._stream = torch.cuda.Stream(model.shape.device) if on_gpu else None
         self._caches: list[SparseCache | None] = [None] * slots
         numbers = {i: n for n, i in enumerate(sparse_layers(model, method))}
         self._layers = [
@@ -184,11 +186,14 @@ class DeviceBatch:
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
         """The step as a graph; None, from now on, where there is no memory for a second one."""
+        assert self._stream is not None
         graph = torch.cuda.CUDAGraph()
         try:
-            with CAPTURES, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with capturing(graph, self._stream):
                 self._run()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             log.warning("no memory for a graph beside the batch: steps are launched one by one")
             self.graph = False
             return None
@@ -274,6 +279,8 @@ def _fresh(layer: Layer, x: Tensor, tables: Tables) -> Fresh:
 
 def why_not(model: Model, method: Method, pool: Pool) -> str | None:
     """What of a method has no static shapes, or is not done in them; None if all of it is."""
+    positions = model.shape.max_positions
+    slots = method.hot_slots(method.tokens(positions), positions)
     reasons = {
         "layers of this model share their KV": not all(layer.owns for layer in model.layers),
         "its budget is a share of the prompt": method.budget < 1,
@@ -283,5 +290,6 @@ def why_not(model: Model, method: Method, pool: Pool) -> str | None:
         "blocks of a pool with a spill move": not pool.stationary,
         "its buffer does not hold a guess beside a choice (hot below 2)": method.prefetch == "layer"
         and method.hot < 2,
+        f"its buffer has more than {MOST_SLOTS} rows (budget times hot)": slots > MOST_SLOTS,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -27,7 +27,7 @@ from engine.perfmodel import Decision, PerfModel, Work
 from engine.plain import Plain
 from engine.recorder import Recorder
 from engine.request import Running
-from engine.slices import Slices, Watch, drained
+from engine.slices import Slices, Watch, drained, finished
 from engine.sparse.cache import SparseCache
 from engine.staging import Placed
 from kvstore.block import BlockKey, Kind
@@ -200,7 +200,7 @@ class Blending:
         try:
             policy = run.blend.chosen(self._model.shape.num_layers)
             slices = blend_layers(self._model, cache, tokens, found.reuse, loader, policy, budget)
-            logits = yield from watch.timed(slices)
+            logits = yield from watch.timed(finished(slices, self._model.shape.device))
             if isinstance(cache, SparseCache):
                 yield from watch.timed(_settled(cache, len(tokens) // len(self._model.layers)))
         finally:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from engine.cache import Cache
-from engine.decoding import seats
+from engine.decoding import places, seats
 from engine.engine import Engine
 from engine.plain import ATTEMPTS
 from engine.request import Chosen
@@ -47,9 +47,11 @@ class Carrier:
         self._model, self._memory, self._store = engine.model, engine.memory, engine.store
         self._device, self._config = engine.model.shape.device, engine.config
         self.max_tokens = engine.config.schedule.max_tokens or engine.model.shape.max_positions
-        self._batch = seats(
-            self._model, self._memory, engine.config.schedule.max_running, self.max_tokens
+        self.max_running = places(
+            *(self._model, self._memory, engine.config.schedule.max_running, self.max_tokens),
+            engine.config.cache_bytes,
         )
+        self._batch = seats(self._model, self._memory, self.max_running, self.max_tokens)
         self.swap = self._new_swap()
         self._unsettled: list[Live] = []  # prompts that are complete, but for their indexes
         self._promoter = ThreadPoolExecutor(1, "headrace-promoter", use_one_core)
@@ -64,7 +66,7 @@ class Carrier:
         schedule, on_gpu = self._config.schedule, self._device.type == "cuda"
         return Limits(
             step_tokens=schedule.step_tokens or self._config.chunk(self._device),
-            max_running=schedule.max_running,
+            max_running=self.max_running,
             max_waiting=schedule.max_waiting,
             device_bytes=self._config.cache_bytes,
             lower_bytes=0 if self.swap is None else self.swap.capacity_bytes,

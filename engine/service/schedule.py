@@ -19,7 +19,8 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         max_running: requests that are read or answered at a time.
         max_waiting: requests that wait for a place; more are refused.
         max_tokens: of a request and its answer; None takes the model's positions. Where a GPU
-            decodes sparsely, there is a place of this size for each of `max_running`.
+            decodes sparsely, there is a place of this size for each of `max_running`, or of as
+            many as the device has room for.
         policy: "fcfs" takes requests as they come; "fair" by priority, then by what each tenant
             had so far. See `engine.service.order`.
         aging_steps: under "fair", a request that waits rises by one priority in so many steps.

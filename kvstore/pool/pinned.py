@@ -14,11 +14,13 @@ REGISTER = 1 | 2  # portable: for every context; mapped: kernels may read it at 
 
 
 class PinnedTier(Pool):
-    """A pool in host memory, page-locked where there is a GPU, once and whole.
+    """A pool in host memory, page-locked for a GPU, once and whole.
 
     The slabs are registered, not taken from torch's pinned allocator, which rounds every one up
     to a power of two.
 
+    Args:
+        locked: whether a GPU reads it.
     Raises:
         PoolFull: also if the system does not allow to lock so much.
     """
@@ -27,10 +29,15 @@ class PinnedTier(Pool):
     setting = "pinned_bytes"
 
     def __init__(
-        self, shape: PoolShape, capacity_bytes: int, *, spill: Spill | None = None
+        self,
+        shape: PoolShape,
+        capacity_bytes: int,
+        *,
+        spill: Spill | None = None,
+        locked: bool = False,
     ) -> None:
         super().__init__(shape, capacity_bytes, device="cpu", spill=spill)
-        if torch.cuda.is_available():
+        if locked:
             for layer in range(shape.num_layers):
                 self._lock_pages(self.slab(layer))
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.batch.tail import PITCH
 from engine.kernels import attend_runs, attend_slots, merge_parts, tail
 from gpu_bench.choosing import HOT
 from gpu_bench.rows import finite, layout_of, some
@@ -53,8 +54,10 @@ def estimated(sizes: Sizes) -> Trial:
     """The tail of what is not selected, by clusters."""
     layout, slots = layout_of(sizes), round(HOT * sizes.budget) + 16
     q = sizes.randn(sizes.batch, sizes.query_heads, sizes.dim)
-    shape = sizes.batch, sizes.heads, sizes.tokens // CLUSTER_TOKENS, 2 * sizes.dim + 1
-    summaries = sizes.randn(*shape, dtype=torch.float32).mul_(0.3)
+    width = 2 * sizes.dim + 1
+    pitch = -(-width // PITCH) * PITCH  # as a batch keeps them
+    shape = sizes.batch, sizes.heads, sizes.tokens // CLUSTER_TOKENS, pitch
+    summaries = sizes.randn(*shape, dtype=torch.float32).mul_(0.3)[..., :width]
     summaries[..., -1].abs_()  # a variance
     hot = finite(sizes, sizes.batch, sizes.heads, slots, layout.row_bytes)
     ids, at = some(sizes, sizes.tokens), some(sizes, slots)

@@ -35,8 +35,8 @@ class OneSlab(PinnedTier):
 
     def __init__(self, shape: PoolShape, blocks: int, device: torch.device) -> None:
         self._only: Tensor | None = None
-        self._locked = False
-        super().__init__(shape, blocks * shape.block_bytes)
+        self._is_locked = False
+        super().__init__(shape, blocks * shape.block_bytes, locked=device.type == "cuda")
         for block in self.slab(0).split(1024):
             numbers = torch.randn(block.nbytes // 2, dtype=torch.bfloat16, device=device)
             block.view(-1).copy_(numbers.view(torch.uint8))
@@ -51,9 +51,9 @@ class OneSlab(PinnedTier):
         self._only = None
 
     def _lock_pages(self, slab: Tensor) -> None:
-        if not self._locked:
+        if not self._is_locked:
             super()._lock_pages(slab)
-        self._locked = True
+        self._is_locked = True
 
 
 class Filled:

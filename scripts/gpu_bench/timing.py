@@ -81,7 +81,8 @@ def _captured(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        _in_turn(calls)()
+        made = [call() for call in calls]  # each has memory of its own: no cache holds it all
+    del made  # the graph goes on writing there
     return graph.replay
 
 

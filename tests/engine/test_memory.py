@@ -1,14 +1,22 @@
 """Who gets a cache: what a request may take of the device and of the pool."""
 
+from dataclasses import replace
+
 import msgspec
 import pytest
+import torch
 
-from engine import Engine, EngineConfig, PromptError, Segments
+from engine import Engine, EngineConfig, EngineError, PromptError, Segments
+from engine.decoding import fitting
+from engine.memory import in_a_batch
 from engine.method import preset
 from engine.model.hf import HFModel
 from engine.sampling import Sampling
 from engine.sparse.beside import beside
+from engine.sparse.cache import pool_shape
 from kvstore.config import StoreConfig
+from kvstore.pool import pinned
+from kvstore.pool.device import DeviceTier
 from tests.engine.families import build, prompt
 
 STORE = StoreConfig(host_bytes=1 << 26)
@@ -121,3 +129,50 @@ def test_a_batch_has_room_for_its_indexes_from_the_start(monkeypatch):
         assert made.memory.need(run).fixed > 0
         monkeypatch.setattr(made.memory, "batched", True)
         assert (made.memory.need(run).answer, made.memory.need(run).fixed) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "batched"),
+    [({}, True), (dict(top_p=0.9), False), (dict(certify=0.1), False), (dict(budget=0.1), False)],
+)
+def test_on_a_gpu_methods_of_static_shapes_are_decoded_in_a_batch_and_others_are_not(
+    changes, batched
+):
+    model = HFModel(build("llama"))
+    method = preset("headrace", **(dict(budget=40) | changes))
+    pool = DeviceTier(pool_shape(model, method), 1 << 20)
+    assert not in_a_batch(model, method, pool)
+    model.shape = replace(model.shape, device=torch.device("cuda"))
+    assert in_a_batch(model, method, pool) == batched
+    assert not in_a_batch(model, method, None)
+
+
+def test_what_a_request_has_beside_its_kv_counts_in_a_call_but_not_in_a_service_with_a_batch():
+    module, asked = build("llama", num_hidden_layers=8), prompt(TOKENS).tolist()
+    passing = TOKENS * HIDDEN + KEPT * LAYER * 2
+    with engine(module, passing + 2 * 8 * own(module)) as two:
+        runs = running(two, *[asked] * 3)
+        alone = two.memory.need(runs[0])
+        two.memory.batched = True
+        assert [len(group) for group in two.memory.groups(runs)] == [2, 1]
+        assert two.memory.need(runs[0]).fixed == 0 < alone.fixed
+
+
+def test_a_service_has_as_many_places_as_the_device_has_room_for(caplog):
+    assert fitting(64, 100, 6400, 4096) == 64
+    assert not caplog.records
+    assert fitting(64, 100, 6399, 4096) == 63
+    assert "room for 63 requests of 4096 tokens" in caplog.text
+    with pytest.raises(
+        EngineError, match=r"up to 4096 tokens takes 100 bytes.*schedule\.max_tokens"
+    ):
+        fitting(64, 100, 99, 4096)
+    with pytest.raises(EngineError, match="which has 0 beside"):
+        fitting(64, 100, -5, 4096)
+
+
+def test_no_pages_are_locked_for_a_model_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(pinned, "lock_pages", lambda *_: pytest.fail("pages were locked"))
+    with engine(build("llama"), 1 << 24) as one:
+        assert one.memory.pool is not None

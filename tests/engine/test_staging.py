@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from engine import staging
+from engine import loading, staging
 from engine.cache import SequenceCache
 from engine.loading import Loader
 from engine.model.hf import HFModel
@@ -272,3 +272,65 @@ def test_without_blocks_there_is_nothing_to_take(tmp_path):
         source = Staging(SHAPE, store, [], {}, Busy())
         assert source.batches == []
         source.close()
+
+
+def test_a_layer_is_met_where_its_loading_ended_and_cancelling_waits_for_the_rest(
+    tmp_path, monkeypatch
+):
+    """By a stream that is none: on a GPU what a loader launches runs beside the loop."""
+    order = []
+
+    class Beside:
+        def __init__(self, device):
+            self.inside = False
+
+        @contextmanager
+        def here(self):
+            self.inside = True
+            yield
+            self.inside = False
+
+        def mark(self):
+            assert self.inside
+            order.append("mark")
+            return len(order)
+
+        def meet(self, mark, made):
+            assert all(x.shape[1] == 0 and x.untyped_storage().nbytes() for x in made)
+            order.append(("met", mark))
+
+        def settle(self):
+            order.append("settled")
+
+    monkeypatch.setattr(loading, "Side", Beside)
+    with stored(tmp_path) as store:
+        loader, _ = loader_of(store)
+        loader.result()
+        loader.cancel()
+    marks = [i + 1 for i, what in enumerate(order) if what == "mark"]
+    met = [what[1] for what in order if isinstance(what, tuple)]
+    assert len(met) == SHAPE.num_layers
+    assert sorted(set(met)) == marks
+    assert order[-1] == "settled"
+
+
+@pytest.mark.gpu
+def test_loading_does_not_wait_for_what_the_loop_has_launched(tmp_path, monkeypatch):
+    model, go_on = HFModel(build("llama", num_hidden_layers=6).to("cuda")), threading.Event()
+    with stored(tmp_path) as store:
+        read = store.read_many
+        monkeypatch.setattr(store, "read_many", lambda *args: (go_on.wait(20), read(*args))[1])
+        cache = SequenceCache(model.shape, 20 * SIZE)
+        loader = Loader(model, cache, store, PLACED, 20 * SIZE)
+        torch.cuda._sleep(1 << 33)  # some seconds
+        busy = torch.cuda.current_stream().record_event()
+        go_on.set()
+        wait_for(loader._loads.values())
+        assert loader.done()
+        assert not busy.query()
+        loader.result()
+        last = cache.view(5, 20 * SIZE)
+        want = torch.cat([content(key, IDENTITY).data[5, 1] for key in KEYS], 1)
+        assert same(last.v.cpu(), want)
+        assert busy.query()  # what the loop reads is behind what it launched
+        loader.cancel()

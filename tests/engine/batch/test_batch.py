@@ -262,11 +262,12 @@ def test_a_request_that_has_no_room_is_refused_and_the_batch_goes_on(batch_of):
         (dict(certify=0.1), "certify"),
         (dict(attend_on="host"), "on the host"),
         (dict(prefetch="layer", hot=1.5), "hot below 2"),
+        (dict(budget=20_000), "more than 32767 rows"),
     ],
 )
 def test_a_method_without_static_shapes_is_refused_with_the_reason(changes, reason):
     method = small("headrace", **changes)
-    model = HFModel(build("llama"))
+    model = HFModel(build("llama", max_position_embeddings=1 << 16))
     pool = DeviceTier(pool_shape(model, method), 1 << 20)
     assert reason in why_not(model, method, pool)
     with pytest.raises(EngineError, match=reason):

@@ -116,7 +116,7 @@ def test_a_gpu_writes_the_same_bytes_to_a_page_locked_slab(name):
     k, v = new(made)
     want = expected(made, k, v, positions, slots)
     shape = PoolShape(1, made.heads, layout, made.slab.shape[2])
-    tier = PinnedTier(shape, len(made.slab) * shape.block_bytes)
+    tier = PinnedTier(shape, len(made.slab) * shape.block_bytes, locked=True)
     slab = tier.slab(0)
     slab.copy_(made.slab)
     k, v, positions, blocks, hot, slots = (

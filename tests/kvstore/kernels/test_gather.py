@@ -114,7 +114,7 @@ def test_a_gpu_reads_a_page_locked_slab_by_its_own_address(name):
     resolved = misses(made, 150)
     want = expected(made, resolved)
     shape = PoolShape(1, made.heads, layout, made.slab.shape[2])
-    tier = PinnedTier(shape, len(made.slab) * shape.block_bytes)
+    tier = PinnedTier(shape, len(made.slab) * shape.block_bytes, locked=True)
     slab = tier.slab(0)
     assert slab.device.type == "cpu"
     slab.copy_(made.slab)

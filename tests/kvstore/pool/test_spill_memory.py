@@ -52,7 +52,7 @@ def test_a_write_in_many_runs_is_one_write_and_brings_no_block_back(tmp_path, mo
         lease.reserve(120)
         for layer, (k, v) in enumerate(data):
             lease.write(layer, 0, k[:, :start], v[:, :start])
-        monkeypatch.setattr(kvstore.lease, "WRITE_NUMBERS", 7 * 2 * 64)  # 7 tokens
+        monkeypatch.setattr(kvstore.pool.lease, "WRITE_NUMBERS", 7 * 2 * 64)  # 7 tokens
         for layer, (k, v) in enumerate(data):
             lease.write(layer, start, k[:, start:], v[:, start:])
         assert pool.stats().promotions == 0

@@ -1,0 +1,51 @@
+"""Capturing a CUDA graph so that whatever goes wrong leaves the thread as it was."""
+
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+CAPTURES = threading.Lock()  # torch captures one graph at a time in a process
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
+    """What is launched inside becomes the graph, and does not run.
+
+    `torch.cuda.graph` leaves the thread on the capture's stream where the end of a capture fails,
+    and its own stream is on the device of the process's first capture. No garbage is collected
+    inside: a finalizer may call what no capture allows.
+
+    Args:
+        stream: of the graph's device, and nobody else's.
+    """
+    with CAPTURES:
+        gc.collect()
+        torch.cuda.synchronize(stream.device)
+        torch.cuda.empty_cache()
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.stream(stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    yield
+                finally:
+                    graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came of, says that the device has no memory left.
+
+    The end of a capture fails with an error of its own, of CUDA's.
+    """
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
