@@ -57,7 +57,7 @@ class Cache(Protocol):
     finalize: the prompt is complete; called once, before the first `attend`.
     attend: attention of the token appended last, not yet advanced over.
     wants_guess, look_ahead: whether guessed queries are of use, and one for a layer to come; None
-        where the loop has none. Changes when KV moves, never what is computed.
+        where the loop has none. Changes when KV moves, and of exact rows nothing else.
     close: free what it holds; idempotent.
     """
 

@@ -30,7 +30,7 @@ from engine.model.loader import load_module, load_tokenizer, locate, pick_device
 from engine.plain import Plain
 from engine.prefill import hidden_states
 from engine.prompting import flat, rendered, tokenized
-from engine.request import Completion, Event, Prompt, Request, Running, listed
+from engine.request import Completion, Event, Prompt, Request, Running, listed, whole
 from engine.sampling import Sampling
 from engine.slices import Slices, drained
 from engine.splitter import Splitter
@@ -287,14 +287,16 @@ class Engine:
         if segments is not None:
             self.blending.refuse()
         tokens = flat(self.tokenizer, prompt)
-        request = Request(tokens, max_new_tokens, sampling, stops, logprobs)
+        request = Request(
+            tokens, whole("max_new_tokens", max_new_tokens), sampling, stops, logprobs
+        )
         positions = self.model.shape.max_positions
         request.check(self.model.shape.vocab, positions)
-        limit = min(max_new_tokens, positions - len(tokens) + 1)  # the last one is not fed back
+        left = positions - len(tokens) + 1  # the last one is not fed back
         return Running(
             request,
             eos=self.model.eos,
-            limit=limit,
+            limit=min(request.max_new_tokens, left),
             tokenizer=self.tokenizer,
             segments=segments,
             blend=blend or self.config.blend,

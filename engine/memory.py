@@ -1,6 +1,7 @@
 """Memory of running requests: who gets a cache, of which kind, and who has to wait."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -46,13 +47,8 @@ class Memory:
         self._kept = len({x.owner for x in model.layers if not x.owns and x.owner in sparse})
         self.pool: Pool | None = None
         if sparse:
-            spill = None
-            if config.spill_path is not None:
-                spill = Spill(Path(config.spill_path), config.spill_bytes)
             beside(model.shape, self.method, 0)  # refuses what cannot be, before any prompt
-            shape = pool_shape(model, self.method)
-            on_gpu = model.shape.device.type == "cuda"
-            self.pool = PinnedTier(shape, config.pinned_bytes, spill=spill, locked=on_gpu)
+            self.pool = _pool(model, config)
         self.batched = in_a_batch(model, self.method, self.pool)  # see `engine.decoding`
 
     def cache(self, run: Running, recorder: Recorder | None) -> Cache:
@@ -194,3 +190,20 @@ def in_a_batch(model: Model, method: Method, pool: Pool | None) -> bool:
     from engine.batch.batch import why_not  # needs Triton, which not every machine has
 
     return why_not(model, method, pool) is None
+
+
+def _pool(model: Model, config: EngineConfig) -> Pool:
+    """Of all requests of a sparse method."""
+    with ExitStack() as undo:
+        spill = None
+        if config.spill_path is not None:
+            spill = Spill(Path(config.spill_path), config.spill_bytes)
+            undo.callback(spill.close)
+        pool = PinnedTier(
+            pool_shape(model, config.method),
+            config.pinned_bytes,
+            spill=spill,
+            locked=model.shape.device.type == "cuda",
+        )
+        undo.pop_all()  # the pool closes it from now on
+        return pool

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import msgspec
 
 from engine.errors import ConfigError
+from kvstore.names import wrong_name
 from retrieval.select import Policy
 
 IndexName = Literal["dense", "exact", "landmarks", "quest", "vq", "pq", "scalar"]
@@ -61,6 +62,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     distance: int = 2048
 
     def __post_init__(self) -> None:
+        if (said := wrong_name(self)) is not None:
+            raise ConfigError(f"method.{said}")
         if not 0 < self.budget < inf or (self.budget >= 1 and self.budget != int(self.budget)):
             raise ConfigError(
                 f"method.budget is a whole number of tokens, or a share below 1: {self.budget}"

@@ -15,8 +15,13 @@ def rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of a conversation, by the tokenizer's chat template, up to the answer's start."""
     if tokenizer is None or not tokenizer.chat_template:
         raise PromptError("the model has no chat template: pass a plain prompt to generate()")
+    if not messages:
+        raise PromptError("the conversation is empty: at least one message is needed")
     for message in messages:
-        check_unicode(message.get("content", ""), "a message")
+        content = message.get("content", "")
+        if not isinstance(content, str):
+            raise PromptError(f"a message's content must be text, got {type(content).__name__}")
+        check_unicode(content, "a message")
     try:
         return list(
             tokenizer.apply_chat_template(

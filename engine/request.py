@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any, Literal, NamedTuple
 
 from engine.blend.repair import BlendConfig, BlendReport
@@ -90,10 +91,8 @@ class Request:
         """PromptError unless a model of this vocabulary and length can take it."""
         if not self.prompt:
             raise PromptError("the prompt is empty: at least one token is needed")
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise PromptError(
-                f"max_new_tokens must be a whole number from 1 up, got {self.max_new_tokens}"
-            )
+        if self.max_new_tokens < 1:
+            raise PromptError(f"max_new_tokens must be from 1 up, got {self.max_new_tokens}")
         if any(not 0 <= token < vocab for token in self.prompt):
             bad = next(token for token in self.prompt if not 0 <= token < vocab)
             raise PromptError(f"token id {bad} is out of range: the model knows 0 to {vocab - 1}")
@@ -102,8 +101,17 @@ class Request:
                 f"the prompt has {len(self.prompt)} tokens, the model {max_positions} positions: "
                 "shorten the prompt or use a model with a longer context"
             )
-        if any(not stop for stop in self.stop):
-            raise PromptError("a stop string is empty")
+        for stop in self.stop:
+            if not isinstance(stop, str) or not stop:
+                raise PromptError(f"a stop string is text of a character or more, got {stop!r}")
+
+
+def whole(name: str, value: int) -> int:
+    """A whole number of whatever type, NumPy's too. PromptError for anything else."""
+    try:
+        return index(value)
+    except TypeError as error:
+        raise PromptError(f"{name} must be a whole number, got {value!r}") from error
 
 
 class Running:

@@ -1,6 +1,7 @@
 """From logits to a token."""
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,11 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (("temperature", Real), ("top_p", Real), ("top_k", Integral)):
+            if not isinstance(value := getattr(self, name), kind):
+                raise PromptError(f"{name} must be a number, got {value!r}")
+        if not isinstance(self.seed, Integral | None):
+            raise PromptError(f"seed must be a whole number, got {self.seed!r}")
         if not 0 <= self.temperature < float("inf"):
             raise PromptError(f"temperature must be a number from 0 up, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -42,7 +48,7 @@ class Sampling:
         if self.seed is None:
             generator.seed()
         else:
-            generator.manual_seed(self.seed)
+            generator.manual_seed(int(self.seed))
         return generator
 
 

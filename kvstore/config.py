@@ -1,7 +1,6 @@
 """What a user may set about the store."""
 
 import re
-from typing import get_args
 
 import msgspec
 
@@ -9,11 +8,11 @@ from kvstore.admission import AdmissionName
 from kvstore.block import Precision
 from kvstore.codecs.known import BY_NAME, CodecName
 from kvstore.eviction import PolicyName
+from kvstore.names import wrong_name
 from kvstore.quotas import Quotas
 from kvstore.remote.config import RemoteConfig
 
 GIB = 1 << 30
-_NAMED = {"codec": CodecName, "policy": PolicyName, "admission": AdmissionName}
 
 
 class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -67,12 +66,13 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 "disk_write_bytes_per_s must be positive, or left out for no limit, got "
                 f"{self.disk_write_bytes_per_s}"
             )
-        if self.disk_path is not None and not self.disk_path:
-            raise ValueError("disk_path must name a folder, got ''; leave it out for no disk tier")
-        for setting, names in _NAMED.items():
-            known, given = get_args(names), getattr(self, setting)
-            if given not in known:  # only what is read from a file is checked else
-                raise ValueError(f"{setting} is one of {', '.join(known)}, got {given!r}")
+        if self.disk_path is not None and (not self.disk_path or "\0" in self.disk_path):
+            raise ValueError(
+                f"disk_path must name a folder, got {self.disk_path!r}; leave it out for no disk "
+                "tier"
+            )
+        if (said := wrong_name(self)) is not None:
+            raise ValueError(said)
         for quota in (self.tenant_quota_bytes, *self.tenant_quotas.values()):
             if quota is not None and quota <= 0:
                 raise ValueError(f"a tenant's quota must be positive, got {quota}")

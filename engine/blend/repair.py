@@ -7,6 +7,7 @@ import msgspec
 
 from engine.blend.policies import Boundary, Deviation, Policy, Query, Reposition, Union
 from engine.errors import ConfigError
+from kvstore.names import wrong_name
 
 PolicyName = Literal["reposition", "boundary", "deviation", "query", "union"]
 
@@ -33,6 +34,8 @@ class BlendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     controller: bool = True
 
     def __post_init__(self) -> None:
+        if (said := wrong_name(self)) is not None:
+            raise ConfigError(f"blend.{said}")
         msgspec.structs.force_setattr(self, "share", float(self.share))  # 1 is 1.0
         if not 0 <= self.share <= 1:
             raise ConfigError(f"blend.share is a share from 0 to 1, got {self.share}")

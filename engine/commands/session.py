@@ -37,7 +37,7 @@ def default_store() -> Path:
 
 def engine_config(args: Namespace) -> EngineConfig:
     """Settings of `--config`, changed by the options for the store and the method."""
-    config = EngineConfig.from_toml(args.config) if args.config else EngineConfig()
+    config = EngineConfig() if args.config is None else EngineConfig.from_toml(args.config)
     changes: dict[str, Any] = {"disk_path": _disk_path(args, config)}
     if changes["disk_path"] is None and not config.store.host_bytes:
         changes["host_bytes"] = StoreConfig().host_bytes  # some tier must be left

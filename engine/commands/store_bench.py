@@ -61,6 +61,7 @@ def run(args: Namespace, path: Path, config: StoreConfig) -> int:
 
 def measured(folder: Path, nbytes: int, config: StoreConfig) -> Speeds:
     """Speeds with `nbytes` of blocks, or as much as is put in some seconds."""
+    nbytes = max(nbytes, TOGETHER * TOKENS * TOKEN_BYTES)  # a batch, at least
     tier = DiskTier(folder, 2 * nbytes, BY_NAME[config.codec])
     put, keys = _put(tier, _blocks(nbytes))
     tier.close()  # pages that are mapped cannot be dropped
@@ -73,7 +74,7 @@ def measured(folder: Path, nbytes: int, config: StoreConfig) -> Speeds:
 
 def _blocks(nbytes: int) -> list[Item]:
     """Random numbers, which no codec makes smaller than KV is: the worst case."""
-    count = max(TOGETHER, nbytes // (TOKENS * TOKEN_BYTES))
+    count = nbytes // (TOKENS * TOKEN_BYTES)
     keys = BlockKey.chain(range(count * TOKENS), identity=MODEL, tenant=b"bench", size=TOKENS)
     blocks = [
         KVBlock(torch.randn(MODEL.block_shape(TOKENS), dtype=torch.bfloat16))

@@ -25,6 +25,8 @@ def locate(path_or_id: str | Path, what: str = "model") -> Path:
     Args:
         what: else, in the words of an error.
     """
+    if not str(path_or_id):
+        raise ModelError(f"the {what} has no name: give a folder or a hub id")
     package = Path(__file__).parents[1]
     ours = (package / "models" / path_or_id, package.parent / "models" / path_or_id)
     for folder in (*ours, Path(path_or_id)):

@@ -6,6 +6,7 @@ import msgspec
 
 from engine.errors import ConfigError
 from engine.service.order import FCFS, Fair, Policy
+from kvstore.names import wrong_name
 
 
 class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,6 +40,8 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     swap_bytes: int = 0
 
     def __post_init__(self) -> None:
+        if (said := wrong_name(self)) is not None:
+            raise ConfigError(f"schedule.{said}")
         for name in ("step_tokens", "max_running", "max_waiting", "max_tokens", "aging_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -43,7 +43,8 @@ class Pool:
     ) -> None:
         self.shape, self.capacity_bytes, self.device = shape, capacity_bytes, torch.device(device)
         self._spill = spill
-        in_memory = self._fitting(capacity_bytes, shape.block_bytes, self.setting)
+        whole = f"{self.name} pool"
+        in_memory = self._fitting(capacity_bytes, shape.block_bytes, whole, self.setting)
         self.num_blocks = in_memory if spill is None else self._spillable(spill, in_memory)
         self._slabs = [self._slab(in_memory) for _ in range(shape.num_layers)]
         self._slots: list[Slots] = []
@@ -140,18 +141,19 @@ class Pool:
         if self.device.type != "cpu":
             raise ValueError(f"only pools in host memory spill, not one on {self.device}")
         cost = self.shape.num_layers * spill.cost(self.shape.layer_bytes)
-        count = self._fitting(spill.capacity_bytes, cost, spill.setting)
+        count = self._fitting(spill.capacity_bytes, cost, "spill", spill.setting)
         if count <= in_memory:
-            raise ValueError(
+            raise PoolFull(
                 f"{spill.setting} {spill.capacity_bytes} holds {count} blocks of {cost} bytes, no "
-                f"more than the {in_memory} in memory: raise it, or do without a spill"
+                f"more than the {in_memory} in memory: raise it, lower {self.setting}, or do "
+                "without a spill"
             )
         return count
 
-    def _fitting(self, capacity_bytes: int, block_bytes: int, setting: str) -> int:
+    def _fitting(self, capacity_bytes: int, block_bytes: int, what: str, setting: str) -> int:
         if capacity_bytes < block_bytes:
             raise PoolFull(
-                f"{self.name} pool of {capacity_bytes} bytes holds no block, which takes "
+                f"a {what} of {capacity_bytes} bytes holds no block, which takes "
                 f"{block_bytes}; raise {setting}"
             )
         return capacity_bytes // block_bytes

@@ -151,7 +151,7 @@ def test_top_looks_again_until_it_is_interrupted(headrace, store, monkeypatch):
 
 
 def test_bench_measures_the_disk_and_leaves_nothing(headrace, tmp_path):
-    status, out, _ = headrace("bench", "--mib", "64", "--store", tmp_path / "kv", "--json")
+    status, out, _ = headrace("bench", "--mib", "1", "--store", tmp_path / "kv", "--json")
     found = json.loads(out)
     assert status == 0
     assert min(found["put_gbps"], found["cold_get_gbps"], found["hot_get_gbps"]) > 0

@@ -12,6 +12,7 @@ from kvstore.config import StoreConfig
         ({"host_bytes": -1}, "host_bytes"),
         ({"disk_bytes": 0}, "disk_bytes"),
         ({"disk_path": ""}, "disk_path"),
+        ({"disk_path": "a\0b"}, "disk_path must name a folder"),
         ({"disk_write_bytes_per_s": 0}, "disk_write_bytes_per_s"),
         ({"host_bytes": 0}, "disk_path"),
         ({"policy": "mru"}, "policy is one of lru, fifo"),

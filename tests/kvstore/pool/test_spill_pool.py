@@ -138,9 +138,9 @@ def test_a_pool_is_as_large_as_its_spill_and_must_be_larger_than_its_memory(tmp_
         lease.reserve(8 * 16)
     lease.close()
     pool.close()
-    for blocks, error in ((3, ValueError), (0, PoolFull)):
+    for blocks, said in ((3, "spill_bytes .* holds 3 blocks"), (0, "a spill of .* spill_bytes")):
         spill = Spill(tmp_path, disk_bytes(LARGE, blocks) + 1)
-        with closing(spill), pytest.raises(error, match="spill_bytes"):
+        with closing(spill), pytest.raises(PoolFull, match=said):
             Pool(LARGE, 3 * LARGE.block_bytes, spill=spill)
     spill = Spill(tmp_path, disk_bytes(LARGE, 10))
     with closing(spill), pytest.raises(ValueError, match="host memory"):

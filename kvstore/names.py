@@ -1,0 +1,20 @@
+"""Settings that are one of some names, checked also where they come from code."""
+
+from functools import cache
+from typing import Literal, get_args, get_origin
+
+import msgspec
+
+
+def wrong_name(settings: msgspec.Struct) -> str | None:
+    """What is wrong with the first that is no such name; msgspec checks only what it reads."""
+    for name, known in _named(type(settings)).items():
+        if (given := getattr(settings, name)) not in known:
+            return f"{name} is one of {', '.join(known)}, got {given!r}"
+    return None
+
+
+@cache
+def _named(kind: type[msgspec.Struct]) -> dict[str, tuple[str, ...]]:
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    return {name: get_args(t) for name, t in fields.items() if get_origin(t) is Literal}
