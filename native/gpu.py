@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor
 
 ARCHES = (80, 90, 100)
+INTEGERS = {"i32", "i64"}
 TRUE = {"1", "true", "on", "yes", "y"}  # as triton reads a switch from the environment
 
 
@@ -64,7 +65,8 @@ def on_gpu(*tensors: Tensor | None) -> bool:
 def compiled(build: Build, arch: int) -> Resources:
     """What `build` needs on sm_`arch`, compiled without a GPU; Triton caches what it compiled.
 
-    Pointers are taken to be aligned to 16 bytes, as those of whole tensors are.
+    Pointers are taken to be aligned to 16 bytes, as those of whole tensors are, and numbers to be
+    multiples of 16, as real sizes are: a launch compiles for that where it finds it.
 
     Raises:
         RuntimeError: if the kernel was decorated for the interpreter.
@@ -86,7 +88,7 @@ def compiled(build: Build, arch: int) -> Resources:
 
 
 def _ordered(build: Build) -> tuple[dict[str, str], dict[tuple[int], list[list[Any]]]]:
-    """The signature in the order of the arguments, and which of them are aligned pointers."""
+    """The signature in the order of the arguments, and which of them are multiples of 16."""
     names: list[str] = build.kernel.arg_names
     constants = {name for name, kind in build.signature.items() if kind == "constexpr"}
     if set(names) != build.signature.keys() or constants != build.constants.keys():
@@ -95,7 +97,7 @@ def _ordered(build: Build) -> tuple[dict[str, str], dict[tuple[int], list[list[A
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if build.signature[name].startswith("*")
+        if build.signature[name].startswith("*") or build.signature[name] in INTEGERS
     }
     return {name: build.signature[name] for name in names}, aligned
 

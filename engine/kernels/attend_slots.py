@@ -38,6 +38,7 @@ from retrieval.capped import capped
 # 64 rows of 512 B are 32 KiB, about what each of 132 multiprocessors must have in flight to keep
 # 4.8 TB/s busy at 0.8 us; up to four programs each hide that a program waits between its blocks.
 BLOCK = 64
+LARGE_ROWS = 1 << 10  # bytes of a key from which on a block has a quarter of them
 TRIMMED = 512  # slots of a part from which on it pays to look first where the last of them is
 LOOKED_AT = 1024
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -123,16 +124,22 @@ def attend_slots_triton(
 ) -> Partials:
     """The same by a kernel, and by another where the chosen are cut into parts."""
     (rows, k_at, v_at), (batch, heads, count) = numbers(hot, layout, q.dtype), slots.shape
+    block = rows_at_once(layout.head_dim, q.dtype)
     parts, part = cut(count, batch * heads, BLOCK)
     made = empty_parts(q, parts)
     _attend_part[(parts, batch * heads)](
         *(q.contiguous(), rows, slots.contiguous(), made.out, made.lse),
         *(count, rows.shape[2], part, scale),
         **sizes(q.shape[1] // heads, layout.head_dim, q.dtype),
-        **{"K_AT": k_at, "V_AT": v_at, "ROW": rows.shape[3], "SOFTCAP": softcap, "BLOCK": BLOCK},
+        **{"K_AT": k_at, "V_AT": v_at, "ROW": rows.shape[3], "SOFTCAP": softcap, "BLOCK": block},
         LOOK=LOOKED_AT if part >= TRIMMED else None,
     )
     return merged(made, q.dtype)
+
+
+def rows_at_once(dim: int, dtype: torch.dtype) -> int:
+    """Rows of a block: of 256 dimensions in fp32, 32 or 64 of them spill KBs of registers."""
+    return BLOCK // 4 if triton.next_power_of_2(dim) * dtype.itemsize >= LARGE_ROWS else BLOCK
 
 
 def sizes(group: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -214,7 +221,7 @@ def _attend_build(
         "V_AT": layout.v_at // size,
         "ROW": layout.row_bytes // size,
         "SOFTCAP": softcap,
-        "BLOCK": BLOCK,
+        "BLOCK": rows_at_once(dim, dtype),
         "LOOK": LOOKED_AT if trimmed else None,
     }
     signature = {"q": pointer, "hot": pointer, "slots": "*i32", "out": "*fp32", "lse": "*fp32"}
@@ -230,4 +237,5 @@ AOT: list[Build] = [
     _attend_build(torch.bfloat16, 8, 256, 50.0),
     _attend_build(torch.float16, 3, 80),
     _attend_build(torch.float32, 4, 128),
+    _attend_build(torch.float32, 4, 256),
 ]
