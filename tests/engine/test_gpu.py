@@ -1,16 +1,18 @@
 """The same answers on a GPU as on the CPU."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from msgspec import structs
 
-from engine import Engine, EngineConfig
+from engine import Engine, EngineConfig, breakeven
 from engine.batch.batch import DeviceBatch
 from engine.batch.layer import SelectedLayer
 from engine.method import preset
 from tests.engine import oracle
+from tests.engine.blend.requests import CONFIG, POLICIES, blended, segments
 from tests.engine.families import CASES, build, prompt
 from tests.engine.reader import settings
 
@@ -18,9 +20,11 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def gpu():
+def gpu(monkeypatch):
+    """And what is stored is loaded there, however fast the machine computes it."""
     if not torch.cuda.is_available():
         pytest.skip("torch finds no GPU on this machine")
+    monkeypatch.setattr(breakeven, "LEAST_S", math.inf)
 
 
 @pytest.mark.parametrize("family", CASES)
@@ -98,6 +102,46 @@ def test_a_sparse_method_on_a_gpu_at_full_budget_is_dense(name, family, prefetch
     assert graphs[0] is not None
     for text, ours, theirs in zip(asked, done, want):
         oracle.assert_same_answer(module, torch.tensor(text), ours.tokens, theirs.tokens)
+
+
+@pytest.mark.parametrize("name", ["headrace", "shadowkv"])
+def test_a_sparse_prompt_starts_from_what_is_stored(name, tmp_path):
+    """Loaded beside the loop, layer after layer, each moved to the pool when it is complete."""
+    module, asked = build("llama"), [prompt(n).tolist() for n in (150, 300)]
+    with Engine(module) as engine:
+        want = engine.generate(asked, max_new_tokens=60)
+    store = {"store": settings(tmp_path / "store").store, "block_tokens": 16}
+    for cached in ([0, 0], [144, 288]):
+        done = answers(module, asked, full(name), 60, **store)
+        assert [c.stats.cached_tokens for c in done] == cached
+        for text, ours, theirs in zip(asked, done, want):
+            oracle.assert_same_answer(module, torch.tensor(text), ours.tokens, theirs.tokens)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_blend_of_everything_is_a_full_prefill(policy):
+    """Also of the chunks that are loaded, in the second turn."""
+    module, asked = build("llama"), segments()
+    want = oracle.logits(module, torch.tensor(asked.tokens))[-1]
+    with Engine(module.to("cuda"), None, CONFIG) as engine:
+        for missed in (len(asked.chunks), 0):
+            got = blended(engine, asked, policy=policy, share=1.0)
+            assert got.report.missed == missed
+            torch.testing.assert_close(got.logits.cpu(), want, rtol=0, atol=oracle.TOLERANCE)
+
+
+@pytest.mark.parametrize("policy", ["reposition", "boundary"])
+def test_a_blend_is_that_of_the_cpu(policy):
+    module, asked = build("llama"), segments()
+    with Engine(module, None, CONFIG) as engine:
+        want = [blended(engine, asked, policy=policy) for _ in range(2)]
+    with Engine(module.to("cuda"), None, CONFIG) as engine:
+        got = [blended(engine, asked, policy=policy) for _ in range(2)]
+    for ours, theirs in zip(got, want):
+        assert ours.report.charged == theirs.report.charged
+        torch.testing.assert_close(ours.logits.cpu(), theirs.logits, rtol=0, atol=oracle.TOLERANCE)
+        for mine, other in zip(ours.layers, theirs.layers):
+            torch.testing.assert_close(mine.k.cpu(), other.k, rtol=0, atol=oracle.TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["headrace", "quest"])
