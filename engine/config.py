@@ -16,7 +16,7 @@ from engine.serve.config import ServeConfig
 from engine.service.schedule import ScheduleConfig
 from kvstore.codecs.known import exact_codec
 from kvstore.config import StoreConfig
-from kvstore.disk.ledger import entry_cost
+from kvstore.disk.packed import entry_cost
 
 LARGEST = {"block_tokens": 1 << 20}  # a block is read, written and verified as a whole
 

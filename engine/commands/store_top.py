@@ -22,7 +22,7 @@ from engine.errors import ConfigError, EngineError
 from engine.serve.report import StatusReport, Tier
 from kvstore.codecs.known import BY_NAME
 from kvstore.config import StoreConfig
-from kvstore.disk.environment import DATA_FILE
+from kvstore.disk.sound import DATA_FILE
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import StoreError
 from kvstore.summary import rows

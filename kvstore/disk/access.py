@@ -9,7 +9,8 @@ from pathlib import Path
 
 import lmdb
 
-from kvstore.disk.environment import explained, open_environment
+from kvstore.disk.environment import open_environment
+from kvstore.disk.explained import explained
 from kvstore.disk.ledger import Ledger
 from kvstore.errors import StoreError
 

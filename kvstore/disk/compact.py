@@ -13,17 +13,10 @@ import lmdb
 
 from kvstore.disk import entry as entries
 from kvstore.disk.entry import Entry
-from kvstore.disk.environment import (
-    DATA_FILE,
-    UNFINISHED,
-    VALUES,
-    checked_format,
-    explained,
-    files_bytes,
-    new_values,
-    verify_file,
-)
+from kvstore.disk.environment import UNFINISHED, VALUES, checked_format, files_bytes, new_values
+from kvstore.disk.explained import explained
 from kvstore.disk.extent import MAP_BYTES
+from kvstore.disk.sound import DATA_FILE, verify_file
 from kvstore.disk.space import Extent, Space
 from kvstore.disk.values import PAGE_BYTES
 from kvstore.errors import CorruptRecord, StoreError

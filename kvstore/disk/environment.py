@@ -1,45 +1,36 @@
 """Opening an LMDB folder: whose it is, which format, and errors that say what to do."""
 
-import errno
 import fcntl
 import logging
 import os
-import resource
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import lmdb
-from lmdb.verify import VerifyError, verify
 
+from kvstore.disk.explained import START_ANEW, explained
 from kvstore.disk.extent import MAP_BYTES, DataFile
 from kvstore.disk.guard import Guard
+from kvstore.disk.sound import DATA_FILE, mend_length, verify_after_boot
 from kvstore.disk.space import empty
 from kvstore.disk.values import NAME, PREFIX, Values
 from kvstore.disk.ways import Ways
-from kvstore.errors import CorruptRecord, DeviceFull, StoreError, StoreFormatError
+from kvstore.errors import CorruptRecord, StoreError, StoreFormatError
 from native.folders import sync_folder
 
 if TYPE_CHECKING:
     from lmdb import _Database
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-DATA_FILE = "data.mdb"
 UNFINISHED = ".headrace-unfinished-"  # prefix of folders in which a data file is made
 MADE = {DATA_FILE, "lock.mdb"}  # there, at most
 FORMAT = b"headrace store 4"
 VALUES = b"values"  # in the table of numbers: the name of the file
-START_ANEW = "delete the folder (blocks are a cache and will be computed again)"
-_SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_TABLE_ERRORS = (
-    lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError, lmdb.BadDbiError,
-)  # fmt: skip
-_LITTLE_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
 
@@ -204,7 +195,7 @@ def _alone(path: Path) -> Iterator[None]:
 def _prepare(path: Path, env: lmdb.Environment, guard: Guard) -> Environment:
     env.reader_check()  # frees the slots of readers that died
     mend_length(env, path)
-    _verify_after_boot(env, path)
+    verify_after_boot(env, path)
     values = _values(path / checked_format(path, env))
     _clean(path, values.path.name)
     books, info = (env.open_db(table, create=False) for table in (b"entries", b"info"))
@@ -239,104 +230,3 @@ def checked_format(path: Path, env: lmdb.Environment) -> str:
     if not NAME.fullmatch(name):
         raise CorruptRecord(f"{path} does not say where its blocks are; {START_ANEW}")
     return name
-
-
-def _verify_after_boot(env: lmdb.Environment, path: Path) -> None:
-    """Check the tables once after each start of the machine, before LMDB walks them.
-
-    LMDB keeps its tables whole over a crash if the disk does not lie about flushes. Disks do, and
-    LMDB would follow a damaged page into a segmentation fault. A killed process cannot do
-    that damage: what it wrote is in the page cache.
-    """
-    boot = _BOOT_ID.read_text() if _BOOT_ID.exists() else ""
-    seen = path / "verified"
-    if boot and seen.exists() and seen.read_bytes() == boot.encode():
-        return
-    with env.begin(write=True):  # excludes writers; touches no page but the meta pages
-        verify_file(path)
-    handle = os.open(seen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "w") as file:
-        file.write(boot)
-
-
-def verify_file(path: Path) -> None:
-    """Raise CorruptRecord if LMDB's tables are damaged. Takes about 25 us per record."""
-    try:
-        problems = verify(str(path))
-    except VerifyError as error:
-        problems = [str(error)]
-    if problems:
-        raise CorruptRecord(f"the tables in {path} are damaged ({problems[0]}); {START_ANEW}")
-
-
-def mend_length(env: lmdb.Environment, path: Path) -> None:
-    """Make the data file as long as its meta page says, if nothing was behind its end.
-
-    LMDB leaves a file a little short if the last pages were freed before they were ever written.
-    A file that was cut is left as it is: what lies behind its end must not be taken for zeros,
-    on which LMDB's assertions end the process.
-
-    Raises:
-        CorruptRecord: it was cut.
-    """
-    file = path / DATA_FILE
-    if file.stat().st_size >= _full_bytes(env):
-        return
-    with env.begin(write=True):  # excludes writers, who lengthen the file themselves
-        end = _full_bytes(env)
-        if file.stat().st_size < end:
-            verify_file(path)
-            os.truncate(file, end)
-
-
-def _full_bytes(env: lmdb.Environment) -> int:
-    return int((env.info()["last_pgno"] + 1) * env.stat()["psize"])
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn the errors of LMDB and the system into the store's, with what to do about them."""
-    try:
-        yield
-    except lmdb.MapFullError as error:
-        raise DeviceFull(f"LMDB map of {path} is full ({error}); lower disk_bytes") from error
-    except lmdb.LockError as error:
-        raise StoreError(f"cannot lock {path} ({error}); use a local file system") from error
-    except lmdb.PanicError as error:
-        raise CorruptRecord(
-            f"an earlier write to {path} failed in its last step ({error}); what was stored before "
-            "is intact: open the store again"
-        ) from error
-    except _TABLE_ERRORS as error:
-        raise CorruptRecord(f"the tables in {path} are damaged ({error}); {START_ANEW}") from error
-    except (lmdb.Error, OSError) as error:
-        raise _explain(path, error) from error
-
-
-def _explain(path: Path, error: lmdb.Error | OSError) -> StoreError:
-    code = error.errno if isinstance(error, OSError) else getattr(error, "code", None)
-    if code in _SPACE_ERRORS or (code == errno.EIO and _is_full(path)):
-        return DeviceFull(
-            f"no space left for {path} ({error}); free some, or lower disk_bytes. What was stored "
-            "before is intact"
-        )
-    if code in (errno.EEXIST, errno.ENOTDIR):
-        return StoreError(f"disk_path must be a folder, but {path} is or lies in a file")
-    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return StoreError(f"no permission to read and write {path} ({error}); change disk_path")
-    if "already open" in str(error):
-        return StoreError(f"{path} is open in this process: share that TieredStore, or close it")
-    return StoreError(f"cannot use the store in {path}: {error}")
-
-
-def _is_full(path: Path) -> bool:
-    """Whether the file system, or the limit of a file's size, leaves no room for a write.
-
-    The system then writes a part, for which LMDB's name is "Input/output error".
-    """
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    with suppress(OSError):
-        space, size = os.statvfs(path), max(file.stat().st_size for file in path.iterdir())
-        free = space.f_bavail * space.f_frsize
-        return free < _LITTLE_BYTES or resource.RLIM_INFINITY != limit < size + _LITTLE_BYTES
-    return False

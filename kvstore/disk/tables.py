@@ -12,7 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kvstore.disk.environment import START_ANEW, open_environment, verify_file
+from kvstore.disk.environment import open_environment
+from kvstore.disk.explained import START_ANEW
+from kvstore.disk.sound import verify_file
 from kvstore.errors import CorruptRecord, StoreError
 
 

@@ -15,8 +15,8 @@ from kvstore.codecs.known import LOSSLESS, RAW
 from kvstore.disk.access import Access
 from kvstore.disk.entry import Entry, matches
 from kvstore.disk.fetch import SOURCE
-from kvstore.disk.ledger import Packed, entry_cost, packed, write
 from kvstore.disk.loads import load
+from kvstore.disk.packed import Packed, entry_cost, packed, write
 from kvstore.disk.readers import Readers
 from kvstore.disk.writer import BATCH_BYTES
 from kvstore.errors import CorruptRecord, TierFull

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import UInt8
 from xxhash import xxh3_64_intdigest
 
-from kvstore.disk.environment import DATA_FILE
 from kvstore.disk.extent import MAP_BYTES, UNKNOWN, DataFile, first_page, span
+from kvstore.disk.sound import DATA_FILE
 from kvstore.errors import CorruptRecord, StoreError
 
 BATCH_BYTES = 4 << 20  # of one transaction: 3.1 GB/s, with 16 MiB 1.7 (LMDB takes memory for them)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from kvstore.disk.ledger import entry_cost
+from kvstore.disk.packed import entry_cost
 from kvstore.disk.tier import DiskTier
 from kvstore.store import TieredStore
 from tests.kvstore.make import chain, content, identity, items, right

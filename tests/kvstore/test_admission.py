@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.admission import SecondSight
-from kvstore.disk.ledger import entry_cost
+from kvstore.disk.packed import entry_cost
 from kvstore.disk.tier import DiskTier
 from kvstore.quotas import Quotas
 from kvstore.store import TieredStore

@@ -7,7 +7,7 @@ from contextlib import closing
 import pytest
 
 from kvstore.config import StoreConfig
-from kvstore.disk.ledger import entry_cost
+from kvstore.disk.packed import entry_cost
 from kvstore.disk.tier import DiskTier
 from kvstore.eviction import POLICIES
 from kvstore.level import Level

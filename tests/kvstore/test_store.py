@@ -9,7 +9,7 @@ from kvstore import store as store_module
 from kvstore.block import KVBlock
 from kvstore.config import StoreConfig
 from kvstore.disk.environment import files_of
-from kvstore.disk.ledger import entry_cost
+from kvstore.disk.packed import entry_cost
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import DeviceFull, StoreError, TierFull
 from kvstore.store import TieredStore

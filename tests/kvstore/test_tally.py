@@ -7,7 +7,7 @@ import pytest
 from kvstore.block import Kind, tenant_tag
 from kvstore.codecs.known import RAW
 from kvstore.disk.audit import audit_tier
-from kvstore.disk.ledger import entry_cost
+from kvstore.disk.packed import entry_cost
 from kvstore.disk.tier import DiskTier
 from kvstore.tally import Group, Usage, of_tenants
 from kvstore.tier import HostTier

@@ -9,7 +9,7 @@ from evals.traces.read import read_traces
 from evals.traces.replay import Cache, named
 from kvstore.admission import SecondSight
 from kvstore.block import BlockKey, Kind, KVBlock
-from kvstore.disk.ledger import entry_cost
+from kvstore.disk.packed import entry_cost
 from kvstore.disk.tier import DiskTier
 from kvstore.eviction import POLICIES
 from kvstore.store import TieredStore

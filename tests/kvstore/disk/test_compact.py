@@ -16,7 +16,7 @@ from kvstore.codecs.known import RAW
 from kvstore.disk import compact as module
 from kvstore.disk.compact import compact
 from kvstore.disk.environment import UNFINISHED, files_bytes
-from kvstore.disk.ledger import entry_cost
+from kvstore.disk.packed import entry_cost
 from kvstore.disk.space import Space
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import DeviceFull, StoreError, StoreFormatError

@@ -15,7 +15,7 @@ import pytest
 from kvstore import layout
 from kvstore.disk import extent, fetch
 from kvstore.disk.extent import UNKNOWN, DataFile, behind, first_page, span
-from kvstore.disk.ledger import entry_cost
+from kvstore.disk.packed import entry_cost
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import StoreError
 from kvstore.store import TieredStore

@@ -14,7 +14,8 @@ import pytest
 
 from kvstore.disk import guard, loads
 from kvstore.disk.access import Access
-from kvstore.disk.environment import VALUES, explained
+from kvstore.disk.environment import VALUES
+from kvstore.disk.explained import explained
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import CorruptRecord, StoreError
 from kvstore.store import TieredStore

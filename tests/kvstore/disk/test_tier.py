@@ -14,8 +14,8 @@ import pytest
 
 from kvstore.config import StoreConfig
 from kvstore.disk.audit import audit_disk
-from kvstore.disk.environment import explained
-from kvstore.disk.ledger import entry_cost
+from kvstore.disk.explained import explained
+from kvstore.disk.packed import entry_cost
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import DeviceFull, MissingParent, StoreError, StoreFormatError, TierFull
 from kvstore.store import TieredStore

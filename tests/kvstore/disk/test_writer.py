@@ -6,7 +6,8 @@ import pytest
 
 from kvstore import store as store_module
 from kvstore.allowance import Allowance
-from kvstore.disk.ledger import Ledger, entry_cost
+from kvstore.disk.ledger import Ledger
+from kvstore.disk.packed import entry_cost
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import StoreError
 from kvstore.store import TieredStore

@@ -6,7 +6,7 @@ from functools import cache
 
 from kvstore import layout
 from kvstore.disk import fetch, guard
-from kvstore.disk.ledger import entry_cost
+from kvstore.disk.packed import entry_cost
 from kvstore.disk.tier import DiskTier
 from kvstore.store import TieredStore
 from native.library import library
