@@ -24,7 +24,7 @@ from engine.service.outbox import Outbox
 from engine.service.pace import Pace
 from engine.service.plan import Plan, Started
 from engine.service.scheduler import Scheduler
-from engine.service.stats import ServiceStats, TenantCounts
+from engine.service.stats import ServiceStats
 from engine.slices import Slices
 from native.heap import give_back
 
@@ -80,8 +80,6 @@ class Service:
             self._refuse_stopping()
             self._scheduler.add(live.job)
             self._live[live.job.id] = live
-            self._counts(live).requests += 1
-            self._counts(live).prompt_tokens += live.job.prompt
             self._stir()
         return live.ticket
 
@@ -270,7 +268,6 @@ class Service:
         with self._door:
             if len(live.run.tokens) == 1:
                 self._scheduler.settled(live.job)
-            self._counts(live).new_tokens += 1
             self._stats.new_tokens += 1
         if chosen.ending is not None:
             self._end(live)
@@ -314,7 +311,6 @@ class Service:
         with self._door:
             self._scheduler.finish(live.job)
             self._live.pop(live.job.id, None)
-            self._counts(live).cached_tokens += live.run.stats.cached_tokens
             self._door.notify_all()
 
     def _fail_all(self, error: Exception) -> None:
@@ -351,9 +347,6 @@ class Service:
         if not deadlines:
             return None
         return min(max(0.0, min(deadlines) - time.monotonic()), threading.TIMEOUT_MAX)
-
-    def _counts(self, live: Live) -> TenantCounts:
-        return self._stats.tenants.setdefault(live.ask.tenant, TenantCounts())
 
     def _refuse_stopping(self) -> None:
         if self._draining:

@@ -7,16 +7,6 @@ from engine.service.scheduler import Scheduler
 
 
 @dataclass(slots=True)
-class TenantCounts:
-    """Of one tenant, since the service began."""
-
-    requests: int = 0
-    prompt_tokens: int = 0  # computed or taken from the store
-    cached_tokens: int = 0  # of these, those from the store
-    new_tokens: int = 0
-
-
-@dataclass(slots=True)
 class ServiceStats:
     """Of all requests: what is now, and what was since the service began."""
 
@@ -28,8 +18,6 @@ class ServiceStats:
     device_capacity_bytes: int = 0
     lower_bytes: int = 0  # reserved below, at worst
     lower_capacity_bytes: int = 0
-    pool_bytes: int = 0
-    pool_capacity_bytes: int = 0
     steps: int = 0
     prompt_tokens: int = 0  # computed
     new_tokens: int = 0
@@ -38,7 +26,6 @@ class ServiceStats:
     cancelled: int = 0
     failed: int = 0
     swap: SwapStats = field(default_factory=SwapStats)
-    tenants: dict[str, TenantCounts] = field(default_factory=dict)
 
     def now(self, scheduler: Scheduler, chores: int) -> "ServiceStats":
         """A copy, with what a scheduler says of this moment."""
@@ -53,8 +40,5 @@ class ServiceStats:
             device_capacity_bytes=limits.device_bytes,
             lower_bytes=scheduler.lower_used,
             lower_capacity_bytes=limits.lower_bytes,
-            pool_bytes=scheduler.pool_used,
-            pool_capacity_bytes=limits.pool_bytes,
             preemptions=scheduler.preemptions,
-            tenants={name: replace(counts) for name, counts in self.tenants.items()},
         )
