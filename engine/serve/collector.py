@@ -9,7 +9,9 @@ from prometheus_client.registry import Collector
 
 from engine.serve import owners
 from engine.serve.counters import Read, Readings
-from engine.serve.report import Pool, Swap
+from engine.serve.report import Pool
+from engine.service.below import SwapStats
+from engine.service.stats import ServiceStats
 from kvstore.stats import RemoteStats, StoreStats, TierStats
 
 TIER_GAUGES: Final = {
@@ -33,7 +35,7 @@ GAUGES: Final = {
     "waiting": ("requests_waiting", "Requests that wait for a place."),
     "running": ("requests_running", "Requests that are read or answered."),
     "swapped": ("requests_swapped", "Requests whose KV was moved down."),
-    "background": ("background_work", "Pieces of work beside requests that are not done."),
+    "chores": ("background_work", "Pieces of work beside requests that are not done."),
 }
 COUNTERS: Final = {
     "steps": ("scheduler_steps", "Steps of the engine."),
@@ -88,8 +90,8 @@ class ReadingsCollector(Collector):
         served = GaugeMetricFamily("headrace_model_info", "The model.", labels=["model"])
         served.add_metric([self._model], 1)
         yield served
-        yield from _scheduler(readings)
-        yield from _swap(readings.swap)
+        yield from _scheduler(readings.service)
+        yield from _swap(readings.service.swap)
         yield from _tiers(readings.store.tiers)
         yield from _groups(readings)
         yield _gauge(
@@ -114,21 +116,21 @@ def _pins(store: StoreStats) -> Iterator[Metric]:
     yield starts
 
 
-def _scheduler(readings: Readings) -> Iterator[Metric]:
+def _scheduler(now: ServiceStats) -> Iterator[Metric]:
     for field, (name, text) in GAUGES.items():
-        yield _gauge(name, text, getattr(readings, field))
+        yield _gauge(name, text, getattr(now, field))
     for field, (name, text) in COUNTERS.items():
-        yield _counter(name, text, getattr(readings, field))
+        yield _counter(name, text, getattr(now, field))
     used = GaugeMetricFamily("headrace_kv_used_bytes", "KV of requests.", labels=["place"])
     there = GaugeMetricFamily("headrace_kv_capacity_bytes", "Room for it.", labels=["place"])
     for place in ("device", "lower"):
-        used.add_metric([place], getattr(readings.kv, f"{place}_bytes"))
-        there.add_metric([place], getattr(readings.kv, f"{place}_capacity_bytes"))
+        used.add_metric([place], getattr(now, f"{place}_bytes"))
+        there.add_metric([place], getattr(now, f"{place}_capacity_bytes"))
     yield used
     yield there
 
 
-def _swap(swap: Swap) -> Iterator[Metric]:
+def _swap(swap: SwapStats) -> Iterator[Metric]:
     for what, text in {
         "requests": "Requests moved down and back.",
         "copies": "Copies that took.",

@@ -5,39 +5,20 @@ import resource
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 from engine.serve.owners import Names
-from engine.serve.report import Pool, Process, Running, Swap
+from engine.serve.report import Pool, Process
+from engine.service.stats import ServiceStats
 from kvstore.pool.pool import Pool as KVPool
 from kvstore.stats import StoreStats
-
-NO_SWAP: Final = Swap(
-    outs=0, backs=0, copies_out=0, copies_back=0, bytes_out=0, bytes_back=0,
-    disk_bytes_written=0, disk_bytes_read=0,
-)  # fmt: skip
-NOTHING: Final = Running(
-    device_bytes=0, device_capacity_bytes=0, lower_bytes=0, lower_capacity_bytes=0
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readings:
-    """Counts are since the start; waiting, running and swapped are now."""
+    """Of the service, of the pool of sparse requests where there is one, and of the store."""
 
-    waiting: int = 0
-    running: int = 0
-    swapped: int = 0
-    steps: int = 0
-    preemptions: int = 0
-    completed: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    background: int = 0
-    prompt_tokens: int = 0  # computed
-    new_tokens: int = 0
-    kv: Running = NOTHING
-    swap: Swap = NO_SWAP
+    service: ServiceStats
     pool: Pool | None = None
     store: StoreStats
     tenants: Names = field(default_factory=dict)

@@ -136,7 +136,7 @@ class Observed:
             self.clock(),
             sums.prompt,
             sums.cached,
-            readings.new_tokens,
+            readings.service.new_tokens,
             {name: tier.hits for name, tier in tiers.items()},
             {name: tier.hits + tier.misses for name, tier in tiers.items()},
         )

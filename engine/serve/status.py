@@ -1,11 +1,24 @@
 """How a server is doing: the document of `/stats`."""
 
+import msgspec
+
 from engine.serve import owners
 from engine.serve.counters import Readings, process_reading
 from engine.serve.history import Recorded, Sample, quantiles, ratio
 from engine.serve.observed import Observed, Sums
-from engine.serve.report import Blend, Counts, Group, Latency, StatusReport, Tier, Tokens
+from engine.serve.report import (
+    Blend,
+    Counts,
+    Group,
+    Latency,
+    Running,
+    StatusReport,
+    Swap,
+    Tier,
+    Tokens,
+)
 from engine.serve.traces import coverage, share_of, trace_report, visible
+from engine.service.stats import ServiceStats
 from kvstore.stats import TierStats
 
 TRACES = 12  # as many as fit on a screen
@@ -25,7 +38,7 @@ def status_report(observed: Observed) -> StatusReport:
         model=observed.model,
         started_at=observed.started_unix,
         uptime_s=now - observed.started,
-        requests=_counts(readings, sums),
+        requests=_counts(readings.service, sums),
         tenants=dict(sums.finished),
         tokens=_tokens(sums, sample, rate),
         latency=_latency(recent, observed.latencies.window_s),
@@ -34,9 +47,9 @@ def status_report(observed: Observed) -> StatusReport:
         pinned_blocks=readings.store.pinned,
         oldest_pin_s=readings.store.oldest_pin_s,
         expired_pins=readings.store.expired_pins,
-        running=readings.kv,
+        running=msgspec.convert(readings.service, Running, from_attributes=True),
         pool=readings.pool,
-        swap=readings.swap,
+        swap=msgspec.convert(readings.service.swap, Swap, from_attributes=True),
         blend=_blend(sums),
         process=process_reading(),
         past=past,
@@ -46,18 +59,18 @@ def status_report(observed: Observed) -> StatusReport:
     )
 
 
-def _counts(readings: Readings, sums: Sums) -> Counts:
+def _counts(now: ServiceStats, sums: Sums) -> Counts:
     return Counts(
-        waiting=readings.waiting,
-        running=readings.running,
-        swapped=readings.swapped,
+        waiting=now.waiting,
+        running=now.running,
+        swapped=now.swapped,
         finished=sum(sums.finished.values()),
-        failed=readings.failed,
-        cancelled=readings.cancelled,
+        failed=now.failed,
+        cancelled=now.cancelled,
         dropped_clients=sums.dropped,
-        preemptions=readings.preemptions,
-        steps=readings.steps,
-        background=readings.background,
+        preemptions=now.preemptions,
+        steps=now.steps,
+        background=now.chores,
     )
 
 

@@ -16,8 +16,10 @@ from engine.request import RequestStats
 from engine.serve.counters import Readings
 from engine.serve.observed import Observed
 from engine.serve.pages import routes
-from engine.serve.report import Pool, Running, Swap
+from engine.serve.report import Pool
+from engine.service.below import SwapStats
 from engine.service.spans import NAMES, Trace
+from engine.service.stats import ServiceStats
 from kvstore.block import Kind
 from kvstore.codecs.known import RAW
 from kvstore.stats import StoreStats, TierStats
@@ -47,16 +49,15 @@ def readings(**changes: object) -> Readings:
     )  # fmt: skip
     numbers: dict[str, object] = {
         "tenants": {b"tag of a": "team-a"},
-        "waiting": 4, "running": 12, "swapped": 2, "steps": 7_001, "preemptions": 6, "failed": 1,
-        "completed": 301, "cancelled": 9, "background": 8,
-        "prompt_tokens": 500_001, "new_tokens": 80_002,
-        "kv": Running(
+        "service": ServiceStats(
+            waiting=4, running=12, swapped=2, steps=7_001, preemptions=6, failed=1, completed=301,
+            cancelled=9, chores=8, prompt_tokens=500_001, new_tokens=80_002,
             device_bytes=5_000_000_000, device_capacity_bytes=8_000_000_000,
             lower_bytes=1_000_000_000, lower_capacity_bytes=2_000_000_000,
-        ),
-        "swap": Swap(
-            outs=18, backs=16, copies_out=12, copies_back=13, bytes_out=14_000, bytes_back=15,
-            disk_bytes_written=19, disk_bytes_read=20,
+            swap=SwapStats(
+                outs=18, backs=16, copies_out=12, copies_back=13, bytes_out=14_000, bytes_back=15,
+                disk_bytes_written=19, disk_bytes_read=20,
+            ),
         ),
         "pool": Pool(
             used_bytes=2_000_000_000, capacity_bytes=4_000_000_000, open_leases=12, hits=900,

@@ -6,6 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families as classic
 
 from engine.serve.observed import Observed
 from engine.service.spans import NAMES
+from engine.service.stats import ServiceStats
 from kvstore.stats import RemoteStats, StoreStats, TierStats
 from tests.engine.serve.figures import blend, readings, stats, traced
 
@@ -122,7 +123,7 @@ def test_a_server_without_a_pool_tells_of_none() -> None:
 
 def test_every_scrape_reads_anew() -> None:
     running = iter(range(100))
-    observed = Observed("m", lambda: readings(running=next(running)))
+    observed = Observed("m", lambda: readings(service=ServiceStats(running=next(running))))
     first, second = (of(values(observed), "requests_running") for _ in range(2))
     assert second == first + 1
 
