@@ -38,15 +38,11 @@ class Decision:
         load: whether stored KV is used at all; if not, `share` is 1.
         share: of the reusable tokens to compute anew.
         reason: for people.
-        expected_s: until the first token, as far as measured; None where that is unknown.
-        full_s: the same, computing everything.
     """
 
     load: bool
     share: float
     reason: str
-    expected_s: float | None = None
-    full_s: float | None = None
 
 
 class PerfModel:
@@ -105,7 +101,7 @@ class PerfModel:
         with self._lock:
             full_s, load_s = self._prefill.full(work), self._load_s(work)
             if full_s is None or load_s is None or load_s < least_s:
-                return Decision(True, 0.0, "load: no speeds yet, or soon there", None, full_s)
+                return Decision(True, 0.0, "load: no speeds yet, or soon there")
             expected_s = self._pipelined(load_s, self._prefill.blend(work, 0.0) or 0.0)
             return self._choose(work, 0.0, load_s=load_s, expected_s=expected_s, full_s=full_s)
 
@@ -117,7 +113,7 @@ class PerfModel:
             return Decision(True, work.share, "load: prefill was not measured yet; share as asked")
         if load_s is None:
             reason = f"load: {_names(work)} was not measured yet; share as asked"
-            return Decision(True, work.share, reason, None, full_s)
+            return Decision(True, work.share, reason)
         share = self._hidden_share(work, load_s)
         expected_s = self._pipelined(load_s, self._compute_s(work, share))
         return self._choose(work, share, load_s=load_s, expected_s=expected_s, full_s=full_s)
@@ -137,12 +133,12 @@ class PerfModel:
         if loading:
             versus = f"{expected_s:.3g} s with computing, prefill {full_s:.3g} s"
             reason = f"load: {loads}, {versus}; {_share_reason(share, work.share)}"
-            return Decision(True, share, reason, expected_s, full_s)
+            return Decision(True, share, reason)
         if self._may_try(tiers, expected_s - full_s, full_s):
             reason = f"load: {loads} was no faster than prefill when last measured; tried again"
-            return Decision(True, share, reason, expected_s, full_s)
+            return Decision(True, share, reason)
         reason = f"compute: loading {loads} is no faster than prefill in {full_s:.3g} s"
-        return Decision(False, 1.0, reason, full_s, full_s)
+        return Decision(False, 1.0, reason)
 
     def _may_try(self, tiers: frozenset[str], loss_s: float, full_s: float) -> bool:
         """Whether enough time was spent computing that a loss of `loss_s` does not matter."""

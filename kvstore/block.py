@@ -140,9 +140,6 @@ class KVBlock:
         if not data.is_contiguous():
             raise ValueError("a block must be contiguous: call .contiguous() on its tensor")
 
-    def layer(self, i: int) -> LayerKV:
-        return LayerKV(self.data[i, 0], self.data[i, 1])
-
     @property
     def nbytes(self) -> int:
         return self.data.nbytes

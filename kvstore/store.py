@@ -14,7 +14,7 @@ from torch import Tensor
 from kvstore.admission import AdmissionName
 from kvstore.allowance import Allowance
 from kvstore.ancestors import with_ancestors
-from kvstore.block import BlockKey, KVBlock, LayerKV
+from kvstore.block import BlockKey, KVBlock
 from kvstore.codecs.known import exact_codec
 from kvstore.config import StoreConfig
 from kvstore.disk.audit import AuditReport
@@ -121,10 +121,6 @@ class TieredStore:
                 self._count_reads(level, 1, data.nbytes)
                 return data
         return None
-
-    def layer(self, key: BlockKey, i: int) -> LayerKV | None:
-        data = self.read(key, range(i, i + 1))
-        return None if data is None else LayerKV(data[0, 0], data[0, 1])
 
     def get(self, key: BlockKey) -> KVBlock | None:
         """A whole block, from the fastest tier that has it. Do not write to it."""

@@ -20,7 +20,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
@@ -79,19 +79,13 @@ class Trace:
     Args:
         name: e.g. "POST /v1/chat/completions".
         traceparent: the request's W3C header; a valid one gives the id and the parent.
-        ended: called once, by `end()`.
 
     Attributes:
         attributes: what is worth knowing of the request. No prompts, keys or secrets: they are
             shown and exported.
     """
 
-    def __init__(
-        self,
-        name: str = "request",
-        traceparent: str | None = None,
-        ended: Callable[["Trace"], None] | None = None,
-    ) -> None:
+    def __init__(self, name: str = "request", traceparent: str | None = None) -> None:
         self.start_ns = time.perf_counter_ns()
         self.start_unix_ns = time.time_ns()
         self.name = name
@@ -101,7 +95,6 @@ class Trace:
         self.span_id = secrets.token_hex(8)
         self.attributes: dict[str, Attribute] = {}
         self.end_ns: int | None = None
-        self._ended = ended
         self._lock = threading.Lock()
         self._union = Intervals()
         self._spans: list[Span] = []
@@ -146,8 +139,6 @@ class Trace:
                 self._add(name, start, end)
             self._open.clear()
             self.end_ns = end
-        if self._ended is not None:
-            self._ended(self)
 
     @property
     def wall_ns(self) -> int:
@@ -214,13 +205,6 @@ def span(trace: Trace | None, name: str) -> AbstractContextManager[None]:
     return nullcontext() if trace is None else trace.span(name)
 
 
-def add_all(traces: Iterable[Trace | None], name: str, start_ns: int, end_ns: int) -> None:
-    """One span for several requests: a step, or one swap of many."""
-    for trace in traces:
-        if trace is not None:
-            trace.add(name, start_ns, end_ns)
-
-
 @dataclass(slots=True)
 class Shares:
     """Of all traces since the start: how many, and what their time went to."""
@@ -244,10 +228,6 @@ class Recent:
         self._capacity, self._numbers = capacity, count()
         self._traces: dict[Attribute, deque[tuple[int, Trace]]] = {}  # by tenant; as they came
         self._shares = Shares()
-
-    def start(self, name: str, traceparent: str | None = None) -> Trace:
-        """A new trace, which is remembered here when it ends."""
-        return Trace(name, traceparent, self.add)
 
     def traces(self) -> list[Trace]:
         """Newest first."""

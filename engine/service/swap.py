@@ -72,12 +72,6 @@ class Swap:
         """Of host memory."""
         return self._below.used_bytes
 
-    @property
-    def disk_bytes(self) -> int:
-        """Of pieces that requests have on disk."""
-        file = self._file
-        return 0 if file is None else (file.count - file.free) * file.piece_bytes
-
     def check(self) -> None:
         """AssertionError unless all that is kept is accounted for."""
         self._below.check()

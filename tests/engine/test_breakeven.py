@@ -13,7 +13,6 @@ from tests.kvstore.make import chain, items
 
 KEYS = chain(range(40))
 TOKEN_BYTES = 1000
-STORED = 40 * TOKEN_BYTES  # bytes
 
 
 @pytest.fixture

@@ -76,8 +76,6 @@ def test_a_run_of_layers_comes_from_either_tier(path, host):
                 row = torch.zeros_like(got)
                 assert store.read(KEYS[0], range(lo, hi), row) is row
                 assert same(row, got)
-        layer = store.layer(KEYS[0], 1)
-        assert layer.k.shape == want[1, 0].shape
         assert store.read_many(KEYS[:2], range(1), rows_for(2, range(1))) == [True, False]
 
 
