@@ -82,14 +82,8 @@ class _Asked(NamedTuple):
     common: Float[Tensor, " D"]  # the direction that all queries of the prompt share
 
 
-def make_fixture(
-    kind: Kind, seed: int, size: Size | None = None, dtype: torch.dtype = torch.bfloat16
-) -> Trace:
-    """A fixture; the same for the same arguments.
-
-    Args:
-        dtype: of keys and values. Queries are fp32.
-    """
+def make_fixture(kind: Kind, seed: int, size: Size | None = None) -> Trace:
+    """A fixture; the same for the same arguments. Keys and values are bf16, queries fp32."""
     size = size or Size()
     if kind not in KINDS:
         raise ValueError(f"no fixture {kind!r}; there are {', '.join(KINDS)}")
@@ -97,11 +91,11 @@ def make_fixture(
     prompt, asked = _lengths(kind, size)
     heads = [_head(kind, size, prompt, asked, generator) for _ in range(size.kv_heads)]
     space = Space(
-        keys=torch.stack([head.keys for head in heads]).to(dtype),
+        keys=torch.stack([head.keys for head in heads]).bfloat16(),
         queries=torch.cat([head.queries for head in heads], 1),
         past=torch.cat([head.past for head in heads]),
     )
-    values = torch.stack([head.values for head in heads]).to(dtype)
+    values = torch.stack([head.values for head in heads]).bfloat16()
     return Trace(space, space, values, asked, prompt, size.head_dim**-0.5)
 
 

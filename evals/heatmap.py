@@ -48,7 +48,7 @@ class Grid:
         return cls(lengths, depths, np.array(means).reshape(len(depths), len(lengths)))
 
 
-def draw_heat_map(path: Path, panels: Mapping[str, Grid], title: str = "") -> None:
+def draw_heat_map(path: Path, panels: Mapping[str, Grid]) -> None:
     """Write `path`, a PNG, and the numbers behind it beside it, as CSV.
 
     Every panel has the same scale of 0 to 100, and depth 0 on top; what was not asked is grey.
@@ -69,7 +69,6 @@ def draw_heat_map(path: Path, panels: Mapping[str, Grid], title: str = "") -> No
     bar.set_label("score", fontsize=8, color=INK)
     bar.ax.tick_params(length=0, labelsize=8)
     bar.outline.set_visible(False)
-    figure.suptitle(title, color=INK, fontsize=12, fontweight="bold")
     figure.savefig(path, dpi=DPI, metadata={"Software": None})  # the same bytes for the same scores
 
 

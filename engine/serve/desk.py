@@ -49,13 +49,7 @@ class Desk:
         ConfigError: the model has no tokenizer, or a setting cannot be.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        service: Service,
-        name: str,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, engine: Engine, service: Service, name: str) -> None:
         self.engine, self.service, self.config = engine, service, engine.config.serve
         set_chat_template(engine, self.config)
         self.names = list(dict.fromkeys((name, *self.config.aliases)))
@@ -63,7 +57,7 @@ class Desk:
         self.fingerprint = fingerprint(engine)
         self.words = TokenText(engine.tokenizer)
         self.token_bytes = longest(engine.tokenizer)
-        self.tenants = Tenants(engine, self.config, clock)
+        self.tenants = Tenants(engine, self.config)
         self.slots = Slots("this server takes", self.config.max_concurrent)
         self.observed = Observed(name, read_of(engine, service, self.tenants.names()))
         self.threads = ThreadPoolExecutor(THREADS, "headrace-http")

@@ -10,6 +10,7 @@ from engine.serve.report import Past, Quantiles
 
 PERIOD_S = 5.0
 SAMPLES = 61  # five minutes
+WINDOW_S = PERIOD_S * (SAMPLES - 1)
 REQUESTS = 4096
 
 
@@ -50,7 +51,7 @@ class History:
 
     def past(self, now: float) -> Past:
         """Every stretch of the last five minutes."""
-        kept = [s for s in self._samples if now - s.at <= PERIOD_S * (SAMPLES - 1)]
+        kept = [s for s in self._samples if now - s.at <= WINDOW_S]
         pairs = list(pairwise(kept))
         tiers = list(kept[-1].hits) if kept else []
         return Past(
@@ -73,8 +74,7 @@ class Recorded(NamedTuple):
 class Latencies:
     """Of the last requests."""
 
-    def __init__(self, window_s: float = PERIOD_S * (SAMPLES - 1)) -> None:
-        self.window_s = window_s
+    def __init__(self) -> None:
         self._requests: deque[Recorded] = deque(maxlen=REQUESTS)
 
     def note(self, request: Recorded) -> None:
@@ -82,7 +82,7 @@ class Latencies:
 
     def recent(self, now: float) -> list[Recorded]:
         """Those of the window."""
-        return [request for request in self._requests if now - request.at <= self.window_s]
+        return [request for request in self._requests if now - request.at <= WINDOW_S]
 
 
 def quantiles(values: Sequence[float | None]) -> Quantiles:

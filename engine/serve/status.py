@@ -4,7 +4,7 @@ import msgspec
 
 from engine.serve import owners
 from engine.serve.counters import Readings, process_reading
-from engine.serve.history import Recorded, Sample, quantiles, ratio
+from engine.serve.history import WINDOW_S, Recorded, Sample, quantiles, ratio
 from engine.serve.observed import Observed, Sums
 from engine.serve.report import (
     Blend,
@@ -41,7 +41,7 @@ def status_report(observed: Observed) -> StatusReport:
         requests=_counts(readings.service, sums),
         tenants=dict(sums.finished),
         tokens=_tokens(sums, sample, rate),
-        latency=_latency(recent, observed.latencies.window_s),
+        latency=_latency(recent),
         tiers=[_tier(name, stats, readings) for name, stats in readings.store.tiers.items()],
         queued_bytes=readings.store.queued_bytes,
         pinned_blocks=readings.store.pinned,
@@ -84,9 +84,9 @@ def _tokens(sums: Sums, sample: Sample, rate: float | None) -> Tokens:
     )
 
 
-def _latency(recent: list[Recorded], window_s: float) -> Latency:
+def _latency(recent: list[Recorded]) -> Latency:
     return Latency(
-        window_s=window_s,
+        window_s=WINDOW_S,
         ttft_s=quantiles([request.ttft_s for request in recent]),
         tpot_s=quantiles([request.tpot_s for request in recent]),
         queue_s=quantiles([request.queue_s for request in recent]),

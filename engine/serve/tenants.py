@@ -3,8 +3,6 @@
 import asyncio
 import hmac
 import logging
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -58,10 +56,8 @@ class Tenants:
         CatalogueError: the documents of one cannot be read.
     """
 
-    def __init__(
-        self, engine: Engine, config: ServeConfig, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._engine, self._config, self._clock = engine, config, clock
+    def __init__(self, engine: Engine, config: ServeConfig) -> None:
+        self._engine, self._config = engine, config
         self._by_key: list[tuple[bytes, Tenant]] = []
         self._anybody: Tenant | None = None
         if not config.keys:
@@ -123,8 +119,8 @@ class Tenants:
             view,
             _shelf(view, self._config),
             Slots("this key has", key.max_concurrent),
-            Bucket("requests", key.requests_per_minute, self._clock),
-            Bucket("tokens", key.tokens_per_minute, self._clock),
+            Bucket("requests", key.requests_per_minute),
+            Bucket("tokens", key.tokens_per_minute),
             key.max_priority,
             key.document_tokens,
             key.sees_all,

@@ -40,12 +40,12 @@ def sparse_layers(model: Model, method: Method) -> list[int]:
     ]
 
 
-def pool_shape(model: Model, method: Method, block_tokens: int = 64) -> PoolShape:
+def pool_shape(model: Model, method: Method) -> PoolShape:
     """What the pool of a model's sparse layers holds."""
     shape = model.shape
     k = None if method.keys == "lowrank" else _codec(method.keys, shape.dtype)
     layout = RowLayout(k, _codec(method.values, shape.dtype), shape.head_dim, shape.dtype)
-    return PoolShape(len(sparse_layers(model, method)), shape.num_kv_heads, layout, block_tokens)
+    return PoolShape(len(sparse_layers(model, method)), shape.num_kv_heads, layout)
 
 
 def _codec(name: str, dtype: torch.dtype) -> RowCodec:

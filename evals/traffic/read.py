@@ -16,13 +16,12 @@ BURSTGPT = frozenset({"Timestamp", "Request tokens", "Response tokens"})
 SESSION = "Session ID"  # newer BurstGPT files have it, older ones lack it
 
 
-def read_arrivals(path: Path, limit: int | None = None) -> list[Arrival]:
+def read_arrivals(path: Path) -> list[Arrival]:
     """Requests of a CSV file, by time, the first at 0.
 
     Args:
         path: in the format of Azure's LLM inference traces (Patel et al. 2024, Splitwise) or of
             BurstGPT (Wang et al. 2024), with or without sessions; told apart by the first line.
-        limit: only the first so many.
     Raises:
         ConfigError: cannot be read, is in neither format, or has no requests.
     """
@@ -36,7 +35,7 @@ def read_arrivals(path: Path, limit: int | None = None) -> list[Arrival]:
     if not found:
         raise ConfigError(f"{path} has no requests")
     found.sort(key=lambda x: x.at_s)
-    return [_from(found[0].at_s, x) for x in found[:limit]]
+    return [_from(found[0].at_s, x) for x in found]
 
 
 def _from(first_s: float, x: Arrival) -> Arrival:

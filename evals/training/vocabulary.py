@@ -24,14 +24,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(texts: Iterable[str], *, tokens: int = TOKENS) -> PreTrainedTokenizerFast:
-    """A tokenizer of `tokens` entries whose merges of letters were learned from `texts`.
+def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of `TOKENS` entries whose merges of letters were learned from `texts`.
 
     A rendered chat is the beginning-of-text token and the messages as they are: a prompt in a
     benchmark's own wording and the same prompt as a user's message are the same tokens.
     """
     groups = _groups()
-    learned = _train(texts, tokens - len({left + right for left, right in groups}))
+    learned = _train(texts, TOKENS - len({left + right for left, right in groups}))
     vocabulary, merges = learned["vocab"], [tuple(merge) for merge in learned["merges"]]
     for left, right in groups:
         vocabulary.setdefault(left + right, len(vocabulary))

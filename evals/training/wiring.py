@@ -38,28 +38,15 @@ from evals.training.network import Network, frequencies
 CODE, SLOTS = 32, 4
 ALSO = 2.0  # the weight of one token against that of eight
 CONSTANT = 0.45  # of the constant dimension, relative to the others
+# how sharp the wired heads are: such that they work before any training
+PLACE = 34.0  # logit of the place that a head looks at
+MATCH = 20.0  # of a perfect match
+WRITE = 0.6  # size of what a head that looks back writes, against an embedding's
+COPY = 1.5  # of what a head copies; half of it but for a layer's first head
+FIRST_PAIR = 16  # RoPE's pairs from this one on turn slowly enough to match far away
 
 
-@dataclass(frozen=True, slots=True)
-class Strength:
-    """How sharp the wired heads are: such that they work before any training.
-
-    Args:
-        place: logit of the place that a head looks at.
-        match: logit of a perfect match.
-        write: size of what a head that looks back writes, against an embedding's.
-        copy: the same of what a head copies; half of it but for a layer's first head.
-        first_pair: RoPE's pairs from this one on turn slowly enough to match far away.
-    """
-
-    place: float = 34.0
-    match: float = 20.0
-    write: float = 0.6
-    copy: float = 1.5
-    first_pair: int = 16
-
-
-def wire(network: Network, generator: torch.Generator, strength: Strength | None = None) -> None:
+def wire(network: Network, generator: torch.Generator) -> None:
     """Set embeddings and the heads of layers 0, 1, 2 and 4 as above; the rest stays random.
 
     Raises:
@@ -70,7 +57,7 @@ def wire(network: Network, generator: torch.Generator, strength: Strength | None
         raise ConfigError(
             f"wiring needs width {8 * CODE}, 5 layers, 4 heads and 2 KV heads, got {shape}"
         )
-    _Wiring(network, generator, strength or Strength()).apply()
+    _Wiring(network, generator).apply()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +81,8 @@ class Find:
 
 
 class _Wiring:
-    def __init__(self, network: Network, generator: torch.Generator, strength: Strength):
-        self.network, self.strength, shape = network, strength, network.shape
+    def __init__(self, network: Network, generator: torch.Generator):
+        self.network, shape = network, network.shape
         self.shape, width = shape, shape.width
         self.basis = torch.zeros(width, width - 1)
         random = torch.randn(width - 1, width - 1, generator=generator)
@@ -182,7 +169,7 @@ class _Wiring:
         constant = states[..., 0].mean().item()
         weights = torch.zeros(half)
         weights[:9] = torch.linspace(1.0, 0.5, 9)  # pairs that turn by 1 to 0.01 a token
-        weights *= self.strength.place * dim**0.5 / weights.sum() / constant**2
+        weights *= PLACE * dim**0.5 / weights.sum() / constant**2
         phase = look.distance * frequencies(self.shape)
         group, first = divmod(head, self.shape.heads // self.shape.kv_heads)
         if first == 0:
@@ -195,7 +182,7 @@ class _Wiring:
         turned = [weights * torch.cos(phase), -weights * torch.sin(phase)]
         attention.q_proj.weight[rows, 0] = torch.cat(turned)
         size, width = self._size(states, look.reads), look.writes.shape[1]
-        gain = self.strength.write * self.shape.width**0.5 / size
+        gain = WRITE * self.shape.width**0.5 / size
         attention.o_proj.weight[:, rows] *= 0.3
         attention.o_proj.weight[:, head * dim : head * dim + width] = gain * look.writes
 
@@ -209,16 +196,16 @@ class _Wiring:
             attention.v_proj.weight[group * dim : group * dim + CODE] = find.reads.T
         self._match(attention.q_proj.weight, head, states, find.query)
         attention.q_proj.weight[head * dim : (head + 1) * dim] *= find.sharp
-        gain = self.strength.copy * self.shape.width**0.5 / max(size, 1.0)
+        gain = COPY * self.shape.width**0.5 / max(size, 1.0)
         attention.o_proj.weight[:, head * dim : head * dim + CODE] = gain * find.writes
 
     def _match(self, weight: Tensor, head: int, states: Tensor, reads: Tensor) -> None:
         """Rows of a head's slow pairs read `reads`; its other rows nearly nothing."""
         dim, half = self.shape.head_dim, self.shape.head_dim // 2
-        slow = torch.arange(self.strength.first_pair, half)
+        slow = torch.arange(FIRST_PAIR, half)
         rows = torch.cat([slow, slow + half])[: reads.shape[1]]
         size = self._size(states, reads[:, : len(rows)])
-        gain = (self.strength.match * dim**0.5) ** 0.5 / size
+        gain = (MATCH * dim**0.5) ** 0.5 / size
         weight[head * dim : (head + 1) * dim] *= 0.1
         weight[head * dim + rows] = gain * reads[:, : len(rows)].T
         weight[head * dim : (head + 1) * dim, 0] = 0

@@ -23,6 +23,7 @@ from kvstore.disk.sound import DATA_FILE
 from kvstore.errors import CorruptRecord, StoreError
 
 BATCH_BYTES = 4 << 20  # of one transaction: 3.1 GB/s, with 16 MiB 1.7 (LMDB takes memory for them)
+READERS = 4  # threads, where several blocks are wanted
 PREFIX = ".headrace-spill-"  # of its folders
 MADE = {DATA_FILE, "lock.mdb", "owner"}  # there
 Bytes = UInt8[np.ndarray, " N"]
@@ -43,7 +44,6 @@ class Spill:
 
     Args:
         capacity_bytes: of all blocks that requests may have, in memory or not.
-        threads: that read, where several blocks are wanted.
     Raises:
         StoreError: naming the path, if it cannot be used, is full, or ends before a block does.
         CorruptRecord: for a block that is not what was written.
@@ -51,7 +51,7 @@ class Spill:
 
     setting = "spill_bytes"
 
-    def __init__(self, path: Path, capacity_bytes: int, *, threads: int = 4) -> None:
+    def __init__(self, path: Path, capacity_bytes: int) -> None:
         self.path, self.capacity_bytes = path, capacity_bytes
         self._pid, self._lock = os.getpid(), threading.Lock()
         self._places: dict[int, _Place] = {}
@@ -63,7 +63,7 @@ class Spill:
             )  # fmt: skip
             self._page_bytes = self._env.stat()["psize"]
             self._values = DataFile(self.folder / DATA_FILE, self._page_bytes)
-        self._threads = ThreadPoolExecutor(threads, "headrace-spill")
+        self._threads = ThreadPoolExecutor(READERS, "headrace-spill")
 
     def cost(self, nbytes: int) -> int:
         """Bytes of disk that a block of `nbytes` takes: whole pages."""

@@ -13,7 +13,6 @@ from kvstore.block import BlockKey, KVBlock
 from kvstore.codecs.codec import Codec
 from kvstore.codecs.known import RAW
 from kvstore.errors import Unreachable
-from kvstore.remote.backend import RemoteBackend
 from kvstore.remote.breaker import Breaker
 from kvstore.remote.config import RemoteConfig
 from kvstore.remote.flights import Flights
@@ -84,12 +83,11 @@ class RemoteTier:
         config: RemoteConfig,
         codec: Codec = RAW,
         *,
-        backend: RemoteBackend | None = None,
         secret: bytes | None = None,
     ) -> None:
         changed = threading.Condition()
         self._seals = Seals(secret or config.secret(), config.namespace)
-        backend = backend or RedisBackend(config)
+        backend = RedisBackend(config)
         self._breaker = Breaker(str(backend), config.retry_s, changed)
         self._guarded = Guarded(
             backend, self._breaker, lambda bad: self._writer.discard([bad]),

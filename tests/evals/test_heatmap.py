@@ -77,7 +77,7 @@ def test_every_method_has_a_panel_and_no_other_is_drawn(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(heatmap, "_figure", noted)
     panels = {f"method {i}": Grid.of(POINTS) for i in range(count)}
-    draw_heat_map(tmp_path / "a.png", panels, "Needles")
+    draw_heat_map(tmp_path / "a.png", panels)
     _, axes = drawn[0]
     assert [ax.get_title(loc="left") for ax in axes if ax.axison] == list(panels)
 
