@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The status page of a server under load, as pictures: docs/status.png and docs/status-phone.png.
+"""The status page of a server under load, as a picture: docs/status.png.
 
 Starts a server of the reference model in this process, on a free port of this machine, and lets
 clients ask it for a while, about a few documents and in conversations of different length.
@@ -27,7 +27,7 @@ SENTENCES = (
     "The miller keeps the gate, and the book of who has ground how much.",
     "What the wheel does not need runs back into the river below the mill.",
 )
-SIZES = {"status": (1200, 1165), "status-phone": (375, 1140)}
+SIZE = (1200, 1165)
 
 
 def main() -> None:
@@ -56,16 +56,15 @@ def shoot(server: Running, seconds: float, clients: int, folder: Path) -> None:
         jobs = [threads.submit(client, server, number, over) for number in range(clients)]
         try:
             over.wait(seconds)  # nobody sets it yet
-            for name, size in SIZES.items():
-                photograph(window, server, size, folder / f"{name}.png")
+            photograph(window, server, folder / "status.png")
         finally:
             over.set()
         for job in jobs:
             job.result()
 
 
-def photograph(window: Browser, server: Running, size: tuple[int, int], path: Path) -> None:
-    window.resize(*size)
+def photograph(window: Browser, server: Running, path: Path) -> None:
+    window.resize(*SIZE)
     window.open(server.url)
     window.wait("!document.getElementById('board').hidden")
     window.screenshot(path)
