@@ -113,12 +113,6 @@ def codecs(record: dict[str, Any]) -> str:
     return "\n".join([about, "", *rows])
 
 
-def no_tail(record: dict[str, Any]) -> str:
-    """What older records of the default method were taken without."""
-    said = " `headrace` is without the estimate of the tail here, which it has had since."
-    return "" if "tail" in record else said
-
-
 def sparse_decode(record: dict[str, Any]) -> str:
     """Time of one sparse layer beside dense ones."""
     rows = ["| context | contender | ms, median | ms, p90 |", "|" + " --- |" * 4]
@@ -135,7 +129,7 @@ def sparse_decode(record: dict[str, Any]) -> str:
     about = (
         f"One layer, 32 query and 8 KV heads of 128, bf16, a budget of {record['budget']} tokens, "
         "evidence scattered over\nthe context: score, select, gather and attend with the default "
-        "method, against dense attention.\n`scripts/bench_sparse_decode.py`" + no_tail(record)
+        "method, against dense attention.\n`scripts/bench_sparse_decode.py`"
     )
     return "\n".join([about, "", *rows, "", *notes])
 
@@ -156,7 +150,6 @@ def end_to_end(record: dict[str, Any]) -> str:
         f"Decode at {record['tokens']} tokens, the model and KV of the dense bench, budget 2,048. "
         "Hits, fetches and waits are a step's,\nwhere rows go to a buffer on the device; here "
         "that is the same memory, so the buffer only costs.\n`scripts/bench_end_to_end.py`"
-        + no_tail(record)
     )
     ratio = (
         f"- **{found['speedup_over_theirs']:.2f} ×** the best of transformers "
@@ -177,7 +170,7 @@ def memory(record: dict[str, Any]) -> str:
         f"A context of {record['tokens']} tokens, 2 layers of 8 KV heads of 128, bf16 (1,024 MiB "
         "of KV): what stands in for it\non the device, hot buffer included. Granted: the process "
         "before, the pool, these bytes, and one and a half layers'\nKV while a prompt is taken "
-        "in. `scripts/bench_memory.py`" + no_tail(record)
+        "in. `scripts/bench_memory.py`"
     )
     return "\n".join([about, "", *rows])
 
@@ -223,8 +216,9 @@ def needles(record: dict[str, Any]) -> str:
         f"{at['needles']} needles in {at['tokens']:,} tokens of "
         "real text, read densely,\nquestions and answers decoded sparsely, sinks (4) and window "
         f"(16) inside the budget. `scripts/bench_needles.py{' --long' * (at['tokens'] > 4096)}`"
-        + no_tail(record)
     )
+    if "tail" not in record:  # older records
+        about += " `headrace` is without the estimate of the tail here, which it has had since."
     return "\n\n".join([about, *parts])
 
 
