@@ -7,7 +7,6 @@ alternate, on the same prompts; medians; loading is part of every time.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from bench_common import facts, save
+from bench_common import add_outputs, facts, finish
 from store_bench.pages import drop, resident_share
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -227,8 +226,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a toy model, to see that it runs")
     parser.add_argument("--no-controller", action="store_true", help="policies alone")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: temporary")
-    parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
-    parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
+    add_outputs(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         bench = Bench(Path(folder), model(arguments.tiny), arguments.chunks, arguments.tokens)
@@ -241,9 +239,8 @@ def main() -> None:
         rounds = min(3, arguments.rounds)
         controlled = {f"{times:g}": bench.controlled(times, rounds) for times in bandwidths}
         bench.close()
-    if arguments.save:
-        save("blend", record(bench, controlled))
-    print(json.dumps(bench.summary()) if arguments.json else table(bench, controlled))
+    found = record(bench, controlled)
+    finish("blend", found, arguments, bench.summary(), lambda: print(table(bench, controlled)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ of a share, boundaries are repaired instead (`engine/blend/blend.py`).
 import argparse
 import importlib
 import importlib.util
-import json
 import os
 import statistics
 import sys
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, get_args
 
 import torch
-from bench_common import facts, save
+from bench_common import add_outputs, facts, finish
 from rich.console import Console
 from rich.table import Table
 
@@ -248,14 +247,9 @@ def main() -> int:
         CONSOLE.print(str(error))
         return 1
     record |= {"default": DEFAULT, "seconds": time.perf_counter() - start}
-    if not options.json:
-        show(record)
     if options.plot:
         plot(record["inputs"], options.plot)
-    if options.save:
-        CONSOLE.print(f"saved to {save('blend_quality', record)}")
-    if options.json:
-        print(json.dumps(summary(record["inputs"])))
+    finish("blend_quality", record, options, summary(record["inputs"]), lambda: show(record))
     return 0
 
 
@@ -263,8 +257,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true", help="end with one JSON line")
-    parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
+    add_outputs(parser)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="to be drawn")
     parser.add_argument("--quick", action="store_true", help="4 prompts of each input")
     parser.add_argument("--samples", type=int, help="prompts of each input; 40")

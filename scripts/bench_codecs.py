@@ -22,11 +22,9 @@ needles   questions about numbers in such a text that models/needle-tiny answers
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -34,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import ROOT, facts, save
+from bench_common import ROOT, add_outputs, facts, finish, timed
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -172,12 +170,6 @@ def speeds(codec: Codec, blocks: Sequence[Tensor], threads: int) -> Speeds:
         ]
         times = [min(timed(way) for _ in range(ROUNDS)) for way in ways]
     return nbytes / times[0], nbytes / times[1], nbytes / times[2]
-
-
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 class Reading:
@@ -327,8 +319,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="of a text")
     parser.add_argument("--questions", type=int, default=16, help="about needles")
     parser.add_argument("--threads", type=int, default=READ_THREADS, help="that decode")
-    parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
-    parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
+    add_outputs(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = {
@@ -337,9 +328,7 @@ def main() -> None:
         **measure(arguments.tokens, arguments.questions, arguments.threads),
         **facts(torch.device("cpu")),
     }  # fmt: skip
-    if arguments.save:
-        save("codecs", found)
-    print(json.dumps(found) if arguments.json else table(found))
+    finish("codecs", found, arguments, found, lambda: print(table(found)))
 
 
 if __name__ == "__main__":

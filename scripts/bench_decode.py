@@ -20,13 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import facts, peak_bytes, reset_peak, save
+from bench_common import (
+    add_outputs,
+    facts,
+    finish,
+    peak_bytes,
+    quantile,
+    random_qwen3,
+    reset_peak,
+    synchronize,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     Cache,
     DynamicCache,
     PreTrainedModel,
@@ -81,13 +88,13 @@ def main() -> int:
     device = torch.device(options.device)
     shape = TINY if options.tiny else SHAPE
     if options.alone:
-        peaks = peak_alone(options.alone, build_model(shape, device), options.lengths)
+        peaks = peak_alone(options.alone, random_qwen3(shape, device), options.lengths)
         print(json.dumps(peaks))
         return 0
     CONSOLE.print(f"building a random model on {device}")
     record = facts(device) | {"benchmark": "decode", "dtype": "bfloat16", "batch": 1}
     record |= {"model": shape, "rounds": options.rounds, "lengths": {}}
-    module = build_model(shape, device)
+    module = random_qwen3(shape, device)
     record["parameters"] = sum(p.numel() for p in module.parameters())
     for length in options.lengths:
         record["lengths"][length] = speed(module, length, options.rounds)
@@ -95,22 +102,8 @@ def main() -> int:
     gc.collect()
     add_memory(record, options)
     record["summary"] = summary(record)
-    if not options.json:
-        show(record)
-    if options.save:
-        CONSOLE.print(f"saved to {save('decode', record)}")
-    if options.json:
-        print(json.dumps(record["summary"]))
+    finish("decode", record, options, record["summary"], lambda: show(record))
     return 0 if all(x["logits_agree"] for x in record["lengths"].values()) else 1
-
-
-def build_model(shape: dict[str, Any], device: torch.device) -> PreTrainedModel:
-    """A random Qwen3 in bf16; the same weights in every process."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("qwen3", **shape)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.eval().to(device)
-    return model
 
 
 def random_kv(module: PreTrainedModel, length: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -196,11 +189,6 @@ def timed(runner: Contender, tokens: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def without_the_slow(running: list[Contender]) -> list[Contender]:
     best = min(statistics.median(r.seconds) for r in running if r.name != OURS)
     slow = [r for r in running if statistics.median(r.seconds) > DROP_FACTOR * best]
@@ -242,10 +230,6 @@ def timing(runner: Contender) -> dict[str, Any]:
         "p90_ms": quantile(runner.seconds, 0.9) * 1e3,
         "rounds": len(runner.seconds),
     }
-
-
-def quantile(values: list[float], q: float) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).quantile(q))
 
 
 def peak_alone(name: str, module: PreTrainedModel, lengths: list[int]) -> dict[int, int]:
@@ -315,8 +299,7 @@ def show(record: dict[str, Any]) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="end with one JSON line")
-    parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
+    add_outputs(parser)
     parser.add_argument("--quick", action="store_true", help="3 rounds, 2k and 8k only")
     parser.add_argument("--tiny", action="store_true", help="a toy model, to test this script")
     default = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,23 +11,20 @@ evidence to find: what is measured here is time; what is found stands in bench_n
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import facts, save
+from bench_common import add_outputs, facts, finish, random_qwen3, ratio, synchronize
 from bench_decode import (
     OURS,
     SHAPE,
     TINY,
     Contender,
-    build_model,
     contender,
     random_kv,
-    synchronize,
     timed,
 )
 from rich.console import Console
@@ -110,13 +107,9 @@ def report(runners: list[Contender]) -> dict[str, Any]:
         "best_of_theirs": best,
         "tokens_per_s": {name: 1 / median for name, median in medians.items()},
         "median_ms": {name: median * 1e3 for name, median in medians.items()},
-        "speedup_over_theirs": _ratio(seconds[best], seconds[ours]),
-        "speedup_over_own_dense": _ratio(seconds[OURS], seconds[ours]),
+        "speedup_over_theirs": ratio(seconds[best], seconds[ours]),
+        "speedup_over_own_dense": ratio(seconds[OURS], seconds[ours]),
     }
-
-
-def _ratio(theirs: list[float], ours: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
 def show(record: dict[str, Any]) -> None:
@@ -140,24 +133,18 @@ def show(record: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="end with one JSON line")
-    parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
+    add_outputs(parser)
     parser.add_argument("--tiny", action="store_true", help="a toy model, to test this script")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=11)
     options = parser.parse_args()
     device = torch.device("cpu")
     record = facts(device) | {"benchmark": "end_to_end", "dtype": "bfloat16", "batch": 1}
-    module = build_model(TINY if options.tiny else SHAPE, device)
+    module = random_qwen3(TINY if options.tiny else SHAPE, device)
     record |= {"tokens": options.tokens, "rounds": options.rounds, "tail": True}
     record["parameters"] = sum(p.numel() for p in module.parameters())
     record["result"] = measure(module, options.tokens, options.rounds, 2)
-    if options.save:
-        CONSOLE.print(f"saved to {save('end_to_end', record)}")
-    if options.json:
-        print(json.dumps(record["result"]))
-    else:
-        show(record)
+    finish("end_to_end", record, options, record["result"], lambda: show(record))
 
 
 if __name__ == "__main__":

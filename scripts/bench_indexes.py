@@ -26,7 +26,6 @@ of the flat fixture of seed 0, with 16 0.949.
 import argparse
 import importlib
 import importlib.util
-import json
 import multiprocessing
 import os
 import statistics
@@ -40,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import facts, save
+from bench_common import add_outputs, facts, finish
 from rich.console import Console
 from rich.table import Table
 
@@ -267,14 +266,9 @@ def main() -> int:
         CONSOLE.print(str(error))
         return 1
     record |= {"summary": summary(record["inputs"]), "seconds": time.perf_counter() - start}
-    if not options.json:
-        show(record)
     if options.plot:
         plot(record["inputs"], options.plot)
-    if options.save:
-        CONSOLE.print(f"saved to {save('indexes', record)}")
-    if options.json:
-        print(json.dumps(record["summary"]))
+    finish("indexes", record, options, record["summary"], lambda: show(record))
     return 0
 
 
@@ -282,8 +276,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true", help="end with one JSON line")
-    parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
+    add_outputs(parser)
     parser.add_argument("--quick", action="store_true", help="2 seeds")
     parser.add_argument("--seeds", type=int, help="of every fixture, from 0 on; 16")
     parser.add_argument("--tokens", type=int, default=16384, help="of a fixture")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import facts, peak_bytes, reset_peak, save
+from bench_common import add_outputs, facts, finish, peak_bytes, reset_peak
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -60,7 +60,6 @@ CASES: dict[str, tuple[Method, float | None, float]] = {
     ),
     "headrace, a quarter in memory": (preset("headrace", attend_on="device"), 0.25, 1 / 8),
 }
-CONSOLE = Console(stderr=True, soft_wrap=True)
 
 
 def layers(shape: Shape, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -136,8 +135,7 @@ def show(record: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--json", action="store_true", help="end with one JSON line")
-    parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
+    add_outputs(parser)
     parser.add_argument("--alone", choices=CASES, help="internal: one case in this process")
     options = parser.parse_args()
     if options.alone:
@@ -146,12 +144,7 @@ def main() -> int:
     record = facts(torch.device("cpu")) | {"benchmark": "memory", "tail": True}
     record["tokens"] = options.tokens
     record |= {"model": SHAPE, "cases": {case: alone(case, options.tokens) for case in CASES}}
-    if options.save:
-        CONSOLE.print(f"saved to {save('memory', record)}")
-    if options.json:
-        print(json.dumps(record["cases"]))
-    else:
-        show(record)
+    finish("memory", record, options, record["cases"], lambda: show(record))
     within = all(
         at["device_share"] <= CASES[case][2] and at["peak_over_granted"] <= 1.15
         for case, at in record["cases"].items()

@@ -18,7 +18,6 @@ in every layer, by `retrieval.lowrank.choose_rank` on a text that is not asked a
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench_common import facts, save
+from bench_common import add_outputs, facts, finish
 from rich.console import Console
 from rich.table import Table
 
@@ -261,20 +260,15 @@ def main() -> None:
     what, seeds = (setup, options.methods, options.budgets), range(setup.documents)
     results = run_all([Job(m, seed, *what) for m in options.models for seed in seeds])
     line = record(results, time.perf_counter() - start)
-    if not options.json:
-        show(results)
-    if options.save:
-        CONSOLE.print(f"saved to {save('needles_long' if options.long else 'needles', line)}")
-    if options.json:
-        print(json.dumps(summary(results)))
+    name = "needles_long" if options.long else "needles"
+    finish(name, line, options, summary(results), lambda: show(results))
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--json", action="store_true", help="end with one JSON line")
-    parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
+    add_outputs(parser)
     parser.add_argument("--quick", action="store_true", help="one document, few of everything")
     parser.add_argument("--long", action="store_true", help="8 needles in 16,384 tokens instead")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))

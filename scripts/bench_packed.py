@@ -9,7 +9,6 @@ of padded's tokens by its share of padded's time: 1 where packing costs nothing.
 """
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -19,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import facts, save
+from bench_common import add_outputs, facts, finish, quantile, random_qwen3, synchronize
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.cache import SequenceCache
@@ -65,23 +64,13 @@ def main() -> int:
     for batch in options.batches:
         record["batches"][batch] = measure(module, batch, options)
     record["summary"] = summary(record)
-    if not options.json:
-        show(record)
-    if options.save:
-        CONSOLE.print(f"saved to {save('packed', record)}")
-    if options.json:
-        print(json.dumps(record["summary"]))
+    finish("packed", record, options, record["summary"], lambda: show(record))
     return 0 if all(at["logits_agree"] for at in record["batches"].values()) else 1
 
 
 def build_model(shape: dict[str, Any], device: torch.device) -> PreTrainedModel:
-    """A random Qwen3; in fp32 on a CPU, where bf16 is slow on most."""
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = AutoConfig.for_model("qwen3", **shape)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.eval().to(device)
-    return model
+    """In fp32 on a CPU, where bf16 is slow on most."""
+    return random_qwen3(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
 def lengths(batch: int, scale: float, seed: int = 0) -> list[int]:
@@ -189,11 +178,6 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     return clock() - start
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def report(
     counts: Sequence[int], seconds: dict[str, list[float]], first: dict[str, list[Tensor]]
 ) -> dict[str, Any]:
@@ -220,10 +204,6 @@ def report(
         "logit_difference": difference,
         "logits_agree": difference < TOLERANCE,
     }
-
-
-def quantile(values: list[float], q: float) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).quantile(q))
 
 
 def summary(record: dict[str, Any]) -> dict[str, float]:
@@ -260,8 +240,7 @@ def show(record: dict[str, Any]) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="end with one JSON line")
-    parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
+    add_outputs(parser)
     parser.add_argument("--tiny", action="store_true", help="a toy model, to test this script")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default)

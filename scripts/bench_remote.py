@@ -16,8 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -25,7 +24,7 @@ from typing import Any
 
 import redis
 import torch
-from bench_common import facts, save
+from bench_common import facts, save, timed
 
 from kvstore.block import BlockKey, KVBlock
 from kvstore.identity import ModelIdentity
@@ -127,12 +126,6 @@ def theirs(client: redis.Redis, data: list[KVBlock]) -> dict[str, float]:
             pipe.execute()
 
     return {"redis_py_put": timed(put), "redis_py_get": timed(get)}
-
-
-def timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 @contextmanager

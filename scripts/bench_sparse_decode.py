@@ -16,7 +16,6 @@ attention that the selected tokens hold, over that of the best 2,048, mean over 
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import facts, save
+from bench_common import add_outputs, facts, finish, ratio
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -171,10 +170,6 @@ def report(times: dict[str, list[float]], parts: dict[str, list[float]]) -> dict
     }
 
 
-def ratio(theirs: list[float], ours: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
-
-
 def summary(record: dict[str, Any]) -> dict[str, float]:
     return {f"speedup_{n // 1024}k": round(x["speedup"], 2) for n, x in record["lengths"].items()}
 
@@ -201,8 +196,7 @@ def show(record: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="end with one JSON line")
-    parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
+    add_outputs(parser)
     parser.add_argument("--quick", action="store_true", help="5 rounds, 8k and 32k only")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--lengths", type=int, nargs="+")
@@ -219,12 +213,7 @@ def main() -> None:
     }
     record |= {"rounds": rounds, "lengths": {n: measure(n, rounds) for n in lengths}}
     record["summary"] = summary(record)
-    if options.save:
-        CONSOLE.print(f"saved to {save('sparse_decode', record)}")
-    if options.json:
-        print(json.dumps(record["summary"]))
-    else:
-        show(record)
+    finish("sparse_decode", record, options, record["summary"], lambda: show(record))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ behind a pause (--rest). Medians over rounds, and medians of the rounds' ratios,
 """
 
 import argparse
-import json
 import platform
 import shutil
 import statistics
@@ -49,7 +48,7 @@ import lmdb
 import numpy as np
 import torch
 import xxhash
-from bench_common import facts, save
+from bench_common import add_outputs, facts, finish, ratio, save, timed
 from store_bench.beside_lmcache import Bench as Beside
 from store_bench.beside_lmcache import beside_lmcache
 from store_bench.environment import NoLMCache, environment
@@ -85,12 +84,6 @@ def make_items(count: int) -> list[Item]:
         for _ in range(BATCH)
     ]
     return [(key, KVBlock(data[i % BATCH].view(torch.bfloat16))) for i, key in enumerate(keys)]
-
-
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 class Bench:
@@ -204,10 +197,6 @@ class Bench:
         }
 
 
-def ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
-
-
 def table(bench: Bench, hidden: dict[str, Any]) -> str:
     lines = [f"{'GB/s':<24}{'median':>8}{'min':>8}{'max':>8}"]
     for row, values in sorted(bench.rows.items()):
@@ -237,8 +226,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rest", type=float, default=5.0, help="s, of the disk before each write")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: $TMPDIR")
-    parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
-    parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
+    add_outputs(parser)
     parser.add_argument("--lmcache", action="store_true", help="beside LMCache, too")
     parser.add_argument("--lmcache-env", type=Path, help="its environment; default: in your cache")
     return parser.parse_args()
@@ -271,13 +259,11 @@ def main() -> None:
             bench.memory_round()
         hidden = overlap(Path(folder))
     beside = second() if second else None
-    if options.save:
-        save("store", record(bench, hidden))
-        if beside:
-            save("store_lmcache", facts(torch.device("cpu")) | beside.record())
+    if options.save and beside:
+        save("store_lmcache", facts(torch.device("cpu")) | beside.record())
     summary = bench.summary() | hidden | ({"lmcache": beside.summary()} if beside else {})
     tables = [table(bench, hidden), *([beside.table()] if beside else [])]
-    print(json.dumps(summary) if options.json else "\n\n".join(tables))
+    finish("store", record(bench, hidden), options, summary, lambda: print(*tables, sep="\n\n"))
 
 
 if __name__ == "__main__":

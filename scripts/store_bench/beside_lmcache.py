@@ -26,13 +26,13 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_common import ratio, timed
 
 from kvstore.block import BlockKey, KVBlock
 from kvstore.disk.environment import files_of
@@ -166,8 +166,7 @@ class Bench:
                 rows[name].append(self.nbytes / 1e9 / seconds)
 
     def ratio(self, row: str) -> float:
-        ours, theirs = self.rows[row]["ours"], self.rows[row]["lmcache"]
-        return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+        return ratio(self.rows[row]["ours"], self.rows[row]["lmcache"])
 
     def summary(self) -> dict[str, float]:
         return {row: self.ratio(row) for row in CONTRACT}
@@ -216,9 +215,3 @@ def make_values(path: Path, blocks: int) -> None:
     shape = (blocks, *MODEL.block_shape(SIZE))
     numbers = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16)
     path.write_bytes(numbers.numpy().tobytes())
-
-
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

@@ -14,10 +14,10 @@ the first value: values of 2 MiB hold one layer of 512 tokens here, and eight of
 
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bench_common import timed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.cache import SequenceCache
@@ -43,12 +43,6 @@ def model() -> HFModel:
         num_key_value_heads=8, head_dim=128, vocab_size=64, max_position_embeddings=2 * TOKENS,
     )  # fmt: skip
     return HFModel(LlamaForCausalLM(config).to(torch.bfloat16).eval())
-
-
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 class Prefix:
