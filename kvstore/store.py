@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -22,19 +21,15 @@ from kvstore.disk.tier import DiskTier
 from kvstore.disk.writer import BATCH_BYTES, QUEUE_BYTES, Writer, batches
 from kvstore.eviction import PolicyName
 from kvstore.kept import Kept
-from kvstore.layout import gaps
 from kvstore.level import Level, resting_on
 from kvstore.pins import PIN_S, Pin, Pins
 from kvstore.quotas import Quotas
 from kvstore.remote.tier import RemoteTier
+from kvstore.sources import Sources
 from kvstore.spares import Spares
 from kvstore.stats import StoreStats
 from kvstore.summary import Ages, ages
 from kvstore.tier import HostTier, Item, Tier
-from native.threads import be_patient
-
-READ_THREADS = 4  # on two cores, too: a disk wants several reads at a time
-LOOKUP_STRIDE = 256  # keys looked up at a time, so that an early miss is cheap
 
 
 class TieredStore:
@@ -68,12 +63,10 @@ class TieredStore:
         pace = Allowance(float(write_bytes_per_s), BATCH_BYTES) if write_bytes_per_s else None
         self._writer = Writer(self._write, queue_bytes, pace) if self._slow else None
         self._spares = Spares()
-        self._readers = ThreadPoolExecutor(READ_THREADS, "headrace-reader", be_patient)
         self._remote = remote
-        self._sources: list[Level | RemoteTier] = [*self._levels]
         if remote is not None:
             remote.keeper = Kept(self._fast, self._writer, self._pins, self._spares)
-            self._sources.append(remote)
+        self._sources = Sources(self._levels, remote, self._lock)
         self._closed = False
 
     @classmethod
@@ -98,14 +91,7 @@ class TieredStore:
 
     def lookup(self, keys: Sequence[BlockKey]) -> int:
         """How many leading keys are in some tier. Counts as a use of them; moves no data."""
-        leading = 0
-        for start in range(0, len(keys), LOOKUP_STRIDE):
-            part = keys[start : start + LOOKUP_STRIDE]
-            found = self._lookup(part)
-            leading += found
-            if found < len(part):
-                break
-        return leading
+        return self._sources.lookup(keys)
 
     def read(
         self, key: BlockKey, layers: range, out: Float[Tensor, "n 2 Hk P D"] | None = None
@@ -115,21 +101,11 @@ class TieredStore:
         With `out` it is copied there: memory that is used again spares the page faults of a
         fresh tensor, which take as long as the copy.
         """
-        for level in self._sources:
-            data = level.tier.read(key, layers, out)
-            if data is not None:
-                self._count_reads(level, 1, data.nbytes)
-                return data
-        return None
+        return self._sources.read(key, layers, out)
 
     def get(self, key: BlockKey) -> KVBlock | None:
         """A whole block, from the fastest tier that has it. Do not write to it."""
-        for level in self._sources:
-            block = level.tier.get(key)
-            if block is not None:
-                self._count_reads(level, 1, block.nbytes)
-                return block
-        return None
+        return self._sources.get(key)
 
     def read_many(
         self, keys: Sequence[BlockKey], layers: range, out: Float[Tensor, "B n 2 Hk P D"]
@@ -139,13 +115,7 @@ class TieredStore:
         Faster than reads one by one: a thread looks several blocks up before it copies them, and
         some threads do so at a time. A row of an absent block is undefined.
         """
-        share = max(1, -(-len(keys) // READ_THREADS))
-        parts = [slice(first, first + share) for first in range(0, len(keys), share)]
-        runs = [self._readers.submit(self._read_run, keys[p], layers, out[p]) for p in parts]
-        found = [is_there for run in runs for is_there in run.result()]
-        if self._remote is not None and not all(found):
-            self._read_remotely(self._remote, keys, layers, out, found)
-        return found
+        return self._sources.read_many(keys, layers, out)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory for a block that will be put here: much faster to fill than the system's."""
@@ -255,14 +225,7 @@ class TieredStore:
 
     def resting(self, keys: Sequence[BlockKey]) -> list[str | None]:
         """The fastest tier that has each of the keys; counts as no use of it."""
-        names: list[str | None] = [None] * len(keys)
-        for level in reversed(self._levels):
-            held = level.held(keys)
-            names = [level.tier.name if is_ else n for is_, n in zip(held, names, strict=True)]
-        if self._remote is not None:
-            there = self._remote.held(keys, [name is not None for name in names])
-            names = [self._remote.name if is_ else n for is_, n in zip(there, names, strict=True)]
-        return names
+        return self._sources.resting(keys)
 
     def delete(self, keys: Sequence[BlockKey | bytes]) -> int:
         """Delete blocks (or digests) from every tier, pinned or not; how many copies there were.
@@ -300,7 +263,7 @@ class TieredStore:
                 closing.callback(self._remote.close)
             for level in reversed(self._levels):
                 closing.callback(level.tier.close)
-            closing.callback(self._readers.shutdown)
+            closing.callback(self._sources.close)
             if self._writer is not None:
                 self._writer.close()
 
@@ -309,52 +272,6 @@ class TieredStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _lookup(self, keys: Sequence[BlockKey]) -> int:
-        held = [level.held(keys) for level in self._levels]
-        if self._remote is not None:
-            here = [any(column) for column in zip(*held, strict=True)]
-            held.append(self._remote.held(keys, here))
-        leading = 0
-        while leading < len(keys) and any(found[leading] for found in held):
-            leading += 1
-        with self._lock:
-            for level, found in zip(self._levels, held, strict=False):
-                level.looked_up(keys, found[: leading + 1])
-            if self._remote is not None:
-                self._remote.stats.hits += sum(held[-1][:leading])
-                self._remote.stats.misses += leading < len(keys)
-        return leading
-
-    def _read_run(self, keys: Sequence[BlockKey], layers: range, out: Tensor) -> list[bool]:
-        """As `read_many`, in this thread: from each tier what those before it do not have."""
-        found = [False] * len(keys)
-        for level in self._levels:
-            for gap in gaps(found):
-                found[gap] = level.tier.read_many(keys[gap], layers, out[gap])
-                count = sum(found[gap])
-                self._count_reads(level, count, count * out[0].nbytes)
-        return found
-
-    def _read_remotely(
-        self,
-        remote: RemoteTier,
-        keys: Sequence[BlockKey],
-        layers: range,
-        out: Float[Tensor, "B n 2 Hk P D"],
-        found: list[bool],
-    ) -> None:
-        """Read what is not `found` yet, all at once, and note which of it is now."""
-        left = [i for i, is_there in enumerate(found) if not is_there]
-        there = remote.read_many([keys[i] for i in left], layers, [out[i] for i in left])
-        for i, is_there in zip(left, there, strict=True):
-            found[i] = is_there
-        self._count_reads(remote, sum(there), sum(there) * out[0].nbytes)
-
-    def _count_reads(self, level: Level | RemoteTier, count: int, nbytes: int) -> None:
-        with self._lock:
-            level.stats.reads += count
-            level.stats.bytes_read += nbytes
 
     def _reachable(self, blocks: Sequence[Item]) -> list[Item]:
         """Those that a lookup could reach: their parent is among them or in some tier."""

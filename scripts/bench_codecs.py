@@ -52,7 +52,7 @@ from kvstore.codecs.known import BY_NAME
 from kvstore.codecs.quantized import Quantized
 from kvstore.layout import layer_groups
 from kvstore.rows import Int4
-from kvstore.store import READ_THREADS
+from kvstore.sources import READ_THREADS
 
 SIZE, TAIL = 64, 64  # tokens of a block, and behind the text
 RECORDS_BYTES = 64 << 20  # encoded and decoded, at least, for a time

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from kvstore import store as store_module
+from kvstore import sources
 from kvstore.block import KVBlock
 from kvstore.config import StoreConfig
 from kvstore.disk.environment import files_of
@@ -98,7 +98,7 @@ def test_many_reads_land_in_the_rows_of_one_tensor(path, host):
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_many_reads_take_from_each_tier_what_those_before_it_lack(path, monkeypatch, threads):
-    monkeypatch.setattr(store_module, "READ_THREADS", threads)
+    monkeypatch.setattr(sources, "READ_THREADS", threads)
     with opened(path) as store:
         store.put(items(KEYS))
         store.flush()
