@@ -314,7 +314,7 @@ def test_a_full_disk_ends_no_program_that_only_read(path, monkeypatch):
         store.put(items(KEYS))
     store = opened(path, host=0)
     assert store.lookup(KEYS) == 10
-    monkeypatch.setattr(store._levels[0].tier, "changing", full)
+    monkeypatch.setattr(store._levels[0].tier.access, "changing", full)
     store.close()
     with opened(path, host=0) as store:
         assert all(right(store.get(key), key) for key in KEYS)
