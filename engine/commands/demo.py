@@ -5,13 +5,11 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
 
 from engine.commands import demo_rag
-from engine.commands.demo_rag import store_folder
-from engine.commands.session import engine_config, progress
+from engine.commands.demo_rag import job_of, show, store_folder
+from engine.commands.session import progress
 from engine.demo.demo import (
     Job,
     Outcome,
@@ -26,7 +24,7 @@ def run(args: Namespace) -> int:
     if args.trip == "rag":
         return demo_rag.run(args)
     with store_folder(args) as folder:
-        job = _job(args, folder)
+        job = job_of(Job, args, folder)
         with progress().status(f"process 1 reads {args.tokens:,} tokens and answers"):
             cold = run_process(job, "process 1")
         check_cold(cold)
@@ -37,22 +35,8 @@ def run(args: Namespace) -> int:
     if args.json:
         print(json.dumps(numbers))
     else:
-        _print(cold, warm, numbers)
+        show(cold, warm, _summary(cold, warm, numbers))
     return 0 if cold.correct == warm.correct == len(cold.answers) else 1
-
-
-def _job(args: Namespace, folder: str) -> Job:
-    config = engine_config(Namespace(**vars(args) | {"store": folder}))
-    return Job(
-        model=args.model,
-        adapter=args.adapter,
-        config=config,
-        tokens=args.tokens,
-        facts=args.facts,
-        seed=args.seed,
-        dtype=args.dtype,
-        device=args.device,
-    )
 
 
 def _numbers(cold: Outcome, warm: Outcome) -> dict[str, Any]:
@@ -70,23 +54,6 @@ def _numbers(cold: Outcome, warm: Outcome) -> dict[str, Any]:
         "cached_tokens_warm": warm.answers[0].cached_tokens,
         "disk_hits_warm": warm.after_last["disk"].hits,
     }
-
-
-def _print(cold: Outcome, warm: Outcome, numbers: dict[str, Any]) -> None:
-    console = Console(highlight=False)
-    table = Table(box=None, pad_edge=False)
-    for column in ("What is the special magic number for", "hidden", "process 1", "process 2"):
-        table.add_column(column)
-    for one, two in zip(cold.answers, warm.answers, strict=True):
-        table.add_row(f"{one.key}?", one.value, _verdict(one), _verdict(two))
-    console.print(table)
-    console.print()
-    for line in _summary(cold, warm, numbers):
-        console.print(line)
-
-
-def _verdict(answer: Any) -> str:
-    return "[green]right[/]" if answer.right else f"[red]wrong[/]: {answer.text.strip()!r}"
 
 
 def _summary(cold: Outcome, warm: Outcome, numbers: dict[str, Any]) -> Iterator[str]:

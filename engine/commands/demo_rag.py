@@ -3,10 +3,10 @@
 import json
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from rich.console import Console
@@ -14,13 +14,16 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from engine.commands.session import engine_config, progress
+from engine.demo import demo
 from engine.demo.demo import DemoError, new_process
 from engine.demo.rag import Answer, Job, Outcome, check
+
+J = TypeVar("J", bound=demo.Job)
 
 
 def run(args: Namespace) -> int:
     with store_folder(args) as folder:
-        job = _job(args, folder)
+        job = job_of(Job, args, folder, add=True)
         with progress().status(f"process 1 reads {args.facts} documents and answers"):
             first = _process(job, "process 1")
         with progress().status("process 1 has ended; process 2 answers in another order"):
@@ -30,7 +33,11 @@ def run(args: Namespace) -> int:
     if args.json:
         print(json.dumps(numbers))
     else:
-        _print(first, second, numbers)
+        times = {
+            "full, s": [f"{answer.full_s:.3f}" for answer in second.answers],
+            "blended, s": [f"{answer.ttft_s:.3f}" for answer in second.answers],
+        }
+        show(first, second, _summary(numbers), times)
     return 0 if first.correct == second.correct == len(first.answers) else 1
 
 
@@ -50,18 +57,36 @@ def _process(job: Job, name: str) -> Outcome:
     return new_process("engine.demo.rag_process", job, name, Outcome)
 
 
-def _job(args: Namespace, folder: str) -> Job:
-    return Job(
-        model=args.model,
-        adapter=args.adapter,
-        config=engine_config(Namespace(**vars(args) | {"store": folder})),
-        tokens=args.tokens,
-        facts=args.facts,
-        seed=args.seed,
-        add=True,
-        dtype=args.dtype,
-        device=args.device,
-    )
+def job_of(kind: type[J], args: Namespace, folder: str, **more: Any) -> J:
+    """What the options ask for, with the store in `folder`."""
+    names = ("model", "adapter", "tokens", "facts", "seed", "dtype", "device")
+    config = engine_config(Namespace(**vars(args) | {"store": folder}))
+    return kind(config=config, **{name: getattr(args, name) for name in names}, **more)
+
+
+def show(
+    first: demo.Outcome | Outcome,
+    second: demo.Outcome | Outcome,
+    lines: Iterable[str],
+    times: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """The answers of both processes side by side, with more columns if given; lines below."""
+    table, times = Table(box=None, pad_edge=False), times or {}
+    for column in ("What is the special magic number for", "hidden", "process 1", "process 2"):
+        table.add_column(column)
+    for column in times:
+        table.add_column(column, justify="right")
+    for one, two, *rest in zip(first.answers, second.answers, *times.values(), strict=True):
+        table.add_row(f"{one.key}?", one.value, _verdict(one), _verdict(two), *rest)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print()
+    for line in lines:
+        console.print(line, soft_wrap=True)
+
+
+def _verdict(answer: demo.Answer | Answer) -> str:
+    return "[green]right[/]" if answer.right else f"[red]wrong[/]: {answer.text.strip()!r}"
 
 
 def _numbers(first: Outcome, second: Outcome) -> dict[str, Any]:
@@ -87,25 +112,6 @@ def _numbers(first: Outcome, second: Outcome) -> dict[str, Any]:
         "disk_bytes": second.disk_bytes,
         "reason": last.reason,
     }
-
-
-def _print(first: Outcome, second: Outcome, numbers: dict[str, Any]) -> None:
-    console = Console(highlight=False)
-    table = Table(box=None, pad_edge=False)
-    columns = ("What is the special magic number for", "hidden", "process 1", "process 2")
-    for column in (*columns, "full, s", "blended, s"):
-        table.add_column(column, justify="right" if column.endswith(", s") else "left")
-    for one, two in zip(first.answers, second.answers, strict=True):
-        times = (f"{two.full_s:.3f}", f"{two.ttft_s:.3f}")
-        table.add_row(f"{one.key}?", one.value, _verdict(one), _verdict(two), *times)
-    console.print(table)
-    console.print()
-    for line in _summary(numbers):
-        console.print(line, soft_wrap=True)
-
-
-def _verdict(answer: Answer) -> str:
-    return "[green]right[/]" if answer.right else f"[red]wrong[/]: {answer.text.strip()!r}"
 
 
 def _summary(numbers: dict[str, Any]) -> Iterator[str]:
