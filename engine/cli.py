@@ -117,7 +117,7 @@ def _add_rag(commands: Commands) -> None:
     delete.add_argument("ids", nargs="+", metavar="ID", help="as listed, or the path of a file")
     for action in (add, ask, list_, delete):
         action.set_defaults(command="rag")
-        _add_model_options(action)
+        _add_model_options(action, decodes=action in (add, ask))
         action.add_argument("--chunk-tokens", type=int, default=512, help="(%(default)s)")
         action.add_argument("--instructions", default="", help="read before all chunks")
     _add_sampling_options(ask)
@@ -127,7 +127,7 @@ def _add_serve(commands: Commands) -> None:
     parser = _command(commands, "serve", "answer over HTTP, as OpenAI does; see engine/serve")
     parser.add_argument("--host", help="address to listen at (the config's, else 127.0.0.1)")
     parser.add_argument("--port", type=int, help="0 for a free one (the config's, else 8000)")
-    _add_model_options(parser)
+    _add_model_options(parser, tells=False)
 
 
 def _add_trace(commands: Commands) -> None:
@@ -200,16 +200,18 @@ def _command(commands: Commands, name: str, description: str) -> Parser:
     return parser
 
 
-def _add_store_options(parser: Parser) -> None:
+def _add_store_options(parser: Parser, *, tells: bool = True) -> None:
+    """Of a command that `tells` its result at the end, and where KV is."""
     parser.add_argument("--config", metavar="FILE", help="settings in TOML, see engine/config.py")
     parser.add_argument(
         "--store", metavar="DIR",
         help="folder for KV on disk (the config's, else $XDG_CACHE_HOME/headrace/store)",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="the result as one JSON line")
+    if tells:
+        parser.add_argument("--json", action="store_true", help="the result as one JSON line")
 
 
-def _add_model_options(parser: Parser) -> None:
+def _add_model_options(parser: Parser, *, decodes: bool = True, tells: bool = True) -> None:
     parser.add_argument(
         "--model", default="needle-tiny",
         help="folder or hub id (the %(default)s that comes along, which can only find needles)",
@@ -219,15 +221,16 @@ def _add_model_options(parser: Parser) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="the checkpoint's if not given"
     )
     parser.add_argument("--device", help="cpu or cuda[:N]; a GPU if there is one")
-    parser.add_argument(
-        "--method", metavar="NAME",
-        help="how decode attends: dense, headrace, shadowkv, ... (the config's, else dense)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--budget", type=float, metavar="N",
-        help="tokens a sparse method attends to; below 1, the share of the prompt's",
-    )  # fmt: skip
-    _add_store_options(parser)
+    if decodes:
+        parser.add_argument(
+            "--method", metavar="NAME",
+            help="how decode attends: dense, headrace, shadowkv, ... (the config's, else dense)",
+        )  # fmt: skip
+        parser.add_argument(
+            "--budget", type=float, metavar="N",
+            help="tokens a sparse method attends to; below 1, the share of the prompt's",
+        )  # fmt: skip
+    _add_store_options(parser, tells=tells)
     parser.add_argument("--no-store", action="store_true", help="keep no KV on disk")
     parser.add_argument(
         "--remote", metavar="URL",

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Needles answered right by kvpress (NVIDIA), which evicts what it takes to be unimportant.
 
-    .venv/bin/python scripts/bench_kvpress.py --export FILE        in this project's environment
-    OTHER/bin/python scripts/bench_kvpress.py --run FILE [--json]  in one with kvpress
+    .venv/bin/python scripts/bench_kvpress.py --export FILE  in this project's environment
+    OTHER/bin/python scripts/bench_kvpress.py --run FILE     in one with kvpress
 
 The texts and questions are those of bench_needles.py, as token ids. Presses compress the text's KV
 once, without knowing the questions (that is when eviction pays), to a share of its tokens; each
@@ -104,12 +104,11 @@ def main() -> None:
     parser.add_argument("--export", type=Path, metavar="FILE")
     parser.add_argument("--documents", type=int, default=2)
     parser.add_argument("--run", type=Path, metavar="FILE")
-    parser.add_argument("--json", action="store_true", help="one JSON line")
     options = parser.parse_args()
     if options.export:
         export(options.export, options.documents)
     if options.run:
-        print(json.dumps(run(options.run), indent=None if options.json else 1))
+        print(json.dumps(run(options.run)))
     if not (options.export or options.run):
         parser.error("give --export or --run")
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The shared tier over a Redis server on this machine, beside redis-py moving the same values.
 
-scripts/bench_remote.py [--blocks N] [--rounds N] [--json] [--save]
+scripts/bench_remote.py [--blocks N] [--rounds N] [--save]
 
 GB/s of KV. Ours makes records, seals them, and verifies seal and checksum of every one; redis-py
 gives and takes bytes, of which nothing is checked. Needs `redis-server` (on the PATH or from
@@ -41,7 +41,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     with server() as path:
@@ -49,7 +48,7 @@ def main() -> int:
     record = facts(torch.device("cpu")) | {"blocks": args.blocks, "rounds": args.rounds} | found
     if args.save:
         print(save("remote", record), file=sys.stderr)
-    print(json.dumps(record) if args.json else json.dumps(found, indent=1))
+    print(json.dumps(found, indent=1))
     return 0
 
 

@@ -105,6 +105,7 @@ def test_json_is_lines_of_json(rag):
         (["delete", "nobody"], 1, "there is no document"),
         (["list", "--no-store"], 1, "leave --no-store out"),
         (["list", "--chunk-tokens", "0"], 1, "chunk_tokens = 0"),
+        (["list", "--method", "quest"], 2, "unrecognized arguments: --method"),
     ],
 )
 def test_mistakes_are_told_in_one_line(rag, args, status, said):
