@@ -10,12 +10,14 @@ from typing import NamedTuple
 
 from engine.blend.segments import Segments
 from engine.engine import Engine
-from engine.errors import PromptError
+from engine.errors import ConfigError, PromptError
 from engine.rag.answer import Citation
 from engine.rag.catalogue import FILE, Catalogue, Document, Origin
+from engine.rag.documents import Source, read
 from engine.rag.forget import Forgetting
 from engine.rag.retriever import Hit, Retriever
 from engine.request import Completion
+from engine.splitter import BREAK, Piece
 
 
 class Unknown(PromptError):
@@ -33,8 +35,17 @@ class Library:
     """Documents of an engine's tenant and model. May be used from several threads.
 
     Args:
+        engine: with a tokenizer.
         prefix: tokens that chunks are computed behind.
+        chunk_tokens: of a chunk at most, its document's title included.
         folder: of the catalogue; None for the disk tier's, and without that memory only.
+    Raises:
+        ConfigError: the model has no room for a chunk.
+        ModelError: the model's KV cannot be moved.
+        CatalogueError: the catalogue is damaged or cannot be read.
+
+    Attributes:
+        separator: tokens between chunks.
     """
 
     def __init__(
@@ -43,9 +54,19 @@ class Library:
         retriever: Retriever,
         *,
         prefix: tuple[int, ...],
-        folder: str | Path | None,
+        chunk_tokens: int,
+        folder: str | Path | None = None,
     ) -> None:
-        self._engine, self._retriever = engine, retriever
+        engine.blending.refuse()
+        self.separator = tuple(engine.splitter.encode(BREAK))
+        positions = engine.model.shape.max_positions
+        needed = len(prefix) + chunk_tokens + len(self.separator) + 1
+        if chunk_tokens < 1 or needed > positions:
+            raise ConfigError(
+                f"chunk_tokens = {chunk_tokens} needs {needed} positions with instructions and a "
+                f"question, the model has {positions}: choose a number from 1 up that fits"
+            )
+        self._engine, self._retriever, self._chunk_tokens = engine, retriever, chunk_tokens
         self._indexed: set[str] = set()
         self._origin = Origin(prefix, engine.config.block_tokens)
         self._reading: Counter[Origin] = Counter()  # by prompts that run
@@ -53,6 +74,14 @@ class Library:
         self._catalogue = Catalogue(catalogue_file(engine, folder))
         self._forgetting = Forgetting(engine, self._catalogue)
         self._finish()
+
+    def read(self, sources: Source | Iterable[Source]) -> list[Document]:
+        """Documents cut into chunks, on no record yet. PromptError for an empty one."""
+
+        def cut(text: str, title: str) -> list[Piece]:
+            return self._engine.splitter.split(text, limit=self._chunk_tokens, title=title)
+
+        return read(sources, cut)
 
     def documents(self) -> list[Document]:
         """All documents, in the order in which they came."""

@@ -15,12 +15,11 @@ from engine.errors import ConfigError, EngineError, PromptError, PromptTooLong
 from engine.rag.answer import Answer, Step
 from engine.rag.background import in_thread
 from engine.rag.catalogue import Document
-from engine.rag.documents import Source, read
+from engine.rag.documents import Source
 from engine.rag.library import Cited, Library
 from engine.rag.question import around
 from engine.rag.retriever import BM25, Hit, Retriever
 from engine.request import Completion, Event
-from engine.splitter import BREAK, Piece
 from kvstore.errors import StoreError
 
 log = logging.getLogger(__name__)
@@ -65,14 +64,13 @@ class Rag:
     ) -> None:
         if engine.tokenizer is None:
             raise ConfigError("Rag needs an engine with a tokenizer")
-        engine.blending.refuse()
-        self.engine, self.chunk_tokens = engine, chunk_tokens
+        self.engine = engine
         self._blend = _blend(engine.config.blend, policy, share)
         self._instructions = prefix
         self.prefix = around(engine, prefix, "?").before  # token ids
-        self._separator = engine.splitter.encode(BREAK)
-        self._check_room()
-        self._library = Library(engine, retriever or BM25(), prefix=self.prefix, folder=path)
+        self._library = Library(
+            engine, retriever or BM25(), prefix=self.prefix, chunk_tokens=chunk_tokens, folder=path
+        )
 
     def add(
         self,
@@ -91,7 +89,7 @@ class Rag:
             PromptError: a document is empty or cannot be read; nothing was added.
             StoreError: the store failed. The documents are known, adding them again completes it.
         """
-        new = read(documents, self._cut)
+        new = self._library.read(documents)
         chunks = {chunk.id: chunk.tokens for document in new for chunk in document.chunks}
         self._library.add(new)
         self.engine.precompute(list(chunks.values()), self.prefix, progress)
@@ -182,9 +180,6 @@ class Rag:
         """As `stream`, from a thread of its own. Leaving it frees the request."""
         return in_thread(lambda: self.stream(question, chunks, **options))
 
-    def _cut(self, text: str, title: str) -> list[Piece]:
-        return self.engine.splitter.split(text, limit=self.chunk_tokens, title=title)
-
     def _behind(self, question: str) -> tuple[int, ...]:
         """The question's tokens. PromptError where it alone is too much, or nothing."""
         before, behind = around(self.engine, self._instructions, question)
@@ -202,7 +197,7 @@ class Rag:
     def _segments(self, cited: Sequence[Cited], behind: tuple[int, ...]) -> Segments:
         """The whole prompt. PromptError if the model has no room for it."""
         chunks, positions = [one.tokens for one in cited], self.engine.model.shape.max_positions
-        segments = Segments(self.prefix, chunks, behind, self._separator)
+        segments = Segments(self.prefix, chunks, behind, self._library.separator)
         if len(segments.tokens) > positions:
             raise PromptTooLong(
                 f"{len(cited)} chunks and the question have {len(segments.tokens)} tokens, the "
@@ -228,15 +223,6 @@ class Rag:
                 self._library.asked(segments, chunks, generated, done)
             except (EngineError, StoreError):  # who has an answer by now, keeps it
                 log.exception("what was deleted meanwhile is deleted with the next question")
-
-    def _check_room(self) -> None:
-        positions = self.engine.model.shape.max_positions
-        needed = len(self.prefix) + self.chunk_tokens + len(self._separator) + 1
-        if self.chunk_tokens < 1 or needed > positions:
-            raise ConfigError(
-                f"chunk_tokens = {self.chunk_tokens} needs {needed} positions with instructions "
-                f"and a question, the model has {positions}: choose a number from 1 up that fits"
-            )
 
 
 def _answer(done: Completion, cited: Sequence[Cited]) -> Answer:

@@ -1,18 +1,16 @@
 """Documents for prompts that come from elsewhere: read once, and put into any conversation."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from engine.blend.segments import Segments, Tokens
 from engine.engine import Engine
-from engine.errors import ConfigError, PromptError, PromptTooLong
+from engine.errors import PromptError, PromptTooLong
 from engine.rag.catalogue import Document
-from engine.rag.documents import Source, read
+from engine.rag.documents import Source
 from engine.rag.library import Library
 from engine.rag.question import Around
 from engine.rag.retriever import BM25
 from engine.request import Completion
-from engine.splitter import BREAK, Piece
 
 
 class Reading:
@@ -43,39 +41,16 @@ class Shelf:
     """Documents of an engine's tenant and model; those of `Rag` are the same ones. Thread-safe.
 
     Args:
-        engine: with a tokenizer.
-        prefix: what chunks are computed behind when a document is added.
-        chunk_tokens: of a chunk at most, its document's title included.
-        folder: of the catalogue; None for the disk tier's, and without that memory only.
-    Raises:
-        ConfigError: the model has no room for a chunk.
-        ModelError: the model's KV cannot be moved.
-        CatalogueError: the catalogue is damaged or cannot be read.
+        engine, prefix, chunk_tokens: as for `Library`, which says what raises.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        prefix: Tokens,
-        chunk_tokens: int = 512,
-        *,
-        folder: str | Path | None = None,
-    ) -> None:
-        engine.blending.refuse()
-        needed, positions = len(prefix) + chunk_tokens + 2, engine.model.shape.max_positions
-        if needed > positions:
-            raise ConfigError(
-                f"chunk_tokens = {chunk_tokens} needs {needed} positions with instructions and a "
-                f"question, the model has {positions}: choose less"
-            )
-        self.prefix, self.chunk_tokens = prefix, chunk_tokens
-        self._engine = engine
-        self._separator = tuple(engine.splitter.encode(BREAK))
-        self._library = Library(engine, BM25(), prefix=prefix, folder=folder)
+    def __init__(self, engine: Engine, prefix: Tokens, chunk_tokens: int = 512) -> None:
+        self._library = Library(engine, BM25(), prefix=prefix, chunk_tokens=chunk_tokens)
+        self.prefix, self._engine = prefix, engine
 
     def read(self, sources: Source | Iterable[Source]) -> list[Document]:
         """Documents cut into chunks, on no record yet. PromptError for an empty one."""
-        return read(sources, self._cut)
+        return self._library.read(sources)
 
     def add(self, documents: Sequence[Document]) -> list[Tokens]:
         """Put documents on record; the chunks whose KV is to be computed, then `stored`."""
@@ -117,13 +92,13 @@ class Shelf:
         for source in sources:
             for id_, tokens in self._parts(source, left, most):
                 found.append((id_, tokens))
-                left -= len(tokens) + len(self._separator)
+                left -= len(tokens) + len(self._library.separator)
                 if left < 0:
                     raise _too_long(most)
         if not found:
             raise PromptError("documents is empty: name at least one, or leave it out")
         chunks = [tokens for _, tokens in found]
-        segments = Segments(around.before, chunks, around.behind, self._separator)
+        segments = Segments(around.before, chunks, around.behind, self._library.separator)
         return Reading(self._library, segments, [id_ for id_, _ in found])
 
     def _parts(self, source: Source, left: int, most: int) -> Iterable[tuple[str | None, Tokens]]:
@@ -136,9 +111,6 @@ class Shelf:
                 raise _too_long(most)
         [document] = self.read([source])
         return ((None, chunk.tokens) for chunk in document.chunks)
-
-    def _cut(self, text: str, title: str) -> list[Piece]:
-        return self._engine.splitter.split(text, limit=self.chunk_tokens, title=title)
 
     def _chunks(self, documents: Sequence[Document]) -> dict[str, Tokens]:
         return {chunk.id: chunk.tokens for document in documents for chunk in document.chunks}
