@@ -41,7 +41,7 @@ def prefill_layers(
     chunk: int = 512,
     loader: Loader | None = None,
 ) -> Float[Tensor, " vocab"]:
-    """As `prefill`, but a layer reads all tokens before the next one reads any."""
+    """`layer_slices` at once, for benchmarks and tests."""
     return drained(layer_slices(model, cache, tokens, chunk=chunk, loader=loader))
 
 
@@ -53,7 +53,8 @@ def layer_slices(
     chunk: int,
     loader: Loader | None = None,
 ) -> Slices[Float[Tensor, " vocab"]]:
-    """As `prefill_layers`, a chunk in one layer a slice.
+    """As `prefill`, but a layer reads all tokens before the next one reads any; a slice is a chunk
+    in one layer.
 
     Each layer's KV moves to the pool as soon as it is complete, and read by all that share it. So
     the device holds, of layers whose tokens are selected, the KV of one at a time, and beside it

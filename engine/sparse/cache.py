@@ -64,7 +64,7 @@ class SparseCache:
     """Dense while the prompt is read; then KV moves to a pool and each step attends to a choice.
 
     A layer moves when it is `complete`, or with all others in `finalize`: a loop that reads layer
-    after layer (`prefill_layers`) never has more than one of those that move. Layers with a
+    after layer (`layer_slices`) never has more than one of those that move. Layers with a
     sliding window, and the method's dense layers, stay as they are.
 
     Args:
