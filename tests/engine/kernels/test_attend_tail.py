@@ -6,21 +6,14 @@ import pytest
 import torch
 
 from engine.attention import attend_part, merge
-from engine.kernels.attend_tail import SOURCE, attend_tail_native, can_estimate
+from engine.kernels.attend_tail import attend_tail_native, can_estimate
 from engine.kernels.attend_token import Partial, attend_rows_native, row_place
 from engine.model.pieces import AttentionSpec
 from kvstore.rows import Raw, RowLayout
-from native import library as native
 from retrieval.estimate import Tail
 
 HEADS = [(1, 1), (4, 2), (8, 2), (6, 2), (10, 2), (7, 1), (4, 4)]  # groups of 1 to 7
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture
-def compiled():
-    if native.library(SOURCE) is None:
-        pytest.skip("no C compiler on this machine")
 
 
 class Case:

@@ -14,12 +14,6 @@ from native import library as native
 HEADS = [(1, 1), (4, 2), (8, 2), (6, 2), (10, 2), (7, 1), (4, 4)]  # groups of 1 to 7
 
 
-@pytest.fixture
-def compiled():
-    if native.library(SOURCE) is None:
-        pytest.skip("no C compiler on this machine")
-
-
 def tensors(hq, hk, s, d, dtype):
     generator = torch.Generator().manual_seed(hq * s + d)
     q = 2 * torch.randn(hq, d, generator=generator)

@@ -5,15 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.kernels.project import MOST_ROWS, SOURCE, project_native, serves
+from engine.kernels.project import MOST_ROWS, project_native, serves
 from engine.model.linear import Linear, borrowed
-from native import library as native
-
-
-@pytest.fixture
-def compiled():
-    if native.library(SOURCE) is None:
-        pytest.skip("no C compiler on this machine")
 
 
 def tensors(rows, width, outs):

@@ -8,20 +8,12 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from engine.kernels.rms_norm import (
     MOST_VALUES,
-    SOURCE,
     rms_norm_native,
     rms_norm_torch,
     serves,
 )
 from engine.model.hf import FAMILIES, norm_of
 from engine.model.linear import Norm, borrowed_norm
-from native import library as native
-
-
-@pytest.fixture
-def compiled():
-    if native.library(SOURCE) is None:
-        pytest.skip("no C compiler on this machine")
 
 
 def tensors(shape, size=1.0):

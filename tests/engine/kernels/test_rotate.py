@@ -3,20 +3,13 @@
 import pytest
 import torch
 
-from engine.kernels.rotate import SOURCE, VALUES_OF_A_THREAD, rotate_native, rotate_torch, serves
+from engine.kernels.rotate import VALUES_OF_A_THREAD, rotate_native, rotate_torch, serves
 from engine.model.rope import Rope, RopeTable
-from native import library as native
 
 SHAPES = [  # dimensions, of which turn, of neighbours
     (128, 128, False), (64, 64, False), (128, 64, False), (96, 96, False), (80, 32, False),
     (64, 64, True), (72, 48, True), (20, 10, False), (256, 256, False), (512, 512, True),
 ]  # fmt: skip
-
-
-@pytest.fixture
-def compiled():
-    if native.library(SOURCE) is None:
-        pytest.skip("no C compiler on this machine")
 
 
 def rows(heads, tokens, dim, dtype=torch.bfloat16):
