@@ -9,14 +9,13 @@ from retrieval.device.index import DeviceIndex
 from retrieval.device.lookup import DevicePQ8, DeviceVQ
 from retrieval.exact import Exact
 from retrieval.kernels.score_lookup import score_lookup_triton
-from retrieval.kernels.scores import lse
 from retrieval.pq import PQIndex
-from retrieval.select import Policy, top_tokens
 from retrieval.vq import Guard, VQIndex
 from tests.retrieval.captured import captured_step
-from tests.retrieval.keys import fill, make_keys, make_query
+from tests.retrieval.device.slots import SCALE, SLOTS, check, decode, queries
+from tests.retrieval.keys import fill, make_keys
 
-SLOTS, CAPACITY, SCALE = 4, 400, 0.1
+CAPACITY = 400
 PROMPTS = {0: 300, 1: 9, 3: 127}  # slot 2 is free; slot 1 has fewer keys than centroids
 GUARD = Guard(error=0.3, share=1.0, tokens=8)
 KINDS = ["vq", "pq"]
@@ -46,45 +45,6 @@ def make_index(name, keys, prompt, *, calibrated=True, centroids=32):
     return fill(index, keys, range(prompt, keys.shape[1]), prompt)
 
 
-def check(device, indexes, query):
-    """Every slot's scores, statistics and the tokens selected are those of its index."""
-    lengths = torch.tensor(
-        [indexes[s].length if s in indexes else 0 for s in range(SLOTS)], dtype=torch.int32
-    )
-    found = device.score(query, lengths, SCALE)
-    for slot in range(SLOTS):
-        if slot not in indexes:
-            assert (found.raw[slot] == -torch.inf).all()
-            assert (lse(found)[slot] == -torch.inf).all()
-            continue
-        index, want = indexes[slot], indexes[slot].score(query[slot])
-        count = index.length
-        torch.testing.assert_close(found.raw[slot, :, :count], want, rtol=1e-5, atol=1e-4)
-        assert (found.raw[slot, :, count:] == -torch.inf).all()
-        torch.testing.assert_close(
-            lse(found)[slot], (want * SCALE).logsumexp(-1), rtol=1e-5, atol=1e-5
-        )
-        how = {"num_kv_heads": len(index.outliers), "length": count, "scale": SCALE}
-        got = top_tokens(found.raw[slot, :, :count], Policy(48), **how)
-        assert torch.equal(got, top_tokens(want, Policy(48), **how))
-
-
-def queries(heads, dim, dtype=torch.float32):
-    return torch.stack([make_query(heads, dim, dtype, seed=10 + s) for s in range(SLOTS)])
-
-
-def decode(device, requests, steps):
-    """Append the next key of every request, one step at a time."""
-    like = next(iter(requests.values()))
-    for step in range(steps):
-        keys = like.new_full((SLOTS, len(like), like.shape[2]), torch.nan)
-        positions = torch.full((SLOTS,), -1, dtype=torch.int32)
-        for slot, own in requests.items():
-            positions[slot] = PROMPTS[slot] + step
-            keys[slot] = own[:, PROMPTS[slot] + step]
-        device.append(keys, positions)
-
-
 @EVERY
 @pytest.mark.parametrize(("heads", "group", "dim"), [(2, 4, 64), (1, 3, 80), (2, 1, 128)])
 @pytest.mark.parametrize("calibrated", [True, False], ids=["metric", "plain"])
@@ -104,7 +64,7 @@ def test_every_slot_scores_as_its_own_index_after_adoption_and_after_appends(
         device.adopt(slot, index)
     query = queries(heads * group, dim, dtype)
     check(device, prompts, query)
-    decode(device, keys, 40)
+    decode(device, keys, PROMPTS, 40)
     check(device, {s: make_index(name, x, PROMPTS[s], **how) for s, x in keys.items()}, query)
 
 

@@ -8,14 +8,13 @@ from retrieval.device.index import DeviceIndex
 from retrieval.device.rows import BOUNDS, KEYS, LANDMARKS, DeviceRows
 from retrieval.exact import Exact
 from retrieval.kernels.score_rows import score_rows_triton
-from retrieval.kernels.scores import lse
 from retrieval.landmarks import Landmarks
 from retrieval.quest import Quest
-from retrieval.select import Policy, top_tokens
 from tests.retrieval.captured import captured_step
-from tests.retrieval.keys import fill, make_keys, make_query
+from tests.retrieval.device.slots import SCALE, SLOTS, check, decode, queries
+from tests.retrieval.keys import fill, make_keys
 
-SLOTS, CAPACITY, OUTLIERS, SCALE = 4, 400, 3, 0.1
+CAPACITY, OUTLIERS = 400, 3
 PROMPTS = {0: 300, 1: 1, 3: 127}  # slot 2 is free
 KINDS = {
     "landmarks": (LANDMARKS, Landmarks, {"chunk": 8, "outlier_chunks": OUTLIERS}),
@@ -46,58 +45,6 @@ def make_requests(heads, dim, dtype, more):
     return {s: make_keys(heads, n + more, dim, dtype, seed=s) for s, n in PROMPTS.items()}
 
 
-def decode(device, requests, steps):
-    """Append the next key of every request, one step at a time."""
-    like = next(iter(requests.values()))
-    for step in range(steps):
-        keys = like.new_full((SLOTS, len(like), like.shape[2]), torch.nan)
-        positions = torch.full((SLOTS,), -1, dtype=torch.int32)
-        for slot, own in requests.items():
-            positions[slot] = PROMPTS[slot] + step
-            keys[slot] = own[:, PROMPTS[slot] + step]
-        device.append(keys, positions)
-
-
-def check(device, indexes, query):
-    """Every slot's scores, statistics, outliers and the tokens selected are those of its index."""
-    lengths = torch.tensor(
-        [indexes[s].length if s in indexes else 0 for s in range(SLOTS)], dtype=torch.int32
-    )
-    found = device.score(query, lengths, SCALE)
-    for slot in range(SLOTS):
-        if slot not in indexes:
-            assert (found.raw[slot] == -torch.inf).all()
-            assert (lse(found)[slot] == -torch.inf).all()
-            continue
-        index, want = indexes[slot], indexes[slot].score(query[slot])
-        units = want.shape[1]
-        torch.testing.assert_close(found.raw[slot, :, :units], want, rtol=1e-5, atol=1e-4)
-        assert (found.raw[slot, :, units:] == -torch.inf).all()
-        torch.testing.assert_close(
-            lse(found)[slot], (want * SCALE).logsumexp(-1), rtol=1e-5, atol=1e-5
-        )
-        outliers = index.outliers
-        if device.outliers is not None:
-            count = outliers.shape[1]
-            assert torch.equal(device.outliers[slot, :, :count].long(), outliers)
-            assert (device.outliers[slot, :, count:] == -1).all()
-        policy = Policy(96)
-        how = {
-            "num_kv_heads": len(outliers),
-            "length": index.length,
-            "scale": SCALE,
-            "unit": device.unit_tokens,
-            "outliers": outliers,
-        }
-        assert torch.equal(
-            top_tokens(found.raw[slot, :, :units], policy, **how), top_tokens(want, policy, **how)
-        )
-
-
-def queries(heads, dim, dtype=torch.float32):
-    return torch.stack([make_query(heads, dim, dtype, seed=10 + s) for s in range(SLOTS)])
-
-
 @EVERY
 @pytest.mark.parametrize(("heads", "group", "dim"), [(2, 4, 64), (1, 3, 80), (2, 1, 128)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -112,7 +59,7 @@ def test_every_slot_scores_as_its_own_index_after_adoption_and_after_appends(
         device.adopt(slot, index)
     query = queries(heads * group, dim, dtype)
     check(device, prompts, query)
-    decode(device, requests, 40)
+    decode(device, requests, PROMPTS, 40)
     check(device, {s: make_index(name, x, PROMPTS[s]) for s, x in requests.items()}, query)
 
 
