@@ -13,7 +13,6 @@ from evals.extraction import ExtractionSuite
 from evals.multiturn import MultiTurnSuite
 from evals.needle import DEPTHS, NeedleSuite
 from evals.stretch import Needle, hide
-from evals.task import Suite
 from tests.evals.tokenizers import TOKENIZERS, digest, sentence_end, tiny, used
 
 SUITES = (NeedleSuite, MultiTurnSuite, ExtractionSuite)
@@ -29,9 +28,8 @@ def samples(suite, task, length=2048, count=5, tokenizer=None):
 
 
 @pytest.mark.parametrize("make", SUITES)
-def test_they_are_suites_with_a_task_in_each_wording(make):
+def test_they_have_a_task_in_each_wording(make):
     suite = make()
-    assert isinstance(suite, Suite)
     endings = [task.rpartition("-")[2] for task in suite.tasks]
     assert endings == ["plain", "ruler"] * (len(endings) // 2)
 

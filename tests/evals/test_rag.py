@@ -9,7 +9,6 @@ import pytest
 from engine.errors import ConfigError
 from evals.musique import musique
 from evals.rag import CHUNKS, FACTS, PAIRS, RagSuite, segments
-from evals.task import Suite
 from tests.data import real_data
 from tests.evals.tokenizers import TOKENIZERS, tiny, used
 
@@ -46,8 +45,7 @@ def read():
 # what is made
 
 
-def test_it_is_a_suite():
-    assert isinstance(RagSuite(), Suite)
+def test_a_task_that_it_does_not_have_is_refused():
     with pytest.raises(ConfigError, match="rag has no task needle"):
         samples(RagSuite(), "needle")
 

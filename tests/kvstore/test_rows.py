@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.rows import CODECS, Int4, Int8, PoolShape, Raw, RowCodec, RowLayout, row_codec
+from kvstore.rows import CODECS, Int4, Int8, PoolShape, Raw, RowLayout, row_codec
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 DIMS = [64, 80, 128]
@@ -39,7 +39,6 @@ def int8_bound(x):
 @pytest.mark.parametrize("dim", [1, 7, *DIMS])
 def test_rows_have_the_size_they_say_and_any_leading_shape(name, dim):
     codec = row_codec(name)
-    assert isinstance(codec, RowCodec)
     assert codec.name == name
     for shape in ((dim,), (3, dim), (2, 5, dim), (2, 0, dim)):
         rows = codec.encode(numbers(*shape))

@@ -13,7 +13,7 @@ from kvstore.disk.packed import entry_cost
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import DeviceFull, StoreError, TierFull
 from kvstore.store import TieredStore
-from kvstore.tier import HostTier, Tier
+from kvstore.tier import HostTier
 from tests.kvstore.make import chain, content, identity, items, right, same
 
 KEYS = chain(range(40))  # 10 blocks
@@ -34,13 +34,6 @@ def opened(path, host=100, blocks=100):
 
 def rows_for(count, layers):
     return torch.zeros(count, len(layers), *MODEL.block_shape(4)[1:], dtype=MODEL.torch_dtype)
-
-
-def test_tiers_follow_the_protocol(path):
-    tier = DiskTier(path, COST)
-    assert isinstance(tier, Tier)
-    assert isinstance(HostTier(1), Tier)
-    tier.close()
 
 
 def test_blocks_survive_a_restart(path):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import ConfigError, PromptError
-from engine.rag.retriever import BM25, K1, B, Hit, Retriever, Vectors, words
+from engine.rag.retriever import BM25, K1, B, Hit, Vectors, words
 
 TEXTS = {
     "cat": "The cat sat on the mat. The cat slept.",
@@ -40,11 +40,6 @@ def vectors(texts=TEXTS, **options) -> Vectors:
 
 
 BOTH = pytest.mark.parametrize("make", [bm25, vectors])
-
-
-@BOTH
-def test_retrievers_follow_the_protocol(make):
-    assert isinstance(make(), Retriever)
 
 
 def test_a_chunk_with_the_questions_words_is_found_first():

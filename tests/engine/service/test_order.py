@@ -8,18 +8,13 @@ import pytest
 
 from engine.errors import ConfigError
 from engine.service.job import Job, State
-from engine.service.order import FCFS, Fair, Policy
+from engine.service.order import FCFS, Fair
 from engine.service.plan import Plan, Started
 from tests.engine.service.scheduling import DENSE, SPARSE, scheduled
 
 
 def fair(aging_steps=10_000, **more):
     return scheduled(Fair(aging_steps), **more)
-
-
-@pytest.mark.parametrize("policy", [FCFS(), Fair(5)])
-def test_policies_are_behind_one_seam(policy):
-    assert isinstance(policy, Policy)
 
 
 def test_under_fcfs_nobody_overtakes_and_nobody_is_moved_for_who_waits():

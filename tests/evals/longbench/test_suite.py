@@ -10,12 +10,7 @@ from evals.longbench.rows import rows_of
 from evals.longbench.tasks import TASKS
 from evals.metrics import longbench_score
 from evals.prompt import prompt_tokens
-from evals.task import Suite
 from tests.data import real_data
-
-
-def test_it_is_a_suite(rows):
-    assert isinstance(LongBenchSuite(rows), Suite)
 
 
 @pytest.mark.parametrize("task", TASKS)
