@@ -13,7 +13,7 @@ from engine.prefill import prefill
 from engine.sparse.cache import SparseCache, pool_shape, sparse_layers
 from kvstore.pool.device import DeviceTier
 from tests.engine.families import build, prompt
-from tests.engine.sparse.test_layer import GLOBAL, dense, full
+from tests.engine.sparse.test_layer import GLOBAL, dense_of, full
 
 ROOM = 80
 SEED = torch.Generator().manual_seed(5)
@@ -144,17 +144,16 @@ def batch_of(monkeypatch):
 def test_a_batch_of_ragged_requests_selects_and_attends_as_each_does_alone(name, batch_of):
     module, order = build("llama", vocab_size=1000), torch.randperm(1000, generator=SEED)
     # all tokens differ: equal ones have equal unrotated keys, and which of them is better is noise
-    texts, tokens = [order[:150], order[150:181], order[181:481]], order[481:601].view(40, 3)
+    texts, tokens = [order[:150], order[150:181], order[181:481]], order[481:541].view(20, 3)
     with batch_of(module, small(name)) as batch:
         along(batch, texts, tokens)
-        assert batch.followed == 40 * 3 * 3
+        assert batch.followed == 20 * 3 * 3
 
 
 @pytest.mark.parametrize("name", ["headrace", "quest", "shadowkv"])
 @pytest.mark.parametrize("family", [family for family in GLOBAL if family != "gemma3n"])
 def test_at_full_budget_a_batch_is_dense_in_every_family(family, name):
-    module, texts = build(family), [prompt(150), prompt(31)]
-    want = dense(module, texts, 12)
+    module, texts, want = dense_of(family, (150, 31), 5)
     method = full(name, budget=500, attend_on="device")
     with Batch(module, method) as batch:
         got = along(batch, texts, want.argmax(-1)[:-1])
@@ -162,10 +161,10 @@ def test_at_full_budget_a_batch_is_dense_in_every_family(family, name):
 
 
 def test_with_an_estimated_tail_too(batch_of):
-    texts, tokens = [prompt(150), prompt(31), prompt(300)], some_tokens(40, 3)
+    texts, tokens = [prompt(150), prompt(31), prompt(300)], some_tokens(20, 3)
     with batch_of(build("llama"), small("headrace", tail=True)) as batch:
         along(batch, texts, tokens)
-        assert batch.followed == 40 * 3 * 3
+        assert batch.followed == 20 * 3 * 3
 
 
 def test_outliers_that_a_short_request_has_little_room_for(batch_of):
@@ -238,9 +237,9 @@ def test_a_batch_counts_what_it_attends_to_and_fetches(batch_of):
 
 def test_a_long_answer_in_the_smallest_buffer_stays_what_it_is_alone(batch_of):
     method = small("headrace", hot=1.0, budget=40)
-    with batch_of(build("llama"), method, slots=2, room=300) as batch:
-        along(batch, [prompt(70)], some_tokens(300, 1))
-        assert batch.followed == 300 * 3
+    with batch_of(build("llama"), method, slots=2, room=100) as batch:
+        along(batch, [prompt(70)], some_tokens(100, 1))
+        assert batch.followed == 100 * 3
 
 
 def test_a_request_that_has_no_room_is_refused_and_the_batch_goes_on(batch_of):

@@ -13,7 +13,7 @@ from tests.engine.batch.test_batch import Batch, along, small, some_tokens
 from tests.engine.families import build, prompt
 from tests.test_imports import ROOT
 
-STEPS = 3
+STEPS = 2
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Sparse decode: at full budget it is dense, whatever finds, holds or moves the KV."""
 
+import functools
 import threading
 
 import pytest
@@ -72,6 +73,13 @@ def dense(module, prompts, count):
     return generated(model, caches, prompts, count)
 
 
+@functools.cache
+def dense_of(family, lengths, count):
+    """A model, its prompts, and what it makes of them: once for all methods."""
+    module, prompts = build(family), [prompt(n) for n in lengths]
+    return module, prompts, dense(module, prompts, count)
+
+
 def agree(ours, theirs, tolerance=1e-4):
     assert (ours - theirs).abs().max() <= tolerance
 
@@ -82,10 +90,9 @@ GLOBAL = [family for family in CASES if sparse_layers(HFModel(build(family)), pr
 @pytest.mark.parametrize("name", SPARSE)
 @pytest.mark.parametrize("family", GLOBAL)
 def test_at_full_budget_every_method_is_dense_in_every_family(family, name):
-    module, prompts = build(family), [prompt(150), prompt(31)]
-    want = dense(module, prompts, 12)
+    module, prompts, want = dense_of(family, (150, 31), 5)
     with Sparse(module, full(name)) as s:
-        got = generated(s.model, [s.cache(), s.cache()], prompts, 12, forced=want.argmax(-1))
+        got = generated(s.model, [s.cache(), s.cache()], prompts, 5, forced=want.argmax(-1))
     agree(got, want)
 
 
@@ -93,11 +100,10 @@ def test_at_full_budget_every_method_is_dense_in_every_family(family, name):
 @pytest.mark.parametrize("prefetch", ["none", "step", "layer"])
 @pytest.mark.parametrize("name", ["headrace", "quest", "a2ats"])
 def test_where_it_attends_and_what_is_prefetched_change_nothing(name, prefetch, attend_on):
-    module, prompts = build("llama"), [prompt(1), prompt(300), prompt(127)]
-    want = dense(module, prompts, 20)
+    module, prompts, want = dense_of("llama", (1, 14, 300, 127), 8)  # one outgrows the ends
     with Sparse(module, full(name, attend_on=attend_on, prefetch=prefetch)) as s:
         caches = [s.cache() for _ in prompts]
-        agree(generated(s.model, caches, prompts, 20, forced=want.argmax(-1)), want)
+        agree(generated(s.model, caches, prompts, 8, forced=want.argmax(-1)), want)
 
 
 @pytest.mark.parametrize("name", ["headrace", "shadowkv", "quest"])
@@ -184,9 +190,9 @@ def test_a_random_guess_changes_no_logit_and_is_counted_as_what_it_is(prefetch):
 def test_a_long_answer_at_full_budget_is_dense():
     """ShadowKV's public code drops tokens after about a hundred."""
     module = build("llama", num_hidden_layers=1, max_position_embeddings=2048)
-    want = dense(module, [prompt(40)], 900)
+    want = dense(module, [prompt(40)], 300)
     with Sparse(module, full("headrace")) as s:
-        agree(generated(s.model, [s.cache()], [prompt(40)], 900, forced=want.argmax(-1)), want)
+        agree(generated(s.model, [s.cache()], [prompt(40)], 300, forced=want.argmax(-1)), want)
 
 
 @pytest.mark.slow
