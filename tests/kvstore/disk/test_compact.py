@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -37,15 +38,23 @@ def keys(number, size=4):
     return chain(range(1000 * number, 1000 * number + 8 * size), model=MODEL, size=size)
 
 
-@pytest.fixture
-def path(tmp_path):
+@pytest.fixture(scope="module")
+def emptied(tmp_path_factory):
     """A store that held ten times as much as it does."""
-    with TieredStore([DiskTier(tmp_path / "store", 1 << 30)]) as store:
+    path = tmp_path_factory.mktemp("emptied") / "store"
+    with TieredStore([DiskTier(path, 1 << 30)]) as store:
         for number in (1, 2, 3, 0, 4, 5, 6, 7, 8, 9):  # what stays is in the midst of the files
             store.put(items(keys(number), MODEL))
         store.flush()
         for number in range(1, 10):
             store.delete(keys(number))
+    return path
+
+
+@pytest.fixture
+def path(emptied, tmp_path):
+    """A copy of it, with its holes."""
+    subprocess.run(["cp", "-r", "--sparse=always", emptied, tmp_path / "store"], check=True)
     return tmp_path / "store"
 
 
