@@ -95,10 +95,11 @@ def test_the_questions_asked_are_spread_over_the_text(bench):
     ("words", "named"),
     [(["--budgets", "1.5"], "between 0 and 1"), (["--questions", "-1"], "at least 1")],
 )
-def test_options_out_of_range_are_refused(words, named):
-    done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert named in done.stderr.splitlines()[-1]
+def test_options_out_of_range_are_refused(bench, monkeypatch, capsys, words, named):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert named in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

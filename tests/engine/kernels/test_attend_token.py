@@ -8,6 +8,7 @@ import torch
 
 from engine.attention import attend_token, attend_token_torch
 from engine.kernels.attend_token import SOURCE, attend_token_native, serves
+from engine.kernels.rms_norm import SOURCE as SMALL
 from engine.model.pieces import AttentionSpec
 from native import library as native
 
@@ -149,10 +150,9 @@ def test_a_compiler_that_fails_is_no_disaster(monkeypatch, tmp_path, caplog):
 
 def test_compiled_code_is_made_once_and_kept_private(compiled, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    source = SOURCE
-    first = native._compiled(source)
+    first = native._compiled(SMALL)
     assert first.parent.stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    assert native._compiled(source) == first
+    assert native._compiled(SMALL) == first
     assert [p.name for p in first.parent.iterdir()] == [first.name]
