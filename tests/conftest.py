@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from hypothesis import settings
 
-settings.register_profile("headrace", deadline=None)  # time says nothing on a busy machine
+# time says nothing on a busy machine
+settings.register_profile("headrace", deadline=None, max_examples=40)
+settings.register_profile("thorough", deadline=None, max_examples=200)  # scripts/test --slow
 settings.load_profile("headrace")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore import record
@@ -188,7 +188,6 @@ def swap_entry(tier, change):
         txn.put(KEY.digest, change(txn.get(KEY.digest, db=env.entries)), db=env.entries)
 
 
-@settings(max_examples=150)
 @given(st.data())
 def test_a_flipped_bit_on_disk_is_a_miss_until_the_block_is_put_again(tier, data):
     tier.put([(KEY, KVBlock(DATA))])

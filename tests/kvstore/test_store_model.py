@@ -147,4 +147,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStoreAgainstADict = StoreMachine.TestCase
-TestStoreAgainstADict.settings = settings(max_examples=60, stateful_step_count=30)
+TestStoreAgainstADict.settings = settings(stateful_step_count=30)

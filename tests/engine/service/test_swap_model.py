@@ -75,7 +75,7 @@ class Requests:
             )
 
 
-@settings(max_examples=120, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(MOVES, st.integers(0, 300), st.integers(0, 80))
 def test_what_is_admitted_has_room_and_comes_back_as_it_was(moves, host_tokens, pieces):
     small = dict(PIECE_BYTES=4 * TOKEN, RUN_TOKENS=16)

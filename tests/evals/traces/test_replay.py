@@ -4,7 +4,7 @@ from functools import cache
 from itertools import combinations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from evals.traces.read import read_traces, trace
@@ -64,7 +64,6 @@ def obvious(chains, capacity, policy):
     return hits
 
 
-@settings(max_examples=100)
 @given(traces(7, 6), st.integers(1, 4))
 def test_beladys_rule_has_the_most_hits_that_there_can_be(chains, capacity):
     made = trace("x", chains)
@@ -72,7 +71,6 @@ def test_beladys_rule_has_the_most_hits_that_there_can_be(chains, capacity):
     assert sum(hits) == best(tuple(map(tuple, chains)), capacity)
 
 
-@settings(max_examples=120)
 @given(traces(31, 40), st.integers(1, 20))
 def test_no_policy_has_more_hits_than_beladys_rule(chains, capacity):
     made = trace("x", chains)
@@ -82,7 +80,6 @@ def test_no_policy_has_more_hits_than_beladys_rule(chains, capacity):
 
 
 @pytest.mark.parametrize("policy", ["lru", "fifo"])
-@settings(max_examples=120)
 @given(chains=traces(31, 30), capacity=st.integers(1, 20))
 def test_hits_are_those_of_the_obvious_cache(policy, chains, capacity):
     assert replay(named(trace("x", chains).chains), POLICIES[policy](), capacity) == obvious(
@@ -103,7 +100,6 @@ def test_with_room_for_all_every_policy_is_the_optimum(chains):
         assert replay(named(made.chains), policy(), made.distinct) == hits
 
 
-@settings(max_examples=80)
 @given(traces(31, 30), st.integers(1, 20))
 def test_a_policy_never_holds_more_than_there_is_room_for(chains, capacity):
     for make in POLICIES.values():

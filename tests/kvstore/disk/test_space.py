@@ -2,7 +2,7 @@
 
 import lmdb
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.disk import space as module
@@ -55,7 +55,6 @@ def fresh(env, info):
         txn.put(*empty(), db=info)
 
 
-@settings(max_examples=200)
 @given(steps=STEPS)
 def test_pages_are_never_taken_from_a_block_that_a_crash_could_bring_back(tmp_path_factory, steps):
     folder = tmp_path_factory.mktemp("space")
