@@ -34,15 +34,10 @@ def prefill(
 
 
 def prefill_layers(
-    model: Model,
-    cache: SparseCache,
-    tokens: Int[Tensor, " T"],
-    *,
-    chunk: int = 512,
-    loader: Loader | None = None,
+    model: Model, cache: SparseCache, tokens: Int[Tensor, " T"], *, chunk: int
 ) -> Float[Tensor, " vocab"]:
     """`layer_slices` at once, for benchmarks and tests."""
-    return drained(layer_slices(model, cache, tokens, chunk=chunk, loader=loader))
+    return drained(layer_slices(model, cache, tokens, chunk=chunk))
 
 
 def layer_slices(
