@@ -50,8 +50,8 @@ def documents(engine: Engine, job: Job) -> tuple[list[Fact], list[dict[str, str]
 
 
 def ask(rag: Rag, job: Job, fact: Fact, kept: list[Document]) -> Answer:
-    """One question over all documents, in an order of its own in each process."""
-    order = random.Random(f"{job.seed} {fact.key} {job.add}").sample(kept, len(kept))
+    """One question over all documents."""
+    order = ordered(job, fact, kept)
     chunks = [chunk.id for document in order for chunk in document.chunks]
     answer = rag.ask(fact.question, chunks, max_new_tokens=MAX_NEW_TOKENS)
     report = answer.report
@@ -71,6 +71,13 @@ def ask(rag: Rag, job: Job, fact: Fact, kept: list[Document]) -> Answer:
         missed=report.missed,
         reason=report.reason,
     )
+
+
+def ordered(job: Job, fact: Fact, kept: list[Document]) -> list[Document]:
+    """The order in which a process reads them; the second never has that of the first."""
+    rng = random.Random(f"{job.seed} {fact.key}")
+    order, at = rng.sample(kept, len(kept)), rng.randrange(1, len(kept))
+    return order if job.add else order[at:] + order[:at]
 
 
 def full(rag: Rag, question: str, chunks: list[str]) -> float:

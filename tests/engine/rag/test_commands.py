@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from engine.cli import main
+from engine.config import EngineConfig
 from engine.demo import rag as demo_rag
 from engine.demo.demo import DemoError
+from engine.demo.rag_process import ordered
+from engine.rag.catalogue import Document
 from tests.caches import own_cache
 from tests.engine.rag.corpus import FACTS, documents
 
@@ -166,3 +170,16 @@ def test_the_demo_does_not_show_what_did_not_happen():
 def test_an_impossible_demo_is_told_in_one_line(capsys):
     assert main(["demo", "rag", "--facts", "0"]) == 1
     assert "process 1 failed: --facts must be 2 to" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_the_second_process_of_the_demo_never_reads_in_the_order_of_the_first(count):
+    kept = [Document(str(i), "", ()) for i in range(count)]
+    for seed in range(20):
+        job = demo_rag.Job("m", EngineConfig(), 2048, count, seed, add=True)
+        first, second = (
+            [one.id for one in ordered(replace(job, add=add), FACTS[0], kept)]
+            for add in (True, False)
+        )
+        assert sorted(first) == sorted(second) == [one.id for one in kept]
+        assert first != second
