@@ -22,12 +22,12 @@ def test_every_campaign_is_run_by_the_script():
 
 def test_campaigns_are_run_counted_and_shown(tmp_path):
     names = ["clocks", "flips"]
-    options = ["--scale", "0.01", "--only", *names, "--json", "--folder", str(tmp_path)]
+    options = ["--scale", "0.001", "--only", *names, "--json", "--folder", str(tmp_path)]
     command = [sys.executable, str(ROOT / "scripts" / "faults.py"), *options]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert ran.returncode == 0, ran.stderr
     record = json.loads(ran.stdout)
-    assert record["campaigns"]["flips"]["rounds"] >= 1000
+    assert record["campaigns"]["flips"]["rounds"] >= 100
     assert record["campaigns"]["clocks"]["wrong"] == 0
     assert list(tmp_path.iterdir()) == []
     shown = faults(record)

@@ -36,10 +36,10 @@ def full(name, **changes):
 def test_a_batch_gives_the_tokens_of_the_loop_to_requests_that_end_at_different_times(name):
     prompts, eos = [prompt(n).tolist() for n in LENGTHS], [133, 182, 198]  # these answers have them
     with engine_with(full(name), batched=False, eos=eos) as engine:
-        want = engine.generate(prompts, max_new_tokens=60)
+        want = engine.generate(prompts, max_new_tokens=30)
         assert engine.memory.pool.used_bytes == 0
     with engine_with(full(name), batched=True, eos=eos) as engine:
-        done = engine.generate(prompts, max_new_tokens=60)
+        done = engine.generate(prompts, max_new_tokens=30)
         assert engine.memory.pool.used_bytes == 0
     assert [c.tokens for c in done] == [c.tokens for c in want]
     assert len({len(c.tokens) for c in done}) > 1
@@ -50,13 +50,13 @@ def test_a_batch_gives_the_tokens_of_the_loop_to_requests_that_end_at_different_
 def test_what_a_batch_generated_is_in_the_store_for_the_next_turn(tmp_path):
     first, method = prompt(150).tolist(), full("headrace")
     with engine_with(method, True, tmp_path / "store", block_tokens=16) as engine:
-        answer = engine.generate(first, max_new_tokens=60)[0].tokens
+        answer = engine.generate(first, max_new_tokens=24)[0].tokens
     assert len(answer) > 16
     turn = [*first, *answer, *prompt(20).tolist()]
     with engine_with(method, True, tmp_path / "store", block_tokens=16) as engine:
-        again = engine.generate(turn, max_new_tokens=30)[0]
+        again = engine.generate(turn, max_new_tokens=12)[0]
     with engine_with(method, False) as engine:
-        want = engine.generate(turn, max_new_tokens=30)[0]
+        want = engine.generate(turn, max_new_tokens=12)[0]
     assert again.stats.cached_tokens == (len(first) + len(answer) - 1) // 16 * 16
     assert again.tokens == want.tokens
 
@@ -65,23 +65,23 @@ def test_what_a_batch_generated_is_in_the_store_for_the_next_turn(tmp_path):
     ("batched", "changes", "exact"),
     [
         (False, dict(budget=64), 150),
-        (False, dict(budget=170, dense_layers=1), 170),
+        (False, dict(budget=155, dense_layers=1), 155),
         (False, dict(budget=0.5), 150),
         (False, dict(budget=10_000, values="int8"), 150),
         (False, dict(budget=10_000, top_p=0.9), 150),
         (True, dict(budget=64), 150),
-        (True, dict(budget=170), 170),
+        (True, dict(budget=155), 155),
     ],
 )
 def test_what_a_step_made_that_left_tokens_out_is_not_in_the_store(
     tmp_path, batched, changes, exact
 ):
     method, first = preset("headrace", hot=2.0, attend_on="device", **changes), prompt(150).tolist()
-    with engine_with(method, batched, tmp_path / "store", block_tokens=16) as engine:
-        answer = engine.generate(first, max_new_tokens=40)[0].tokens
+    with engine_with(method, batched, tmp_path / "store", block_tokens=8) as engine:
+        answer = engine.generate(first, max_new_tokens=20)[0].tokens
         keys = engine.plain.keys([*first, *answer])
-        assert len(keys) == 11
-        assert engine.store.lookup(keys) == exact // 16
+        assert len(keys) == 21
+        assert engine.store.lookup(keys) == exact // 8
 
 
 def test_a_stream_that_is_closed_leaves_its_slot_and_its_blocks():

@@ -116,7 +116,7 @@ def test_a_question_is_answered_alike_alone_and_among_longer_ones(
 ):
     """In batches of three, one of them with a question that takes longer to ask."""
     ask_longer = engine.tokenizer(" Now tell me.", add_special_tokens=False)["input_ids"]
-    first, second, *rest = document.questions
+    first, second, *rest = document.questions[:4]
     mixed = [first, replace(second, tokens=(*ask_longer, *second.tokens)), *rest]
     alone = [ask(engine, context, [question], method).right[0] for question in mixed]
     monkeypatch.setattr(subject, "BATCH", 3)
@@ -125,19 +125,20 @@ def test_a_question_is_answered_alike_alone_and_among_longer_ones(
 
 def test_every_method_attends_to_its_budget(engine, document, context):
     for name in SPARSE:
-        score = ask(engine, context, document.questions[:2], preset(name, budget=60, rank=48))
+        score = ask(engine, context, document.questions[:1], preset(name, budget=60, rank=48))
         assert score.attended == 60
 
 
 def test_the_default_finds_what_a_window_does_not(engine, document, context):
     method = preset("headrace", budget=0.05)
     budget = method.tokens(context.length)
-    window = ask(engine, context, document.questions, method, Policy(budget, 4, budget - 4))
+    questions = document.questions[::2]
+    window = ask(engine, context, questions, method, Policy(budget, 4, budget - 4))
     assert window.attended == budget
-    assert sum(window.right) <= 2
-    assert ask(engine, context, document.questions, method).right == (
-        ask(engine, context, document.questions, Method()).right
-    )
+    assert sum(window.right) <= 1
+    right = ask(engine, context, questions, method).right
+    assert right == ask(engine, context, questions, Method()).right
+    assert sum(right) >= 3
 
 
 # caches

@@ -53,7 +53,7 @@ def outcomes(recorder, folder, blocks, images, seed):
 def test_after_a_power_cut_nothing_acknowledged_is_lost_and_nothing_is_wrong(
     recorder, tmp_path, blocks
 ):
-    seen = outcomes(recorder, tmp_path, blocks, images=40, seed=blocks)
+    seen = outcomes(recorder, tmp_path, blocks, images=20, seed=blocks)
     assert seen["honest"].keys() <= {str(RIGHT)}
     # a disk that lies may cost blocks or the store, but never yields a wrong one or a crash
     assert seen["lying"].keys() <= {str(RIGHT), str(REFUSED)}

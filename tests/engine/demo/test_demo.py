@@ -34,7 +34,9 @@ def test_a_demo_of_no_length_is_refused(engine):
         hide(engine, tokens=20, facts=5, seed=0)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 10))]
+)
 def test_every_fact_is_found_in_8k_tokens(engine, seed):
     haystack = hide(engine, tokens=8192, facts=5, seed=seed)
     answers = [ask(engine, haystack.text, fact) for fact in haystack.facts]
@@ -92,11 +94,15 @@ def test_an_answer_is_right_digit_for_digit(text, right):
     assert Fact("tiger", "314159").answered_by(text) is right
 
 
-def test_the_demo_answers_from_disk_in_a_new_process(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "tokens", "times"),
+    [(["--tokens", "2048"], 2048, 3), pytest.param([], 8192, 10, marks=pytest.mark.slow)],
+)
+def test_the_demo_answers_from_disk_in_a_new_process(tmp_path, options, tokens, times):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "engine.cli", "demo", "--json"],
+        [sys.executable, "-m", "engine.cli", "demo", "--json", *options],
         cwd=tmp_path,
         env=os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -107,13 +113,13 @@ def test_the_demo_answers_from_disk_in_a_new_process(tmp_path):
     [line] = done.stdout.splitlines()
     shown = json.loads(line)
     assert shown["questions"] == shown["correct_cold"] == shown["correct_warm"] == 5
-    assert 8000 < shown["context_tokens"] <= 8192
-    assert shown["ttft_ratio"] >= 10
+    assert tokens - 100 < shown["context_tokens"] <= tokens
+    assert shown["ttft_ratio"] >= times
     assert shown["ttft_cold_s"] > shown["ttft_warm_s"] > 0
     assert shown["decode_tokens_per_s"] > 0
     assert shown["bytes"].keys() == {"host", "disk"}
-    assert min(shown["bytes"].values()) > 8000 * 4096
-    assert shown["disk_hits_warm"] >= shown["cached_tokens_warm"] // 64 > 120
+    assert min(shown["bytes"].values()) > (tokens - 100) * 4096
+    assert shown["disk_hits_warm"] >= shown["cached_tokens_warm"] // 64 > tokens // 64 - 3
     assert not list(temporary.glob("headrace-demo-*"))
 
 

@@ -65,7 +65,7 @@ def test_a_request_is_cancelled_while_all_threads_read_long_texts(monkeypatch):
         return [5]
 
     with (
-        running(make=Scripted) as server,
+        running(make=Scripted, wait_s=0.1) as server,
         server.http() as client,
         ThreadPoolExecutor(8) as threads,
     ):

@@ -23,7 +23,7 @@ def run(folder, rounds, seed):
 
 
 def test_dead_readers_other_writers_late_reads_clocks_and_lost_folders_do_no_harm(tmp_path):
-    run(tmp_path, 12, seed=1)
+    run(tmp_path, len(FATES), seed=1)
 
 
 @pytest.mark.slow
