@@ -113,7 +113,11 @@ def test_demo_passes_its_arguments_on_and_keeps_stdout_clean(tree):
 
 @pytest.mark.parametrize(
     ("args", "marks"),
-    [(("-x",), "not slow and not gpu -x"), (("--slow", "-x"), "not gpu -x"), ((), "not slow")],
+    [
+        (("-x",), "not slow and not gpu -x"),
+        (("--slow", "-x"), "not gpu --hypothesis-profile=thorough -x"),
+        ((), "not slow"),
+    ],
 )
 def test_test_leaves_out_what_is_slow_unless_asked(tree, args, marks):
     program(tree / "scripts" / "install", "true")

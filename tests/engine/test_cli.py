@@ -358,7 +358,7 @@ def test_a_missing_configuration_is_refused(headrace, notes):
         (("--top-p", 0), ("top_p",)),
         (("--top-k", -1), ("top_k",)),
         (("--seed", 1 << 63), ("seed",)),
-        (("--stop", ""), ("stop string is empty",)),
+        (("--stop", ""), ("a stop string is text",)),
         (("--device", "abacus"), ("abacus", "cpu")),
         (("--store", ""), ("disk_path",)),
     ],

@@ -131,7 +131,7 @@ def read(say, folder, fault):
     for file in files_of(folder):
         drop(file)
     with opened(folder) as store:
-        ways = tier_of(store)._env.ways
+        ways = tier_of(store).access.env.ways
         ways._mapped_at = 0
         if fault.n % 2:
             for number in range(CHAINS):

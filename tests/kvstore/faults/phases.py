@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from kvstore.disk import compact, environment, portable
+from kvstore.disk import compact, environment, portable, sound
 from kvstore.disk.ledger import Ledger
 from kvstore.disk.readers import Readers
 from kvstore.disk.space import Space
@@ -179,8 +179,8 @@ PHASES = {
     "creating: before": Phase(opening, Point(os, "link"), empty=True),
     "creating: after": Phase(opening, Point(os, "link", True), empty=True),
     "opening: as found": Phase(opening, Point(environment, "_prepare")),
-    "opening: verifying": Phase(opening, Point(environment, "verify_file", True)),
-    "opening: verified": Phase(opening, Point(environment, "_verify_after_boot", True)),
+    "opening: verifying": Phase(opening, Point(sound, "verify_file", True)),
+    "opening: verified": Phase(opening, Point(environment, "verify_after_boot", True)),
     "opening: cleaning": Phase(opening, Point(environment, "_alone")),
     "opening: folder deleted": Phase(opening, Point(shutil, "rmtree", True)),
     "opening: values deleted": Phase(opening, Point(Path, "unlink", True)),
