@@ -268,7 +268,8 @@ def _build(dtype: torch.dtype, group: int, dim: int, softcap: float | None = Non
     signature |= dict.fromkeys(("by_request", "by_head", "by_cluster"), "i32")
     signature |= dict.fromkeys(constants, "constexpr")
     name = f"estimate_tail, {dtype}, G={group}, D={dim}, softcap {softcap}"
-    return Build(name, _estimate, signature, constants, _warps(dtype))
+    spills = "three numbers, of 256 dimensions, on sm_80" if dim > 128 else None
+    return Build(name, _estimate, signature, constants, _warps(dtype), spills=spills)
 
 
 AOT: list[Build] = [
