@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from itertools import islice
 
 import torch
@@ -37,7 +38,7 @@ class Side:
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device, priority=-1)
+            self._stream = _beside(device)
             # the memory that is loaded to may be in use by what was launched before
             self._stream.wait_event(torch.cuda.current_stream(device).record_event())
 
@@ -63,6 +64,12 @@ class Side:
         """Return when it has done everything."""
         if self._stream is not None:
             self._stream.synchronize()
+
+
+@cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    """One for all loaders: torch gives memory that was freed to its stream alone."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class Loader:

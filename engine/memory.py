@@ -102,10 +102,13 @@ class Memory:
         shape = self._model.shape
         layer = shape.kv_bytes_per_token // shape.num_layers  # of a token
         moved = 0 if self.pool is None else self.pool.shape.num_layers
-        stays = sum(run.capacity for run in runs) * layer * (shape.num_layers - moved)
+        tokens = [run.capacity for run in runs]
+        if self.batched:  # its slots are alike
+            tokens = [max(tokens)] * len(runs)
+        stays = sum(tokens) * layer * (shape.num_layers - moved)
         if moved:
-            own = [(run.capacity, self._beside(len(run.request.prompt))) for run in runs]
-            stays += moved * sum(tokens * each.token + each.fixed for tokens, each in own)
+            own = [self._beside(len(run.request.prompt)) for run in runs]
+            stays += moved * sum(n * x.token + x.fixed for n, x in zip(tokens, own, strict=True))
         return stays + max(self._passing(run, layer, moved) for run in runs)
 
     def _passing(self, run: Running, layer: int, moved: int) -> int:

@@ -66,7 +66,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 "disk_write_bytes_per_s must be positive, or left out for no limit, got "
                 f"{self.disk_write_bytes_per_s}"
             )
-        if self.disk_path is not None and (not self.disk_path or "\0" in self.disk_path):
+        if self.disk_path is not None and (not self.disk_path or "\0" in str(self.disk_path)):
             raise ValueError(
                 f"disk_path must name a folder, got {self.disk_path!r}; leave it out for no disk "
                 "tier"

@@ -3,7 +3,7 @@
 import gc
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -28,15 +28,26 @@ def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterato
         collects = gc.isenabled()
         gc.disable()
         try:
+            pool = torch.cuda.graph_pool_handle()
             with torch.cuda.stream(stream):
-                graph.capture_begin(capture_error_mode="thread_local")
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     yield
                 finally:
-                    graph.capture_end()
+                    _end(graph, stream, pool)
         finally:
             if collects:
                 gc.enable()
+
+
+def _end(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
+    """End a capture, also for the allocator, which torch leaves capturing where the end fails."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        with suppress(RuntimeError):  # that it has ended for it already
+            torch._C._cuda_endAllocateToPool(torch.device(stream.device).index, pool)
+        raise
 
 
 def out_of_memory(error: BaseException | None) -> bool:

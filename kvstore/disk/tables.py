@@ -1,6 +1,6 @@
 """Are LMDB's own pages sound? They carry no checksum, and LMDB follows a damaged one anywhere.
 
-    python -m kvstore.tables FOLDER
+    python -m kvstore.disk.tables FOLDER
 
 walks every page and every entry, and ends with 0, or with 1 and the reason. What a damaged page
 does to the process that walks it is why this is one of its own: `check_tables` starts it.

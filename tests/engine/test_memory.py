@@ -176,3 +176,19 @@ def test_no_pages_are_locked_for_a_model_on_the_cpu_of_a_machine_with_a_gpu(monk
     monkeypatch.setattr(pinned, "lock_pages", lambda *_: pytest.fail("pages were locked"))
     with engine(build("llama"), 1 << 24) as one:
         assert one.memory.pool is not None
+
+
+def test_a_batch_has_slots_for_the_longest_of_its_requests():
+    module = build("llama", num_hidden_layers=8)
+    long, short = prompt(TOKENS).tolist(), prompt(20).tolist()
+    passing = TOKENS * HIDDEN + KEPT * LAYER * 2
+    with engine(module, passing + 8 * (own(module) + 2 * own(module, 20 + NEW - 1))) as two:
+        runs = running(two, long, short, short)
+        assert [len(group) for group in two.memory.groups(runs)] == [3]
+        two.memory.batched = True
+        assert [len(group) for group in two.memory.groups(runs)] == [2, 1]
+
+
+def test_folders_may_be_paths(tmp_path):
+    config = EngineConfig(spill_path=tmp_path / "s", store=StoreConfig(disk_path=tmp_path / "kv"))
+    assert config.store.disk_path == tmp_path / "kv"

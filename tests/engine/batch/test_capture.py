@@ -20,7 +20,8 @@ class Graph(torch.cuda.CUDAGraph):
     def __init__(self, seen, error=None):
         self.seen, self.error = seen, error
 
-    def capture_begin(self, capture_error_mode):
+    def capture_begin(self, pool, capture_error_mode):
+        assert pool == POOL
         self.seen.append((capture_error_mode, gc.isenabled()))
 
     def capture_end(self):
@@ -55,9 +56,12 @@ def seen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append(("sync", device)))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: POOL)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *of: seen.append(of))
     return seen
 
 
+POOL = (0, 7)
 BEGUN = [("sync", "cuda:1"), ("on", "cuda:1"), ("thread_local", False)]
 
 
@@ -80,7 +84,8 @@ def test_one_that_fails_gives_the_stream_back(seen, wrong):
     with pytest.raises(RuntimeError) as raised:
         captured()
     assert out_of_memory(raised.value)
-    assert seen == [*BEGUN, "end", ("off", "cuda:1")]
+    given_back = [] if wrong == "inside" else [(1, POOL)]
+    assert seen == [*BEGUN, "end", *given_back, ("off", "cuda:1")]
     assert gc.isenabled()
     assert not capture.CAPTURES.locked()
 
