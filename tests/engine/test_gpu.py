@@ -1,13 +1,12 @@
 """The same answers on a GPU as on the CPU."""
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from msgspec import structs
 
-from engine import Engine, EngineConfig, breakeven
+from engine import Engine, EngineConfig
 from engine.batch.batch import DeviceBatch
 from engine.batch.layer import SelectedLayer
 from engine.method import preset
@@ -20,11 +19,9 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch):
-    """And what is stored is loaded there, however fast the machine computes it."""
+def gpu():
     if not torch.cuda.is_available():
         pytest.skip("torch finds no GPU on this machine")
-    monkeypatch.setattr(breakeven, "LEAST_S", math.inf)
 
 
 @pytest.mark.parametrize("family", CASES)
