@@ -93,15 +93,12 @@ class Context(SequenceCache):
 
     def _filled(self, method: Method, pool: Pool) -> SparseCache:
         start = now(self.model.shape.device)
-        cache, chosen = SparseCache(self.model, 1, method, pool), sparse_layers(self.model, method)
+        cache = SparseCache(self.model, 1, method, pool)
         with ExitStack() as full:
             full.enter_context(closing(cache))
             for i in range(self.model.shape.num_layers):
                 kv = self.view(i, self.length)
-                if i in chosen:
-                    cache.layer(i).fill(kv.k, kv.v, self.queries[i])
-                else:
-                    cache.write(i, 0, kv.k, kv.v)
+                cache.fill(i, kv.k, kv.v, self.queries.get(i))
             cache.adopt(self.length)
             full.pop_all()  # nothing failed: it stays open
         self.build_s.setdefault(index_name(method), now(self.model.shape.device) - start)

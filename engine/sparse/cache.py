@@ -150,8 +150,7 @@ class SparseCache:
         """A layer has all `length` tokens of the prompt: move them to the pool, build its index."""
         if layer in self._layers:
             kv = self._dense.view(layer, length)
-            self._layers[layer].fill(kv.k, kv.v, self._queries.pop(layer, None))
-            self._dense.release(layer)
+            self.fill(layer, kv.k, kv.v, self._queries.pop(layer, None))
 
     def finalize(self) -> None:
         """The prompt is complete in every layer: move those that were not moved one by one."""
@@ -168,11 +167,19 @@ class SparseCache:
         self._end_prompt()
 
     def fill(
-        self, layer: int, rotated: Float[Tensor, "Hk T D"], v: Float[Tensor, "Hk T D"]
+        self,
+        layer: int,
+        rotated: Float[Tensor, "Hk T D"],
+        v: Float[Tensor, "Hk T D"],
+        queries: Float[Tensor, "Hq Q D"] | None = None,
     ) -> None:
-        """Take a layer's prompt from elsewhere; after all layers, `adopt` the length."""
+        """Take a layer's prompt from elsewhere; after all layers, `adopt` the length.
+
+        Args:
+            queries: the last ones of the prompt, unrotated; see `observe`.
+        """
         if layer in self._layers:
-            self._layers[layer].fill(rotated, v)
+            self._layers[layer].fill(rotated, v, queries)
             self._dense.release(layer)
         else:
             self._dense.write(layer, 0, rotated, v)
