@@ -17,6 +17,7 @@ from engine.service.schedule import ScheduleConfig
 from kvstore.codecs.known import exact_codec
 from kvstore.config import StoreConfig
 from kvstore.disk.packed import entry_cost
+from kvstore.names import no_folder
 
 LARGEST = {"block_tokens": 1 << 20}  # a block is read, written and verified as a whole
 
@@ -63,7 +64,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             value, most = getattr(self, name), LARGEST.get(name, sys.maxsize)
             if value is not None and not 1 <= value <= most:
                 raise ConfigError(f"{name} must be from 1 to {most}, got {value}")
-        if self.spill_path is not None and (not self.spill_path or "\0" in str(self.spill_path)):
+        if self.spill_path is not None and no_folder(self.spill_path):
             raise ConfigError(
                 f"spill_path must name a folder, got {self.spill_path!r}; leave it out for none"
             )

@@ -8,7 +8,7 @@ from kvstore.admission import AdmissionName
 from kvstore.block import Precision
 from kvstore.codecs.known import BY_NAME, CodecName
 from kvstore.eviction import PolicyName
-from kvstore.names import wrong_name
+from kvstore.names import no_folder, wrong_name
 from kvstore.quotas import Quotas
 from kvstore.remote.config import RemoteConfig
 
@@ -66,7 +66,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 "disk_write_bytes_per_s must be positive, or left out for no limit, got "
                 f"{self.disk_write_bytes_per_s}"
             )
-        if self.disk_path is not None and (not self.disk_path or "\0" in str(self.disk_path)):
+        if self.disk_path is not None and no_folder(self.disk_path):
             raise ValueError(
                 f"disk_path must name a folder, got {self.disk_path!r}; leave it out for no disk "
                 "tier"

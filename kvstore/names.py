@@ -1,6 +1,7 @@
-"""Settings that are one of some names, checked also where they come from code."""
+"""Names in settings, checked also where they come from code."""
 
 from functools import cache
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import msgspec
@@ -12,6 +13,11 @@ def wrong_name(settings: msgspec.Struct) -> str | None:
         if (given := getattr(settings, name)) not in known:
             return f"{name} is one of {', '.join(known)}, got {given!r}"
     return None
+
+
+def no_folder(path: str | Path) -> bool:
+    """Whether no folder can have this name."""
+    return not str(path) or "\0" in str(path)
 
 
 @cache
