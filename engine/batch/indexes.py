@@ -7,10 +7,10 @@ from engine.method import Method
 from engine.model.pieces import Shape
 from engine.sparse.indexes import make_index, outlier_chunks
 from retrieval.device.index import DeviceIndex
-from retrieval.device.lookup import DevicePQ8, DeviceVQ
-from retrieval.device.pq4 import DevicePQ4
+from retrieval.device.pq import DevicePQ4, DevicePQ8
 from retrieval.device.rows import BOUNDS, KEYS, LANDMARKS, DeviceRows
 from retrieval.device.scalar import DeviceScalar
+from retrieval.device.vq import DeviceVQ
 from retrieval.index import IndexSpec
 
 Size = tuple[int, int, int, int]  # slots, KV heads, head_dim, tokens

@@ -1,7 +1,7 @@
-"""Packed 4-bit codes of the slots of a batch, for a fixed capacity."""
+"""Codes of the slots of a batch, for a fixed capacity: packed ones of 4 bits, and wider ones."""
 
 import torch
-from jaxtyping import Float16, UInt8
+from jaxtyping import Float16, Int32, Shaped, UInt8
 from torch import Tensor
 
 from retrieval.codes import BLOCK
@@ -36,7 +36,7 @@ class DeviceCodes:
             if scaled
             else None
         )
-        self._capacity = capacity
+        self.capacity = capacity
 
     @property
     def nbytes(self) -> int:
@@ -45,16 +45,11 @@ class DeviceCodes:
     def check(self, state: State) -> None:
         """Raises ValueError if codes of this state do not fit a slot."""
         heads, _, subspaces, _ = state["packed"].shape
-        length, (_, own_heads, _, own_subspaces, _) = int(state["length"]), self.packed.shape
+        _, own_heads, _, own_subspaces, _ = self.packed.shape
         if (heads, subspaces) != (own_heads, own_subspaces):
             raise ValueError(
                 f"a slot holds {own_subspaces} codes a token for {own_heads} KV heads, the index "
                 f"has {subspaces} for {heads}"
-            )
-        if length > self._capacity:
-            raise ValueError(
-                f"a slot has room for {self._capacity} tokens, the index has {length}: make the "
-                "batch with a larger capacity"
             )
 
     def adopt(self, slot: int, state: State) -> None:
@@ -63,3 +58,14 @@ class DeviceCodes:
         self.packed[slot, :, : packed.shape[1]].copy_(packed)
         if self.scales is not None:
             self.scales[slot, :, : state["scales"].shape[1]].copy_(state["scales"])
+
+
+def put_codes(
+    codes: Shaped[Tensor, "B Hk T M"],
+    fresh: Shaped[Tensor, "B Hk M"],
+    positions: Int32[Tensor, " B"],
+) -> None:
+    """Write the codes of token `positions[b]` of each slot; nothing where that is negative."""
+    slots = torch.arange(len(codes), device=codes.device)
+    there, place = (positions >= 0)[:, None, None], positions.clamp(min=0).long()
+    codes[slots, :, place] = fresh.where(there, codes[slots, :, place])

@@ -1,12 +1,11 @@
 """The default index on a device: a few bits for every dimension of every key, for a batch."""
 
-from typing import get_args
-
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
 from retrieval.axes import groups
+from retrieval.device.accepted import accepted
 from retrieval.device.codes import DeviceCodes
 from retrieval.index import KeySpace, KVIndex
 from retrieval.kernels.encode import encode
@@ -72,16 +71,11 @@ class DeviceScalar:
         Raises:
             ValueError: if it is another index, not final, of another shape, or too long.
         """
-        if not isinstance(index, ScalarIndex):
-            raise ValueError(f"need a ScalarIndex, got {type(index).__name__}")
-        state = index.state()
-        if "keys" in state:
-            raise ValueError("the index is not final: finalize it before it is adopted")
+        state = accepted(index, ScalarIndex, self.key_space, self._codes.capacity)
         heads, dim = self._axes.mean.shape[1:]
-        bits, _, space = state["settings"].tolist()
-        got = (len(state["mean"]), state["mean"].shape[2], bits, get_args(KeySpace)[space])
-        if got != (want := (heads, dim, self._bits, self.key_space)):
-            raise ValueError(f"need (KV heads, head_dim, bits, key space) {want}, got {got}")
+        got = (len(state["mean"]), state["mean"].shape[2], int(state["settings"][0]))
+        if got != (want := (heads, dim, self._bits)):
+            raise ValueError(f"need (KV heads, head_dim, bits) {want}, got {got}")
         self._codes.check(state)
         self._codes.adopt(slot, state)
         _set(self._axes, slot, index)

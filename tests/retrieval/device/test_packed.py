@@ -5,7 +5,7 @@ import torch
 
 from retrieval.codebook import Codebook
 from retrieval.device.index import DeviceIndex
-from retrieval.device.pq4 import DevicePQ4
+from retrieval.device.pq import DevicePQ4
 from retrieval.device.scalar import DeviceScalar
 from retrieval.exact import Exact
 from retrieval.kernels.scores import lse
@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_refused():
     device = device_of([scalar_index(2, 64, 30)], capacity=100)
     with pytest.raises(ValueError, match="ScalarIndex, got Exact"):
         device.adopt(0, Exact(2, 64))
-    with pytest.raises(ValueError, match="final"):
+    with pytest.raises(ValueError, match="finalize"):
         device.adopt(0, ScalarIndex(2, 64))
     for other in (
         scalar_index(1, 64, 30),
@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match=r"need \(KV heads"):
             device.adopt(0, other)
-    with pytest.raises(ValueError, match="room for 100 tokens"):
+    with pytest.raises(ValueError, match="fit slots of 100 tokens"):
         device.adopt(0, scalar_index(2, 64, 101))
     with pytest.raises(ValueError, match="bfloat16"):
         device.append(torch.zeros(2, 2, 64).bfloat16(), torch.zeros(2, dtype=torch.int32))
@@ -187,17 +187,17 @@ def test_what_does_not_fit_is_refused():
 
 def test_product_quantization_that_does_not_fit_is_refused():
     device = device_of([pq_index(2, 64, 30)], capacity=100)
-    with pytest.raises(ValueError, match="PQIndex, got ScalarIndex"):
+    with pytest.raises(ValueError, match="PQIndex, got a ScalarIndex"):
         device.adopt(0, scalar_index(2, 64, 30))
-    with pytest.raises(ValueError, match="4 bits that is final"):
+    with pytest.raises(ValueError, match="finalize"):
         device.adopt(0, PQIndex(2, 64, bits=4))
     with pytest.raises(ValueError, match="KV heads"):
         device.adopt(0, pq_index(1, 64, 30))
     with pytest.raises(ValueError, match="codes a token"):
         device.adopt(0, pq_index(2, 64, 30, subspaces=8))
-    with pytest.raises(ValueError, match="room for 100 tokens"):
+    with pytest.raises(ValueError, match="fit slots of 100 tokens"):
         device.adopt(0, pq_index(2, 64, 101))
-    with pytest.raises(ValueError, match="need keys unrotated"):
+    with pytest.raises(ValueError, match="need an index of unrotated keys"):
         DevicePQ4(1, 2, 64, 100, key_space="unrotated").adopt(0, pq_index(2, 64, 30))
     with pytest.raises(ValueError, match="bfloat16"):
         device.append(torch.zeros(2, 2, 64).bfloat16(), torch.zeros(2, dtype=torch.int32))

@@ -1,15 +1,16 @@
-"""Indexes of codebooks for a batch: vector quantization, and product quantization of 8 bits."""
+"""Vector quantization for a batch: one code a token, and keys that are kept where it misleads."""
 
 import torch
 from jaxtyping import Float, Int32, Int64, Shaped
 from torch import Tensor
 
 from retrieval.codebook import Codebook
+from retrieval.device.accepted import accepted
 from retrieval.device.codebook import DeviceBooks
-from retrieval.index import KeySpace, KVIndex, State
+from retrieval.device.codes import put_codes
+from retrieval.index import KeySpace, KVIndex
 from retrieval.kernels.score_lookup import score_lookup
 from retrieval.kernels.scores import Scores
-from retrieval.pq import PQIndex
 from retrieval.vq import VQIndex
 
 
@@ -59,13 +60,11 @@ class DeviceVQ:
         code = torch.uint8 if entries <= 256 else torch.int16
         self._codes = torch.zeros((*heads, capacity, 1), dtype=code, device=device)
         self._kept = torch.zeros((*heads, exact_tokens, head_dim), dtype=dtype, device=device)
-        self._slot = torch.arange(slots, device=device)
 
     @property
     def nbytes(self) -> int:
         """Of all tensors, whether slots are free or not."""
-        held = (self._codes, self._kept, self._slot)
-        return self._books.nbytes + sum(x.nbytes for x in held)
+        return self._books.nbytes + self._codes.nbytes + self._kept.nbytes
 
     @property
     def outliers(self) -> None:
@@ -78,10 +77,7 @@ class DeviceVQ:
         Raises:
             ValueError: if it is of another kind, shape or dtype, not final, or too large.
         """
-        if not isinstance(index, VQIndex):
-            raise ValueError(f"need a VQIndex, got a {type(index).__name__}")
-        state = index.state()
-        _accept(index, state, self.key_space, self.capacity)
+        state = accepted(index, VQIndex, self.key_space, self.capacity)
         tokens, keys = state["exact"], state["exact_keys"]
         most = self._kept.shape[2]
         if tokens.shape[1] > most or keys.dtype != self._kept.dtype:
@@ -102,7 +98,7 @@ class DeviceVQ:
 
     def append(self, keys: Float[Tensor, "B Hk D"], positions: Int32[Tensor, " B"]) -> None:
         """A key of each slot, of the token number `positions[b]`; nothing where it is negative."""
-        _put(self._codes, self._narrow(self._books.encode(keys)), self._slot, positions)
+        put_codes(self._codes, self._narrow(self._books.encode(keys)), positions)
 
     def score(
         self, query: Float[Tensor, "B Hq D"], lengths: Int32[Tensor, " B"], scale: float
@@ -119,98 +115,3 @@ class DeviceVQ:
         if self._codes.dtype == torch.int16:
             codes = ((codes + 0x8000) & 0xFFFF) - 0x8000
         return codes.to(self._codes.dtype)
-
-
-class DevicePQ8:
-    """A `DeviceIndex` of `PQIndex` with 8 bits.
-
-        codes [B, Hk, T, M]
-
-    Args:
-        slots: B.
-        capacity: of a slot, in tokens.
-        subspaces: M.
-    Raises:
-        ValueError: if sub-spaces do not divide the dimensions.
-    """
-
-    unit_tokens = 1
-
-    def __init__(
-        self,
-        slots: int,
-        num_kv_heads: int,
-        head_dim: int,
-        capacity: int,
-        device: torch.device | str = "cpu",
-        *,
-        key_space: KeySpace = "rotated",
-        subspaces: int = 16,
-    ) -> None:
-        self.key_space, self.capacity = key_space, capacity
-        self._books = DeviceBooks(slots, num_kv_heads, head_dim, subspaces, 256, device)
-        shape = (slots, num_kv_heads, capacity, subspaces)
-        self._codes = torch.zeros(shape, dtype=torch.uint8, device=device)
-        self._slot = torch.arange(slots, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        """Of all tensors, whether slots are free or not."""
-        return self._books.nbytes + self._codes.nbytes + self._slot.nbytes
-
-    @property
-    def outliers(self) -> None:
-        """None."""
-        return
-
-    def adopt(self, slot: int, index: KVIndex) -> None:
-        """Copy the finalized index of one request into a slot.
-
-        Raises:
-            ValueError: if it is of another kind or shape, not final, or too large.
-        """
-        if not isinstance(index, PQIndex):
-            raise ValueError(f"need a PQIndex, got a {type(index).__name__}")
-        state = index.state()
-        _accept(index, state, self.key_space, self.capacity)
-        if (bits := int(state["settings"][1])) != 8:
-            raise ValueError(f"need codes of 8 bits, got {bits}")
-        self._books.adopt(slot, Codebook.from_state(state))
-        self._codes[slot, :, : index.length] = state["codes"]
-
-    def clear(self, slot: int) -> None:
-        """The slot is free; what it held stays until another request comes."""
-
-    def append(self, keys: Float[Tensor, "B Hk D"], positions: Int32[Tensor, " B"]) -> None:
-        """A key of each slot, of the token number `positions[b]`; nothing where it is negative."""
-        _put(self._codes, self._books.encode(keys).to(torch.uint8), self._slot, positions)
-
-    def score(
-        self, query: Float[Tensor, "B Hq D"], lengths: Int32[Tensor, " B"], scale: float
-    ) -> Scores:
-        """What `score` of each request's own index says."""
-        return score_lookup(self._codes, self._books.table(query.float()), lengths, scale)
-
-
-def _accept(index: KVIndex, state: State, key_space: KeySpace, capacity: int) -> None:
-    """ValueError for an index that is not final, of other keys, or too large."""
-    if "keys" in state:
-        raise ValueError("the index still holds its keys: finalize it first")
-    if index.spec.key_space != key_space:
-        raise ValueError(f"need an index of {key_space} keys, got {index.spec.key_space} ones")
-    if index.length > capacity:
-        raise ValueError(
-            f"{index.length} tokens do not fit slots of {capacity} tokens: raise capacity"
-        )
-
-
-def _put(
-    codes: Shaped[Tensor, "B Hk T M"],
-    fresh: Shaped[Tensor, "B Hk M"],
-    slot: Int64[Tensor, " B"],
-    positions: Int32[Tensor, " B"],
-) -> None:
-    """Codes of one token of each slot into their place, where there is one."""
-    place = positions.clamp(min=0).long()
-    there = (positions >= 0)[:, None, None]
-    codes[slot, :, place] = fresh.where(there, codes[slot, :, place])

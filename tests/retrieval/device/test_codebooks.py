@@ -6,7 +6,8 @@ import torch
 from native.gpu import interpreted
 from retrieval.device.codebook import DeviceBooks
 from retrieval.device.index import DeviceIndex
-from retrieval.device.lookup import DevicePQ8, DeviceVQ
+from retrieval.device.pq import DevicePQ8
+from retrieval.device.vq import DeviceVQ
 from retrieval.exact import Exact
 from retrieval.kernels.score_lookup import score_lookup_triton
 from retrieval.pq import PQIndex
@@ -71,7 +72,8 @@ def test_every_slot_scores_as_its_own_index_after_adoption_and_after_appends(
 @pytest.mark.skipif(not interpreted(), reason="kernels run on a CPU interpreted only")
 @pytest.mark.parametrize(("name", "centroids"), [("vq", 32), ("vq", 300), ("pq", 32)])
 def test_the_kernel_scores_as_each_index(name, centroids, monkeypatch):
-    monkeypatch.setattr("retrieval.device.lookup.score_lookup", score_lookup_triton)
+    for module in ("pq", "vq"):
+        monkeypatch.setattr(f"retrieval.device.{module}.score_lookup", score_lookup_triton)
     device = make_device(name, 1, 64, capacity=131, centroids=centroids)
     made = {s: make_keys(1, n, 64, seed=s) for s, n in [(0, 99), (3, 131)]}
     indexes = {s: make_index(name, x, x.shape[1]) for s, x in made.items()}

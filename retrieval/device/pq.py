@@ -1,19 +1,22 @@
-"""Product quantization with 4 bits on a device, for a batch: tables in torch, codes by a kernel."""
+"""Product quantization for a batch: a slot has a codebook and a metric of its own."""
 
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
+from retrieval.codebook import Codebook
+from retrieval.device.accepted import accepted
 from retrieval.device.codebook import DeviceBooks
-from retrieval.device.codes import DeviceCodes
+from retrieval.device.codes import DeviceCodes, put_codes
 from retrieval.index import KeySpace, KVIndex
 from retrieval.kernels.encode import put
 from retrieval.kernels.score_codes import score_codes
+from retrieval.kernels.score_lookup import score_lookup
 from retrieval.kernels.scores import Scores
 from retrieval.kernels.tables import rounded
 from retrieval.pq import PQIndex
 
-CENTROIDS = 16
+CENTROIDS = 16  # of 4 bits
 
 
 class DevicePQ4:
@@ -66,20 +69,12 @@ class DevicePQ4:
         Raises:
             ValueError: if it is another index, not final, of another shape, or too long.
         """
-        if not isinstance(index, PQIndex):
-            raise ValueError(f"need a PQIndex, got {type(index).__name__}")
-        state = index.state()
-        if "keys" in state or "packed" not in state:
-            raise ValueError("need a PQIndex of 4 bits that is final: finalize comes before adopt")
-        if index.spec.key_space != self.key_space:
-            raise ValueError(f"need keys {self.key_space}, got {index.spec.key_space}")
-        assert index.codebook is not None
-        heads, dim = index.codebook.metric.mean.shape
-        if (heads, dim) != (want := tuple(self._books.mean.shape[1:])):
-            raise ValueError(f"need (KV heads, head_dim) {want}, got {(heads, dim)}")
+        state = accepted(index, PQIndex, self.key_space, self._codes.capacity)
+        if "packed" not in state:
+            raise ValueError(f"need codes of 4 bits, got {int(state['settings'][1])}")
         self._codes.check(state)
+        self._books.adopt(slot, Codebook.from_state(state))
         self._codes.adopt(slot, state)
-        self._books.adopt(slot, index.codebook)
 
     def clear(self, slot: int) -> None:
         """Nothing: codes behind a length are not read, and `adopt` replaces all else."""
@@ -101,3 +96,70 @@ class DevicePQ4:
         """q · coded key of tokens [0, lengths[b])."""
         tables = rounded(self._books.table(query.float()), self._books.mean.shape[1])
         return score_codes(self._codes.packed, None, tables, lengths, scale)
+
+
+class DevicePQ8:
+    """A `DeviceIndex` of `PQIndex` with 8 bits.
+
+        codes [B, Hk, T, M]
+
+    Args:
+        slots: B.
+        capacity: of a slot, in tokens.
+        subspaces: M.
+    Raises:
+        ValueError: if sub-spaces do not divide the dimensions.
+    """
+
+    unit_tokens = 1
+
+    def __init__(
+        self,
+        slots: int,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        device: torch.device | str = "cpu",
+        *,
+        key_space: KeySpace = "rotated",
+        subspaces: int = 16,
+    ) -> None:
+        self.key_space, self.capacity = key_space, capacity
+        self._books = DeviceBooks(slots, num_kv_heads, head_dim, subspaces, 256, device)
+        shape = (slots, num_kv_heads, capacity, subspaces)
+        self._codes = torch.zeros(shape, dtype=torch.uint8, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors, whether slots are free or not."""
+        return self._books.nbytes + self._codes.nbytes
+
+    @property
+    def outliers(self) -> None:
+        """None."""
+        return
+
+    def adopt(self, slot: int, index: KVIndex) -> None:
+        """Copy the finalized index of one request into a slot.
+
+        Raises:
+            ValueError: if it is of another kind or shape, not final, or too large.
+        """
+        state = accepted(index, PQIndex, self.key_space, self.capacity)
+        if (bits := int(state["settings"][1])) != 8:
+            raise ValueError(f"need codes of 8 bits, got {bits}")
+        self._books.adopt(slot, Codebook.from_state(state))
+        self._codes[slot, :, : index.length] = state["codes"]
+
+    def clear(self, slot: int) -> None:
+        """The slot is free; what it held stays until another request comes."""
+
+    def append(self, keys: Float[Tensor, "B Hk D"], positions: Int32[Tensor, " B"]) -> None:
+        """A key of each slot, of the token number `positions[b]`; nothing where it is negative."""
+        put_codes(self._codes, self._books.encode(keys).to(torch.uint8), positions)
+
+    def score(
+        self, query: Float[Tensor, "B Hq D"], lengths: Int32[Tensor, " B"], scale: float
+    ) -> Scores:
+        """What `score` of each request's own index says."""
+        return score_lookup(self._codes, self._books.table(query.float()), lengths, scale)
