@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from engine.kernels import attend_past
 from engine.kernels.attend_token import Partial, attend_token_native, serves
 from engine.model.pieces import AttentionSpec
 from retrieval.capped import capped
@@ -25,8 +26,12 @@ def attend_chunk(
     """Attention of the last N of S tokens, each seeing itself and its past.
 
     `q` and `k` are rotated. Memory beyond inputs and output is bounded: queries are taken in
-    runs whose mask (or, with a softcap, whose scores) stay below `MASK_ELEMENTS`.
+    runs whose mask (or, with a softcap, whose scores) stay below `MASK_ELEMENTS`, where no kernel
+    goes without.
     """
+    if attend_past.serves(q, k, v):
+        positions = torch.arange(k.shape[1] - q.shape[1], k.shape[1])
+        return attend_past.attend_past_native(q, k, v, positions, spec)
     if q.is_cuda and spec.softcap is None and spec.window is None and q.dtype in FUSED:
         return attend_chunk_fused(q, k, v, spec)
     n, s = q.shape[1], k.shape[1]

@@ -50,6 +50,13 @@ def function(source: Path, name: str, arguments: Sequence[Any]) -> Callable[...,
     return found
 
 
+def value(source: Path, name: str) -> int:
+    """What a function of the compiled `source` that takes nothing says of this machine."""
+    code = library(source)
+    assert code is not None, f"{source.stem} was asked where it is not compiled"
+    return int(getattr(code, name)())
+
+
 def _loaded(compiled: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(compiled))

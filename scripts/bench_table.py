@@ -55,6 +55,27 @@ def decode(record: dict[str, Any]) -> str:
     return "\n".join([about, "", *rows, "", *ratios])
 
 
+def prefill(record: dict[str, Any]) -> str:
+    """Seconds of every contender at every length."""
+    rows = ["| tokens | contender | s, median | s, p90 | tokens/s |", "|" + " --- |" * 5]
+    for length, at in record["lengths"].items():
+        for name, x in at["contenders"].items():
+            mark = " (best of theirs)" if name == at["best"] else ""
+            speed = f"{int(length) / x['median_s']:.0f}"
+            numbers = f"{x['median_s']:.2f} | {x['p90_s']:.2f} | {speed}"
+            rows.append(f"| {length} | {name}{mark} | {numbers} |")
+    ratios = [
+        f"- {length} tokens: **{at['speedup']:.2f} ×** as fast as the best of theirs"
+        for length, at in record["lengths"].items()
+    ]
+    about = (
+        "A prompt read into a new cache, against `transformers` with SDPA: at once, and in chunks "
+        f"of {record['chunk']} tokens\nas here; {record['parameters'] / 1e6:.0f} M parameters, as "
+        "in the table above, bf16. `scripts/bench_prefill.py`"
+    )
+    return "\n".join([about, "", *rows, "", *ratios])
+
+
 STORE_SUMMARY = (
     "hot_get_gbps", "hot_get_vs_pread", "cold_get_vs_odirect", "cold_get_vs_pread",
     "cold_inline_vs_odirect", "put_vs_files", "put_vs_inline",
@@ -357,6 +378,7 @@ def remote(record: dict[str, Any]) -> str:
 
 PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode": decode,
+    "prefill": prefill,
     "store": store,
     "remote": remote,
     "store_lmcache": store_bench.beside_lmcache,

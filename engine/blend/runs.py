@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.attention import MASK_ELEMENTS, grouped
+from engine.kernels import attend_past
 from engine.model.pieces import AttentionSpec
 from native.gpu import on_gpu
 
@@ -31,8 +32,8 @@ class Runs:
 
     Bottom-right causal masks, as kernels for contiguous chunks have them, would let scattered
     tokens see their future; here a query at position p sees keys 0 to p, whoever its neighbours
-    are. Memory for masks is bounded: those of long prompts are made when they are needed. On a GPU
-    there are none: a kernel compares positions.
+    are. Memory for masks is bounded: those of long prompts are made when they are needed. On a GPU,
+    and on a CPU with products in bf16, there are none: a kernel compares positions.
     """
 
     def __init__(self, positions: Int[Tensor, " n"], dtype: torch.dtype) -> None:
@@ -53,6 +54,8 @@ class Runs:
             from engine.kernels.attend_runs import attend_runs  # needs triton: not where no GPU is
 
             return attend_runs(q, k, v, self.positions, spec.scale, spec.softcap, spec.window)
+        if attend_past.serves(q, k, v):
+            return attend_past.attend_past_native(q, k, v, self.positions, spec)
         parts = [
             _attend(q[:, g.lo : g.hi], k[:, g.first : g.stop], v[:, g.first : g.stop], spec, g.mask)
             for g in self._groups(spec.window)
