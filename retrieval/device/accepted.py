@@ -10,7 +10,7 @@ def accepted(index: KVIndex, kind: type, key_space: KeySpace, capacity: int) -> 
         ValueError: if it is not of this kind, not final, of other keys, or too long.
     """
     if not isinstance(index, kind):
-        raise ValueError(f"need a {kind.__name__}, got a {type(index).__name__}")
+        raise ValueError(f"need {kind.__name__}, got {type(index).__name__}")
     state = index.state()
     if "keys" in state:
         raise ValueError("the index still holds its keys: finalize it first")

@@ -7,7 +7,7 @@ from torch import Tensor
 from retrieval.axes import groups
 from retrieval.device.accepted import accepted
 from retrieval.device.codes import DeviceCodes
-from retrieval.index import KeySpace, KVIndex
+from retrieval.index import KeySpace, KVIndex, State
 from retrieval.kernels.encode import encode
 from retrieval.kernels.score_codes import score_codes
 from retrieval.kernels.scores import Scores
@@ -78,7 +78,7 @@ class DeviceScalar:
             raise ValueError(f"need (KV heads, head_dim, bits) {want}, got {got}")
         self._codes.check(state)
         self._codes.adopt(slot, state)
-        _set(self._axes, slot, index)
+        _set(self._axes, slot, state)
 
     def clear(self, slot: int) -> None:
         """Nothing: codes behind a length are not read, and `adopt` replaces all else."""
@@ -122,9 +122,8 @@ def _unset(
     )
 
 
-def _set(axes: Coordinates, slot: int, index: ScalarIndex) -> None:
+def _set(axes: Coordinates, slot: int, state: State) -> None:
     """Write what a request's keys are rounded in into its slot."""
-    state = index.state()
     four, two, one = state["sizes"].tolist()
     spans = groups((four, two, one))
     first = [torch.arange(start, stop, 4 // bits) for start, stop, bits in spans]

@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_refused(name):
     with pytest.raises(ValueError, match="KV heads"):
         device.adopt(0, make_index(name, keys[:1, :9], 9))
     other = make_index("pq" if name == "vq" else "vq", keys[:, :9], 9)
-    with pytest.raises(ValueError, match=f"need a {'VQIndex' if name == 'vq' else 'PQIndex'}"):
+    with pytest.raises(ValueError, match=f"need {'VQIndex' if name == 'vq' else 'PQIndex'}"):
         device.adopt(0, other)
     waiting = VQIndex(2, 64) if name == "vq" else PQIndex(2, 64)
     with pytest.raises(ValueError, match="finalize"):
