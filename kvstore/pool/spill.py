@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,21 +144,29 @@ def _claim(path: Path, owner: Spill) -> tuple[Path, Callable[[], object]]:
 
 
 def _sweep(path: Path) -> None:
-    """Remove the folders whose owner's lock went with its process."""
-    for file in path.glob(f"{PREFIX}*/owner"):
-        if file.lstat().st_uid != os.getuid() or not MADE.issuperset(os.listdir(file.parent)):
-            continue
-        with file.open() as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # it lives
-            shutil.rmtree(file.parent)
+    """Remove the folders whose owner's lock went with its process; others may be doing so, too."""
+    for folder in path.glob(f"{PREFIX}*"):
+        with suppress(FileNotFoundError, NotADirectoryError):  # it goes just now, or is a file
+            if folder.lstat().st_uid == os.getuid() and MADE.issuperset(os.listdir(folder)):
+                _remove_abandoned(folder)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """One without an owner's file lost it while it was removed."""
+    if not (folder / "owner").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    with (folder / "owner").open() as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # it lives
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove(folder: Path, handle: int, pid: int) -> None:
     if os.getpid() == pid:  # a forked child's exit leaves it alone
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # something may have cleaned up already
         os.close(handle)
 
 

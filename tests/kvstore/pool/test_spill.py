@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -140,6 +141,40 @@ os._exit(1)
                 assert ours.folder.is_dir()
     assert (tmp_path / "spill-of-a-user" / "precious.doc").is_file()
     assert (tmp_path / ".headrace-spill-copied" / "precious.doc").is_file()
+
+
+def test_threads_open_and_close_their_own_below_one_path(tmp_path):
+    wrong = []
+
+    def work():
+        for _ in range(40):
+            try:
+                Spill(tmp_path, 1 << 20).close()
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert os.listdir(tmp_path) == ["spill.lock"]
+
+
+def test_a_folder_that_something_has_cleaned_up_is_closed_all_the_same(tmp_path):
+    spill, before = Spill(tmp_path, 1 << 20), len(os.listdir("/proc/self/fd"))
+    shutil.rmtree(spill.folder)
+    spill.close()
+    assert len(os.listdir("/proc/self/fd")) < before
+
+
+def test_what_was_killed_while_it_removed_its_folder_is_removed(tmp_path):
+    half = tmp_path / ".headrace-spill-half"
+    half.mkdir()
+    (half / "data.mdb").touch()
+    with closing(Spill(tmp_path, 1 << 20)):
+        assert not half.exists()
 
 
 def test_a_process_that_ends_leaves_nothing_even_if_it_forked_and_closed_nothing(tmp_path):
