@@ -127,7 +127,9 @@ def _copy(source: BinaryIO, target: BinaryIO, extent: Extent) -> None:
 def _nobody_else(path: Path) -> Iterator[None]:
     """Hold LMDB's lock as who opens a store first does; the next waits until that is given up."""
     _opened(path, readonly=True).close()  # not if it is open here: closing `lock` gave up its lock
-    with (path / "lock.mdb").open("a+b") as lock:  # a copied store may have none
+    if not (path / "lock.mdb").exists():  # of a copied store; made as who waits for it expects
+        lmdb.open(str(path), map_size=MAP_BYTES, max_dbs=2, mode=0o600).close()
+    with (path / "lock.mdb").open("a+b") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
         except (BlockingIOError, PermissionError):

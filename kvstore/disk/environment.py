@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 UNFINISHED = ".headrace-unfinished-"  # prefix of folders in which a data file is made
 MADE = {DATA_FILE, "lock.mdb"}  # there, at most
 FORMAT = b"headrace store 4"
+FIRST_COMMITS = 3  # a compacted store begins with 3: who waited for it counts on from here
 VALUES = b"values"  # in the table of numbers: the name of the file
 _log = logging.getLogger(__name__)
 
@@ -135,11 +136,15 @@ def _create(path: Path) -> None:
             return  # another process was faster
         values = new_values(path)
         sync_folder(path)  # there before it is named
-        with _open(Path(made)) as env, env.begin(write=True) as txn:
-            env.open_db(b"entries", txn)
-            info = env.open_db(b"info", txn)
-            for name, value in ((b"format", FORMAT), (VALUES, values.name.encode()), empty()):
-                txn.put(name, value, db=info)
+        with _open(Path(made)) as env:
+            for _ in range(FIRST_COMMITS):
+                with env.begin(write=True) as txn:
+                    env.open_db(b"entries", txn)
+                    info = env.open_db(b"info", txn)
+                    for name, value in (
+                        (b"format", FORMAT), (VALUES, values.name.encode()), empty(),
+                    ):  # fmt: skip
+                        txn.put(name, value, db=info)
         os.link(Path(made) / DATA_FILE, path / DATA_FILE)
     sync_folder(path)
 
@@ -196,13 +201,15 @@ def _prepare(path: Path, env: lmdb.Environment, guard: Guard) -> Environment:
     env.reader_check()  # frees the slots of readers that died
     mend_length(env, path)
     verify_after_boot(env, path)
-    values = _values(path / checked_format(path, env))
-    _clean(path, values.path.name)
-    books, info = (env.open_db(table, create=False) for table in (b"entries", b"info"))
-    tables = DataFile(path / DATA_FILE, env.stat()["psize"])
-    around = Guard(values.path, (values.map_start, values.map_end))
-    mapped_at = around.start if around.guards else 0
-    ways = Ways(values, mapped_at, around.end - around.start)
+    with ExitStack() as opened:
+        values = opened.enter_context(closing(_values(path / checked_format(path, env))))
+        _clean(path, values.path.name)
+        books, info = (env.open_db(table, create=False) for table in (b"entries", b"info"))
+        tables = opened.enter_context(closing(DataFile(path / DATA_FILE, env.stat()["psize"])))
+        around = Guard(values.path, (values.map_start, values.map_end))
+        mapped_at = around.start if around.guards else 0
+        ways = Ways(values, mapped_at, around.end - around.start)
+        opened.pop_all()
     return Environment(path, env, books, info, os.getpid(), tables, guard, values, around, ways)
 
 

@@ -139,8 +139,8 @@ class DiskTier:
         try:
             with self.access.reading() as txn:
                 there: dict[bytes, bool] = {}
-                for key in keys:  # what rests on a damaged block goes with it
-                    there[key.digest] = there.get(key.parent or b"", True) and self._has(txn, key)
+                for key in keys:  # what rests on a damaged block goes with it, and is looked at
+                    there[key.digest] = self._has(txn, key) and there.get(key.parent or b"", True)
                 return [there[key.digest] for key in keys]
         except CorruptRecord as error:
             if str(error) != self._trouble:

@@ -340,6 +340,33 @@ def test_who_opens_the_store_meanwhile_waits_and_finds_it_whole(path, monkeypatc
     assert os.waitpid(waiting[0], 0)[1] == 0
 
 
+def put_some(path):
+    """As check_whole, where nothing was."""
+    with TieredStore([opened(path)]) as store:
+        store.put(items(keys(1), MODEL))
+        store.flush()
+
+
+@pytest.mark.parametrize("lock", ["its own", "none: it was copied"])
+def test_what_is_put_into_an_empty_store_after_waiting_for_it_is_there(tmp_path, monkeypatch, lock):
+    path, waiting, say_again = tmp_path / "store", [], module._say_again
+    opened(path).close()
+    if lock != "its own":
+        (path / "lock.mdb").unlink()
+
+    def said(env):
+        say_again(env)
+        waiting.append(forked(put_some, path))
+        wait_until_locked_out(*waiting)
+
+    monkeypatch.setattr(module, "_say_again", said)
+    compact(path)
+    assert os.waitpid(waiting[0], 0)[1] == 0
+    with TieredStore([opened(path)]) as store:
+        assert store.lookup(keys(1)) == 8
+        assert store.audit().clean
+
+
 def test_damaged_tables_are_not_compacted(path):
     data = bytearray((path / "data.mdb").read_bytes())
     data[8 * 4096 :] = bytes(len(data) - 8 * 4096)

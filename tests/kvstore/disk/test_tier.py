@@ -327,3 +327,17 @@ def test_two_processes_see_each_others_blocks_and_share_one_budget(path, peer):
         store.flush()
         report = store.audit()
         assert report.clean, report.problems
+
+
+def test_a_chain_of_two_damaged_entries_is_stored_again_and_no_other_waits(tier):
+    other = chain(range(500, 508))
+    tier.put(items(KEYS[:6]))
+    with tier.access.changing() as txn:
+        for key in KEYS[2:4]:
+            stored = bytearray(txn.get(key.digest, db=tier.access.env.entries))
+            stored[50] ^= 1
+            txn.put(key.digest, bytes(stored), db=tier.access.env.entries)
+    assert tier.held(KEYS[:6]) == [True, True, False, False, False, False]
+    tier.put(items(KEYS[:6]) + items(other))
+    assert tier.held(KEYS[:6] + other) == [True] * 8
+    assert all(right(tier.get(key), key) for key in KEYS[:6] + other)
