@@ -7,6 +7,7 @@ import msgspec
 from kvstore.errors import StoreError
 from kvstore.remote.address import parse_url
 
+LONGEST_S = 86_400  # a day
 SECRET_BYTES = 16  # at least: whoever guesses the secret can plant KV
 
 
@@ -27,7 +28,7 @@ class RemoteConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         queue_bytes: of blocks that wait to be sent; what does not fit is not sent.
         ca_file: certificates to trust with rediss://, in PEM; None for the system's.
     Raises:
-        ValueError: for a URL of another form, or a number that is not positive.
+        ValueError: for a URL of another form, or a number that is not positive, or absurd.
     """
 
     url: str
@@ -45,6 +46,11 @@ class RemoteConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name in ("ttl_s", "timeout_s", "connect_timeout_s", "retry_s", "queue_bytes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"remote.{name} must be positive, got {getattr(self, name)}")
+        for name in ("timeout_s", "connect_timeout_s", "retry_s"):
+            if not getattr(self, name) <= LONGEST_S:
+                raise ValueError(
+                    f"remote.{name} must be at most {LONGEST_S} seconds, got {getattr(self, name)}"
+                )
         if set("{}\r\n") & set(self.namespace):  # braces say which part of a name a cluster hashes
             raise ValueError(f"remote.namespace must be without braces, got {self.namespace!r}")
 
@@ -54,7 +60,7 @@ class RemoteConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def secret(self) -> bytes:
         """The shared secret. Raises StoreError if there is none worth the name."""
-        secret = os.environ.get(self.secret_env, "").encode()
+        secret = os.fsencode(os.environ.get(self.secret_env, ""))
         if len(secret) < SECRET_BYTES:
             raise StoreError(
                 f"a shared tier needs a secret of at least {SECRET_BYTES} bytes in the environment "

@@ -4,6 +4,7 @@ import socket
 import ssl
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def resolved(address: Address) -> list[Place]:
         return [(socket.AF_UNIX, address.host)]
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a name may be none
         raise Unreachable(f"no address for {address.host}: {error}") from error
     return [(family, place) for family, _, _, _, place in found]
 
@@ -41,16 +42,25 @@ def connected(
     """A connection to the first place that takes it, logged in. Raises Unreachable."""
     deadline = time.monotonic() + timeout_s
     error: Unreachable = Unreachable(f"no address for {address.host}")
-    for family, place in places:
-        sock = socket.socket(family, socket.SOCK_STREAM)
+    for left, (family, place) in zip(range(len(places), 0, -1), places, strict=True):
+        now = time.monotonic()
+        until = now + (deadline - now) / left  # one that swallows packets leaves the others some
         try:
-            return _opened(sock, place, address, tls, deadline)
-        except BaseException as problem:
-            sock.close()
-            if not isinstance(problem, Unreachable):
-                raise
+            with ExitStack() as opened:
+                sock = opened.enter_context(_socket(family))
+                wire = _opened(sock, place, address, tls, until)
+                opened.pop_all()
+            return wire
+        except Unreachable as problem:
             error = problem
     raise error
+
+
+def _socket(family: socket.AddressFamily) -> socket.socket:
+    try:
+        return socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:  # no more files may be open, for one
+        raise Unreachable(f"no connection: {error}") from error
 
 
 def _opened(

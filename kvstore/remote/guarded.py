@@ -55,6 +55,9 @@ class Guarded:
             self.backend.exists_many([self._name])
         except Unreachable as error:
             self.breaker.failed(error)
+        except Exception as error:  # whatever it is, the next probe comes after a pause
+            self.breaker.failed(Unreachable(f"{type(error).__name__}: {error}"))
+            raise
         else:
             self.breaker.recovered()
 

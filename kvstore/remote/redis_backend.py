@@ -33,7 +33,8 @@ class RedisBackend:
         self._ttl = str(config.ttl_s).encode()
         self._places: list[Place] = []
         self._idle: list[Wire] = []  # the one used last is the last
-        self._lock = threading.Lock()
+        self._closed = False
+        self._lock = threading.Lock()  # guards both
         self._pid = os.getpid()
         self._refusals: set[str] = set()  # logged
 
@@ -68,7 +69,7 @@ class RedisBackend:
 
     def close(self) -> None:
         with self._lock:
-            idle, self._idle = self._idle, []
+            idle, self._idle, self._closed = self._idle, [], True
         for wire in idle:
             wire.close()
 
@@ -83,7 +84,7 @@ class RedisBackend:
             wire.close()
             raise
         with self._lock:
-            if len(self._idle) < IDLE:
+            if len(self._idle) < IDLE and not self._closed:
                 self._idle.append(wire)
                 return answer
         wire.close()

@@ -1,9 +1,12 @@
 """Settings are checked when they are made, and complaints name the setting."""
 
+import os
+
 import msgspec
 import pytest
 
 from kvstore.config import StoreConfig
+from kvstore.remote.config import RemoteConfig
 
 
 @pytest.mark.parametrize(
@@ -35,3 +38,15 @@ def test_an_unknown_setting_is_refused():
 def test_either_tier_may_be_left_out():
     assert StoreConfig().disk_path is None
     assert StoreConfig(host_bytes=0, disk_path="store").host_bytes == 0
+
+
+@pytest.mark.parametrize("name", ["timeout_s", "connect_timeout_s", "retry_s"])
+@pytest.mark.parametrize("seconds", [0.0, -1.0, 1e11, float("inf"), float("nan")])
+def test_times_of_a_shared_tier_are_of_this_world(name, seconds):
+    with pytest.raises(ValueError, match=f"remote.{name} must be"):
+        RemoteConfig(url="redis://here", **{name: seconds})
+
+
+def test_a_secret_may_be_any_bytes(monkeypatch):
+    monkeypatch.setenv("HEADRACE_REMOTE_SECRET", os.fsdecode(b"\xff\xfe" * 20))
+    assert RemoteConfig(url="redis://here").secret() == b"\xff\xfe" * 20

@@ -1,13 +1,19 @@
 """A server that is gone, hung, emptied or lying costs a miss: no wrong KV, no stall, no memory."""
 
+import errno
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from kvstore.errors import TimedOut
+from kvstore.remote import connection
+from kvstore.remote.address import Address
 from kvstore.remote.config import RemoteConfig
 from kvstore.remote.tier import RemoteTier
+from kvstore.remote.wire import Wire
 from kvstore.store import TieredStore
 from kvstore.tier import HostTier
 from tests.kvstore.make import chain, content, identity, items, right
@@ -236,3 +242,67 @@ def test_a_password_is_needed_and_shown_nowhere(folder, caplog):
         assert "wrong-one" not in caplog.text
     finally:
         server.kill()
+
+
+@pytest.mark.parametrize("host", ["cache..internal", "x" * 70 + ".internal"])
+def test_a_host_that_is_no_name_is_tried_after_pauses(host, caplog):
+    with opened(impatient(f"redis://{host}")) as store:
+        time.sleep(0.5)
+        assert store.lookup(KEYS) == 0
+        assert 1 <= store.stats().remote.failures <= 30  # a pause is 25 ms at least
+        assert "no address" in caplog.text
+        assert "Traceback" not in caplog.text
+
+
+def test_no_file_for_a_connection_is_a_miss(own_server, monkeypatch):
+    with opened(own_server.config(retry_s=0.05)) as store:
+        assert answers(store)
+        store._remote._guarded.backend.close()
+
+        def none_left(*_):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(connection.socket, "socket", none_left)
+        assert store.lookup(KEYS) == 0
+        time.sleep(0.5)
+        assert store.stats().remote.failures <= 30
+
+
+def test_whatever_a_probe_meets_the_next_one_comes_after_a_pause(own_server, monkeypatch, caplog):
+    with opened(own_server.config(retry_s=0.05)) as store:
+        backend = store._remote._guarded.backend
+
+        def broken():
+            raise RuntimeError("nobody has thought of this")
+
+        monkeypatch.setattr(backend, "resolve", broken)
+        own_server.kill()
+        while not store.stats().remote.is_open:
+            store.lookup(KEYS)
+        time.sleep(0.5)
+        assert store.stats().remote.failures <= 30
+        assert "nobody has thought of this" in caplog.text
+
+
+def test_an_address_that_swallows_packets_leaves_time_for_the_next(monkeypatch):
+    times, wire = [], mock.Mock(spec=Wire)
+
+    def opens(sock, where, address, tls, until):
+        times.append(until - time.monotonic())
+        sock.close()
+        if where == "first":
+            raise TimedOut("no connection in time")
+        return wire
+
+    monkeypatch.setattr(connection, "_opened", opens)
+    places = [(connection.socket.AF_INET, name) for name in ("first", "second")]
+    assert connection.connected(places, Address("two", 6379), None, 10.0) is wire
+    assert times == pytest.approx([5.0, 10.0], abs=0.5)
+
+
+def test_no_connection_is_kept_behind_the_end(own_server):
+    with opened(own_server.config()) as store:
+        assert answers(store)
+        backend = store._remote._guarded.backend
+    backend.exists_many([b"name"])
+    assert not backend._idle
