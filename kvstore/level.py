@@ -106,11 +106,17 @@ class Level:
                     self._put_singly(blocks)
             return sum(self.tier.held([key for key, _ in blocks]))
 
-    def room(self, pinned: Iterable[bytes]) -> int:
-        """Bytes that insertions may take now: all but those of pinned blocks."""
+    def room(self, pinned: Iterable[bytes], tenant: bytes) -> int:
+        """Bytes that a tenant's insertions may take now: all but those of pinned blocks."""
+        capacity = self.tier.capacity_bytes
+        limit = self._quotas.limit(tenant, capacity)
         with self._lock:
             here = [digest for digest in pinned if digest in self._ranks]
-            return self.tier.capacity_bytes - sum(map(self._ranks.nbytes, here))
+            room = capacity - sum(map(self._ranks.nbytes, here))
+            if limit is None:
+                return room
+            own = [digest for digest in here if self._ranks.owner(digest) == tenant]
+            return min(room, limit - sum(map(self._ranks.nbytes, own)))
 
     def skip(self, count: int) -> None:
         """Count blocks that were not offered to the tier."""
@@ -240,7 +246,8 @@ class Level:
         sizes = self.tier.sizes([key.digest for key, _ in blocks])
         with self._lock:
             for (key, block), size in zip(blocks, sizes, strict=True):
-                self._ranks.add(_resident(key, size))
+                if size:  # else another process has deleted it by now
+                    self._ranks.add(_resident(key, size))
                 self.stats.bytes_written += block.nbytes
             self.stats.evictions += evicted
 

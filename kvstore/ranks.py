@@ -36,6 +36,10 @@ class Ranks:
     def nbytes(self, digest: bytes) -> int:
         return self._policies[self._owners[digest]].nbytes(digest)
 
+    def owner(self, digest: bytes) -> bytes:
+        """Whose a block is, where there are quotas."""
+        return self._owners[digest]
+
     def add(self, block: Resident) -> None:
         """Note a new block; adding it again is a use."""
         owner = self._owners.setdefault(block.digest, block.tenant if self._divided else ALL)

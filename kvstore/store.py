@@ -12,21 +12,21 @@ from torch import Tensor
 
 from kvstore.admission import AdmissionName
 from kvstore.allowance import Allowance
-from kvstore.ancestors import with_ancestors
 from kvstore.block import BlockKey, KVBlock
 from kvstore.codecs.known import exact_codec
 from kvstore.config import StoreConfig
 from kvstore.disk.audit import AuditReport
 from kvstore.disk.tier import DiskTier
-from kvstore.disk.writer import BATCH_BYTES, QUEUE_BYTES, Writer, batches
+from kvstore.disk.writer import BATCH_BYTES, QUEUE_BYTES, batches
 from kvstore.eviction import PolicyName
-from kvstore.kept import Kept
+from kvstore.gate import Gate, while_open
 from kvstore.level import Level, resting_on
+from kvstore.moves import Moves
+from kvstore.passage import Passage
 from kvstore.pins import PIN_S, Pin, Pins
 from kvstore.quotas import Quotas
 from kvstore.remote.tier import RemoteTier
 from kvstore.sources import Sources
-from kvstore.spares import Spares
 from kvstore.stats import StoreStats
 from kvstore.summary import Ages, ages
 from kvstore.tier import HostTier, Item, Tier
@@ -34,6 +34,8 @@ from kvstore.tier import HostTier, Item, Tier
 
 class TieredStore:
     """Blocks of KV in tiers, fastest first. Thread-safe; one per folder and process.
+
+    Once it is closed, every call raises StoreError; closing waits for those that are under way.
 
     A put goes to tiers in memory at once and to durable ones by a background thread. Nothing moves
     on a read, but from `remote`: where there is a tier in memory, what that has alone is then kept
@@ -58,41 +60,42 @@ class TieredStore:
         self._levels = [
             Level(tier, self._lock, self._pins, policy, self._quotas, admission) for tier in tiers
         ]
-        self._fast = [level for level in self._levels if not level.tier.durable]
-        self._slow = [level for level in self._levels if level.tier.durable]
         pace = Allowance(float(write_bytes_per_s), BATCH_BYTES) if write_bytes_per_s else None
-        self._writer = Writer(self._write, queue_bytes, pace) if self._slow else None
-        self._spares = Spares()
+        self._passage = Passage()
+        self._moves = Moves(self._levels, self._pins, self._passage, queue_bytes, pace)
+        self._writer = self._moves.writer
         self._remote = remote
         if remote is not None:
-            remote.keeper = Kept(self._fast, self._writer, self._pins, self._spares)
+            remote.keeper = self._moves
         self._sources = Sources(self._levels, remote, self._lock)
-        self._closed = False
+        self.gate = Gate("the store")
 
     @classmethod
     def open(cls, config: StoreConfig) -> "TieredStore":
         """The tiers that the configuration asks for. Raises StoreError."""
-        codec = exact_codec(config.codec)
-        remote = None if config.remote is None else RemoteTier(config.remote, codec)
-        try:
-            tiers: list[Tier] = []
+        codec, tiers = exact_codec(config.codec), list[Tier]()
+        with ExitStack() as opened:
+            remote = None if config.remote is None else RemoteTier(config.remote, codec)
+            if remote is not None:
+                opened.callback(remote.close)
             if config.host_bytes:
                 tiers.append(HostTier(config.host_bytes))
             if config.disk_path is not None:
                 tiers.append(DiskTier(Path(config.disk_path), config.disk_bytes, codec))
-            return cls(
+                opened.callback(tiers[-1].close)
+            store = cls(
                 tiers, policy=config.policy, remote=remote, quotas=config.quotas(),
                 admission=config.admission, write_bytes_per_s=config.disk_write_bytes_per_s,
             )  # fmt: skip
-        except BaseException:
-            if remote is not None:
-                remote.close()
-            raise
+            opened.pop_all()
+        return store
 
+    @while_open
     def lookup(self, keys: Sequence[BlockKey]) -> int:
         """How many leading keys are in some tier. Counts as a use of them; moves no data."""
         return self._sources.lookup(keys)
 
+    @while_open
     def read(
         self, key: BlockKey, layers: range, out: Float[Tensor, "n 2 Hk P D"] | None = None
     ) -> Float[Tensor, "n 2 Hk P D"] | None:
@@ -103,10 +106,12 @@ class TieredStore:
         """
         return self._sources.read(key, layers, out)
 
+    @while_open
     def get(self, key: BlockKey) -> KVBlock | None:
         """A whole block, from the fastest tier that has it. Do not write to it."""
         return self._sources.get(key)
 
+    @while_open
     def read_many(
         self, keys: Sequence[BlockKey], layers: range, out: Float[Tensor, "B n 2 Hk P D"]
     ) -> list[bool]:
@@ -119,8 +124,9 @@ class TieredStore:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory for a block that will be put here: much faster to fill than the system's."""
-        return self._spares.empty(shape, dtype)
+        return self._moves.spares.empty(shape, dtype)
 
+    @while_open
     def put(self, blocks: Sequence[Item]) -> None:
         """Store blocks, parents first. They belong to the store afterwards: do not write to them.
 
@@ -134,18 +140,19 @@ class TieredStore:
         for level in self._levels:
             level.check_fits(blocks)
         for batch in batches(blocks):  # what makes room for one leaves its memory to the next
-            owned = [(key, self._spares.owned(block)) for key, block in batch]
+            owned = [(key, self._moves.spares.owned(block)) for key, block in batch]
             reachable = self._reachable(owned)
-            for level in self._fast:
+            for level in self._moves.fast:
                 level.insert(reachable)
                 level.skip(len(owned) - len(reachable))
             if self._remote is not None:
                 self._remote.offer(owned)
             if self._writer is not None:
                 left_out = self._writer.put(owned)
-                for level in self._slow:
+                for level in self._moves.slow:
                     level.skip(left_out)
 
+    @while_open
     def flush(self) -> None:
         """Return when all that was put is durable or skipped. Raises the StoreError of a write.
 
@@ -154,6 +161,7 @@ class TieredStore:
         if self._writer is not None:
             self._writer.flush()
 
+    @while_open
     def settle(self) -> None:
         """Return when nothing that was put before is on its way to the disk any more.
 
@@ -170,6 +178,7 @@ class TieredStore:
         """
         return self._pins.pin([key.digest for key in keys], ttl_s)
 
+    @while_open
     def limit(self, tenant: bytes, nbytes: int) -> None:
         """Give a tenant (its tag, see `tenant_tag`) a quota; see `kvstore.quotas`."""
         with self._lock:
@@ -177,25 +186,16 @@ class TieredStore:
         for level in self._levels:
             level.divide()
 
+    @while_open
     def promote(self, keys: Sequence[BlockKey]) -> int:
         """Copy leading keys into the fastest tier as far as it has room; how many it then has.
 
         They were of use: what a tier that takes in what is seen twice lacks of them, is offered it.
         """
-        level = self._levels[0]
         with self.pin(keys):
-            if self._writer is not None and any(level.choosy for level in self._slow):
-                self._writer.put(self._offers(keys))
-            for count, key in enumerate(keys):
-                if level.held([key])[0]:
-                    continue
-                block = self.get(key)  # which may have brought it
-                if block is not None:
-                    level.insert([(key, block)])
-                if not level.held([key])[0]:
-                    return count
-        return len(keys)
+            return self._moves.bring(keys, self._sources.get)
 
+    @while_open
     def audit(self, repair: bool = False) -> AuditReport:
         """Verify every record and the books of every tier; `repair` deletes what is bad."""
         report = AuditReport()
@@ -203,6 +203,7 @@ class TieredStore:
             report += level.audit(repair)
         return report
 
+    @while_open
     def stats(self) -> StoreStats:
         queued = self._writer.queued_bytes if self._writer else 0
         tiers = {level.tier.name: level.snapshot() for level in self._levels}
@@ -214,19 +215,23 @@ class TieredStore:
             None if remote is None else remote.health(),
         )  # fmt: skip
 
+    @while_open
     def ages(self) -> Ages | None:
         """How long ago blocks on disk were used; None without any."""
         disks = [level.tier for level in self._levels if isinstance(level.tier, DiskTier)]
         return ages(disks[0]) if disks else None
 
+    @while_open
     def __contains__(self, key: BlockKey | bytes) -> bool:
         """Whether some tier of this machine has a block; counts as no use of it."""
         return any(key in level.tier for level in self._levels)
 
+    @while_open
     def resting(self, keys: Sequence[BlockKey]) -> list[str | None]:
         """The fastest tier that has each of the keys; counts as no use of it."""
         return self._sources.resting(keys)
 
+    @while_open
     def delete(self, keys: Sequence[BlockKey | bytes]) -> int:
         """Delete blocks (or digests) from every tier, pinned or not; how many copies there were.
 
@@ -236,16 +241,17 @@ class TieredStore:
         Raises:
             StoreError: the device failed.
         """
-        self.settle()
         digests = [key if isinstance(key, bytes) else key.digest for key in keys]
-        try:  # first, or a reader would bring back from there what is gone here
-            count = 0 if self._remote is None else self._remote.delete(keys)
-        finally:
-            everywhere = chain.from_iterable(level.tier.residents() for level in self._levels)
-            rest = resting_on(digests, everywhere)
-            here = sum(level.delete(digests, rest) for level in self._levels)
+        self.settle()
+        with self._passage.deleting(digests):
+            self.settle()  # what others had put on its way by then
+            try:  # first, or a reader would bring back from there what is gone here
+                count = 0 if self._remote is None else self._remote.delete(keys)
+            finally:
+                here = self._delete_here(digests)
         return count + here
 
+    @while_open
     def clear(self) -> None:
         """Delete all blocks of this machine, also those of other tenants and models."""
         self.settle()
@@ -254,11 +260,10 @@ class TieredStore:
 
     def close(self) -> None:
         """Write what is queued and close the tiers. Raises the StoreError of a write."""
-        if self._closed:
+        if not self.gate.shut():
             return
-        self._closed = True
         with ExitStack() as closing:  # all of them, whatever goes wrong with one; the last first
-            closing.callback(self._spares.close)
+            closing.callback(self._moves.spares.close)
             if self._remote is not None:
                 closing.callback(self._remote.close)
             for level in reversed(self._levels):
@@ -282,18 +287,8 @@ class TieredStore:
                 known.add(key.digest)
         return [item for item in blocks if item[0].digest in known]
 
-    def _write(self, batch: Sequence[Item]) -> None:
-        for level in self._slow:
-            blocks = with_ancestors(batch, level.tier, self._find)
-            below = {key.digest for key, _ in blocks[: len(blocks) - len(batch)]}
-            level.insert(blocks, below)
-
-    def _offers(self, keys: Sequence[BlockKey]) -> list[Item]:
-        """Those that are in memory, and not in every slower tier."""
-        held = zip(*[level.tier.held(keys) for level in self._slow], strict=True)
-        lacking = [key for key, found in zip(keys, held, strict=True) if not all(found)]
-        return [item for key in lacking if (item := self._find(key.digest)) is not None]
-
-    def _find(self, digest: bytes) -> Item | None:
-        hosts = [level.tier for level in self._fast if isinstance(level.tier, HostTier)]
-        return next((item for host in hosts if (item := host.find(digest))), None)
+    def _delete_here(self, digests: Sequence[bytes]) -> int:
+        everywhere = chain.from_iterable(level.tier.residents() for level in self._levels)
+        rest = resting_on(digests, everywhere)
+        with self._passage.deleting(rest):
+            return sum(level.delete(digests, rest) for level in self._levels)

@@ -87,6 +87,7 @@ class DataFile:
 
     def close(self) -> None:
         self._file.close()
+        self.handle = -1  # its number may be another file's by now
 
 
 def behind(buffers: list[memoryview], count: int) -> list[memoryview]:

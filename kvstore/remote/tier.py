@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -13,6 +14,7 @@ from kvstore.block import BlockKey, KVBlock
 from kvstore.codecs.codec import Codec
 from kvstore.codecs.known import RAW
 from kvstore.errors import Unreachable
+from kvstore.passage import staying
 from kvstore.remote.breaker import Breaker
 from kvstore.remote.config import RemoteConfig
 from kvstore.remote.flights import Flights
@@ -34,15 +36,17 @@ CLOSE_S = 5.0  # longest wait for what is still to be sent
 class Keeper(Protocol):
     """Whoever keeps in this machine what came from elsewhere.
 
-    room: bytes that it may keep now; less than a block takes if it cannot.
+    room: bytes of a tenant that it may keep now; less than a block takes if it cannot.
     empty: memory for a block that comes.
     find: a block that it has by now.
+    carrying: what must not be kept, as it is being deleted, until all is done in this context.
     keep: blocks, parents first; as far as there is room.
     """
 
-    def room(self) -> int: ...
+    def room(self, tenant: bytes) -> int: ...
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor: ...
     def find(self, digest: bytes) -> KVBlock | None: ...
+    def carrying(self) -> AbstractContextManager[frozenset[bytes]]: ...
     def keep(self, blocks: Sequence[Item]) -> None: ...
 
 
@@ -50,7 +54,7 @@ class Keeper(Protocol):
 class Alone:
     """Nobody keeps anything: layers are read as they are needed, each time."""
 
-    def room(self) -> int:
+    def room(self, tenant: bytes) -> int:
         return 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -58,6 +62,9 @@ class Alone:
 
     def find(self, digest: bytes) -> KVBlock | None:
         return None
+
+    def carrying(self) -> AbstractContextManager[frozenset[bytes]]:
+        return nullcontext(frozenset())
 
     def keep(self, blocks: Sequence[Item]) -> None:
         raise AssertionError("there was no room")
@@ -208,16 +215,18 @@ class RemoteTier:
 
         One of several threads that want a block fetches it for all.
         """
-        room = self.keeper.room()
+        room = self.keeper.room(keys[0].tenant) if keys else 0
         if room <= 0:
             return {}
         mine, others = self._flights.claim(keys)
         blocks: dict[bytes, KVBlock] = {}
         try:  # what another thread brought a moment ago is there
             blocks = {k.digest: b for k in mine if (b := self.keeper.find(k.digest)) is not None}
-            fresh = self._fetch([key for key in mine if key.digest not in blocks], room)
-            blocks |= fresh
-            self.keeper.keep([(key, fresh[key.digest]) for key in mine if key.digest in fresh])
+            with self.keeper.carrying() as going:
+                fresh = self._fetch([key for key in mine if key.digest not in blocks], room)
+                blocks |= fresh
+                came = [(key, fresh[key.digest]) for key in mine if key.digest in fresh]
+                self.keeper.keep(staying(came, going))
         finally:
             self._flights.land(mine, blocks)
         landed = {digest: flight.result() for digest, flight in others.items()}

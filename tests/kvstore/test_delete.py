@@ -1,6 +1,7 @@
 """Deleting blocks by name: gone from every tier, at once and for good."""
 
 import threading
+import time
 
 import pytest
 
@@ -50,6 +51,35 @@ def test_what_waits_to_be_written_does_not_come_back(path, monkeypatch):
         store.delete(GONE)
         store.flush()
         assert store.lookup(GONE) == 0
+
+
+def test_what_is_on_its_way_into_memory_does_not_come_back(path, monkeypatch):
+    with opened(path, host=0) as store:
+        store.put(items(GONE))
+    with opened(path, host=100) as store:
+        reads, goes = threading.Event(), threading.Event()
+        get = store._sources.get
+
+        def slow(key):
+            block = get(key)
+            reads.set()
+            assert goes.wait(10)
+            return block
+
+        monkeypatch.setattr(store._sources, "get", slow)
+        reader = threading.Thread(target=store.promote, args=(GONE[:1],))
+        deleter = threading.Thread(target=store.delete, args=(GONE,))
+        reader.start()
+        assert reads.wait(10)
+        deleter.start()
+        while not store._passage._going:
+            time.sleep(0.001)
+        goes.set()
+        reader.join(10)
+        deleter.join(10)
+        store.put(items(GONE[1:2]))
+        store.flush()
+        assert store.resting(GONE) == [None] * len(GONE)
 
 
 def test_a_pinned_block_can_be_deleted(path):

@@ -174,3 +174,21 @@ def test_a_damaged_entry_keeps_nothing_out_of_a_full_tier(tmp_path, policy, read
         numbers = store.stats().tiers["disk"]
         assert (numbers.skipped, sum(tier.held(new))) == (0, 8)
         assert store.audit().clean
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_block_that_another_process_deletes_behind_its_commit_leaves_no_trace(policy, tmp_path):
+    with closing(DiskTier(tmp_path / "store", 3 * COST)) as tier:
+        level = level_of(tier, policy, SINGLES[:1])
+        sizes = tier.sizes
+
+        def late(digests):
+            tier.delete(digests)
+            return sizes(digests)
+
+        tier.sizes = late
+        level.insert(items(SINGLES[1]))
+        tier.sizes = sizes
+        assert SINGLES[1][0].digest not in level._ranks
+        for keys in SINGLES[1:]:  # there is room for three of five
+            assert level.insert(items(keys)) == 1

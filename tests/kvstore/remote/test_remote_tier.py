@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from redis.crc import key_slot
 from kvstore.codecs.known import BY_NAME
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import StoreError, Unreachable
+from kvstore.quotas import Quotas
 from kvstore.remote.tier import RemoteTier
 from kvstore.store import TieredStore
 from kvstore.tier import HostTier
@@ -337,3 +339,59 @@ def test_a_user_of_the_namespace_alone_is_enough(server):
     finally:
         with server.client() as client:
             client.acl_deluser("team")
+
+
+def test_what_is_on_its_way_from_the_server_does_not_outlive_its_deletion(server, tmp_path):
+    shared(server)
+    remote = RemoteTier(server.config(), secret=SECRET)
+    tiers = [HostTier(100 * BYTES), DiskTier(tmp_path / "store", 1 << 30)]
+    with TieredStore(tiers, remote=remote) as store:
+        came, goes = threading.Event(), threading.Event()
+        fetch = remote._fetch
+
+        def slow(*given):
+            blocks = fetch(*given)
+            came.set()
+            assert goes.wait(WAIT_S)
+            return blocks
+
+        remote._fetch = slow
+        reader = threading.Thread(target=store.get, args=(KEYS[0],))
+        deleter = threading.Thread(target=store.delete, args=(KEYS,))
+        reader.start()
+        assert came.wait(WAIT_S)
+        deleter.start()
+        while not store._passage._going:
+            time.sleep(0.001)
+        goes.set()
+        reader.join(WAIT_S)
+        deleter.join(WAIT_S)
+        store.flush()
+        assert store.resting(KEYS) == [None] * len(KEYS)
+
+
+def test_who_sets_out_while_blocks_are_deleted_keeps_none_of_them(server):
+    shared(server)
+    with opened(server) as store:
+        with store._passage.deleting([KEYS[2].digest]):
+            assert right(store.get(KEYS[2]), KEYS[2])
+            assert right(store.get(KEYS[3]), KEYS[3])  # which rests on it
+            assert right(store.get(KEYS[1]), KEYS[1])
+        names = store.resting(KEYS[:4])
+    assert names == ["remote", "host", "remote", "remote"]
+
+
+def test_a_tenant_at_its_quota_fetches_every_byte_once(server, monkeypatch):
+    monkeypatch.setattr("kvstore.layout.TARGET_BYTES", 1)  # a record is of one layer
+    shared(server)
+    tiers, remote = [HostTier(100 * BYTES)], RemoteTier(server.config(), secret=SECRET)
+    with TieredStore(tiers, remote=remote, quotas=Quotas(2 * BYTES)) as store, store.pin(KEYS):
+        backend, sizes = remote._guarded.backend, []
+        get_many = backend.get_many
+        backend.get_many = lambda *given: [sizes.append(n) or n for n in get_many(*given)]
+        for layer in range(MODEL.num_layers):
+            out = rows_for(10, range(1))
+            assert all(store.read_many(KEYS, range(layer, layer + 1), out))
+        assert store.resting(KEYS) == ["host"] * 2 + ["remote"] * 8
+    records = [nbytes for nbytes in sizes if nbytes > BYTES / MODEL.num_layers]
+    assert len(records) == 10 * MODEL.num_layers
