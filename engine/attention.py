@@ -83,8 +83,8 @@ def attend_token(
     """Attention of the newest of S tokens: in compiled code on a CPU that can, else in torch."""
     if spec.window is not None:
         k, v = k[:, -spec.window :], v[:, -spec.window :]
-    if spec.softcap is None and serves(q, k, v):
-        return attend_token_native(q, k, v, spec.scale).out
+    if serves(q, k, v):
+        return attend_token_native(q, k, v, spec.scale, spec.softcap).out
     return attend_token_torch(q, k, v, spec)
 
 
@@ -98,8 +98,8 @@ def attend_part(
 
     The spec's window is the caller's business: all of `k` is attended to.
     """
-    if spec.softcap is None and serves(q, k, v):
-        return attend_token_native(q, k, v, spec.scale)
+    if serves(q, k, v):
+        return attend_token_native(q, k, v, spec.scale, spec.softcap)
     scores = attend_scores(q, k, spec)
     out = scores.softmax(-1) @ v.float()
     return Partial(out.flatten(0, 1).to(q.dtype), scores.logsumexp(-1).flatten())

@@ -1,10 +1,10 @@
 """Attention of one token on a CPU: every key and value is read once, by all queries of its head.
 
-    out[h, g] = sum over j of p[j] v[h, j],    p = softmax over j of (scale q[h, g] . k[h, j])
+    out[h, g] = sum over j of p[j] v[h, j],    p = softmax over j of cap(scale q[h, g] . k[h, j])
 
-The softmax is online, in blocks (Milakov & Gimelshein 2018; the same idea as FlashAttention's);
-the next block's scores are computed while a block's values are summed. The definition is
-`engine.attention.attend_token_torch`.
+with cap(x) = softcap tanh(x / softcap), or x. The softmax is online, in blocks (Milakov &
+Gimelshein 2018; the same idea as FlashAttention's); the next block's scores are computed while a
+block's values are summed. The definition is `engine.attention.attend_token_torch`.
 """
 
 from ctypes import c_float, c_int, c_long, c_void_p
@@ -22,7 +22,8 @@ SOURCE = Path(__file__).with_suffix(".c")
 LANES = 16  # of the widest registers
 DTYPES = (torch.bfloat16, torch.float32)
 PART = 1024  # keys at least, where a head's keys are cut for more threads than heads
-ARGUMENTS = [*[c_void_p] * 4, *[c_long] * 4, *[c_int] * 3, c_float, *[c_int] * 4, *[c_void_p] * 3]
+ARGUMENTS = [*[c_void_p] * 4, *[c_long] * 4, *[c_int] * 3, *[c_float] * 2]
+ARGUMENTS += [*[c_int] * 4, *[c_void_p] * 3]
 
 
 class Partial(NamedTuple):
@@ -64,11 +65,16 @@ def can_attend(dtype: torch.dtype, dim: int, device: torch.device) -> bool:
 
 
 def attend_token_native(
-    q: Float[Tensor, "Hq D"], k: Float[Tensor, "Hk S D"], v: Float[Tensor, "Hk S D"], scale: float
+    q: Float[Tensor, "Hq D"],
+    k: Float[Tensor, "Hk S D"],
+    v: Float[Tensor, "Hk S D"],
+    scale: float,
+    softcap: float | None = None,
 ) -> Partial:
     """Attention of the newest of S tokens, in compiled code; sums in fp32."""
     strides = k.stride(0) * k.itemsize, v.stride(0) * v.itemsize, k.shape[-1] * k.itemsize
-    return _attend(q, k.data_ptr(), v.data_ptr(), None, strides, k.shape[:2], k.dtype, scale)
+    size, factors = k.shape[:2], (scale, softcap or 0.0)
+    return _attend(q, k.data_ptr(), v.data_ptr(), None, strides, size, k.dtype, factors)
 
 
 def attend_rows_native(
@@ -77,6 +83,7 @@ def attend_rows_native(
     chosen: Int[Tensor, "Hk K"],
     place: RowPlace,
     scale: float,
+    softcap: float | None = None,
 ) -> Partial:
     """Attention over chosen rows of a pool, where they lie; nothing is copied.
 
@@ -86,7 +93,7 @@ def attend_rows_native(
     """
     strides, at = (0, 0, rows.stride(0)), rows.data_ptr()
     k, v = at + place.k_at, at + place.v_at
-    return _attend(q, k, v, chosen, strides, chosen.shape, place.dtype, scale)
+    return _attend(q, k, v, chosen, strides, chosen.shape, place.dtype, (scale, softcap or 0.0))
 
 
 def _attend(
@@ -97,7 +104,7 @@ def _attend(
     strides: tuple[int, int, int],
     size: tuple[int, ...],
     dtype: torch.dtype,
-    scale: float,
+    factors: tuple[float, float],
 ) -> Partial:
     (hk, n), (hq, d) = size, q.shape
     threads = torch.get_num_threads()
@@ -108,7 +115,7 @@ def _attend(
     attend = function(SOURCE, "attend_token", ARGUMENTS)
     attend(
         *(query.data_ptr(), k, v, None if chosen is None else chosen.data_ptr()),
-        *(*strides, n, hk, hq // hk, d, scale),
+        *(*strides, n, hk, hq // hk, d, *factors),
         *(dtype == torch.bfloat16, query.dtype == torch.bfloat16, parts, threads),
         *(work.data_ptr(), out.data_ptr(), lse.data_ptr()),
     )

@@ -29,6 +29,21 @@ INLINE vec exponential(vec x) {
   return p;
 }
 
+// n scores, rounded up to LANES, to softcap tanh(score / softcap): tanh(x) = (1 - e^-2x) / (1 + e^-2x), of x >= 0.
+INLINE void cap(float *score, long n, float softcap) {
+  for (long j = 0; j < n; j += LANES) {
+    vec x = load(score + j) / softcap, size;
+    words bits, sign;
+    memcpy(&bits, &x, sizeof bits);
+    sign = bits & 0x80000000u, bits ^= sign;
+    memcpy(&size, &bits, sizeof size);
+    vec e = exponential(size * -2.0f), t = (1.0f - e) / (1.0f + e) * softcap;
+    memcpy(&bits, &t, sizeof bits);
+    bits |= sign;
+    memcpy(score + j, &bits, sizeof bits);
+  }
+}
+
 // n scores, a multiple of LANES, to weights exp(score - top). Returns their sum.
 INLINE float weights(float *score, int n, float top) {
   float four[4];

@@ -143,7 +143,7 @@ class SparseLayer:
         lying = self.rows.lying(tokens) if kv is None and self._compiled else None
         if lying is not None:
             if self.tail is None:
-                return attend_rows_native(q, *lying, scale)
+                return attend_rows_native(q, *lying, scale, self._spec.softcap)
             return attend_tail_native(q, self.tail, tokens, *lying, scale)
         kv = kv or self.rows.held(tokens)
         part = attend_part(q, kv.k, kv.v, self._spec)

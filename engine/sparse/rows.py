@@ -178,7 +178,8 @@ class SparseRows:
         place, tokens = self._place(self._pool.shape.layout, there), tokens.to(there)
         if place is not None and self._pool.stationary:
             rows, flat = self._lease.rows(tokens), self._pool.flat(self._number)
-            part = attend_rows_native(q.to(there), flat, rows, place, self._spec.scale)
+            scale, softcap = self._spec.scale, self._spec.softcap
+            part = attend_rows_native(q.to(there), flat, rows, place, scale, softcap)
         else:
             kv = self._lease.gather(self._number, tokens)
             assert kv.k is not None
@@ -188,9 +189,8 @@ class SparseRows:
     def _place(self, layout: RowLayout, device: torch.device) -> RowPlace | None:
         """None where rows must be decoded, or their numbers are not for compiled code."""
         place = row_place(layout)
-        if place is None or self._spec.softcap is not None:
-            return None
-        return place if can_attend(place.dtype, self._shape.head_dim, device) else None
+        known = place is not None and can_attend(place.dtype, self._shape.head_dim, device)
+        return place if known else None
 
     def _fetch(self, tokens: Tensor, *, guess: bool = False) -> Int[Tensor, "Hk K"]:
         """Slots of the hot buffer that hold these tokens; what misses comes from the pool."""

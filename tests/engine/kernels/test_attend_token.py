@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from engine.attention import attend_token, attend_token_torch
+from engine.attention import attend_scores, attend_token, attend_token_torch
 from engine.kernels.attend_token import SOURCE, attend_token_native, serves
 from engine.kernels.rms_norm import SOURCE as SMALL
 from engine.model.pieces import AttentionSpec
@@ -39,6 +39,19 @@ def test_it_equals_its_definition(compiled, hq, hk, length, dtype):
         torchs = attend_token_torch(q, k, v, AttentionSpec(scale=scale))
         allowed = 2 * (torchs.double() - want).abs().max() + 4e-6  # of scores up to 12, in fp32
         assert ours <= allowed, (dim, ours, allowed)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 2.0, 50.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_it_caps_scores_as_its_definition_does(compiled, softcap, dtype):
+    for length in (1, 63, 300):
+        q, k, v = tensors(8, 2, length, 64, dtype)
+        spec = AttentionSpec(scale=0.5, softcap=softcap)
+        want = attend_scores(q, k, spec).double().softmax(-1) @ v.double()
+        got = attend_token_native(q, k, v, 0.5, softcap).out
+        rounding = torch.finfo(dtype).eps
+        torch.testing.assert_close(got.double(), want.flatten(0, 1), rtol=rounding, atol=1e-5)
+        assert torch.equal(attend_token(q, k, v, spec), got)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
