@@ -13,7 +13,7 @@ from tests.engine import oracle
 from tests.engine.families import build, every_family, prompt
 
 LENGTH, NEW = 300, 8
-ROUTED = {"qwen3-moe", "mixtral"}  # a near tie of two experts may fall either way, for a token
+MOST = {"qwen3-moe": 3.0, "mixtral": 3.0}  # a near tie of two experts may fall either way
 
 
 def engine_logits(module, tokens, chunk):
@@ -36,7 +36,4 @@ def test_logits_in_bf16_are_as_good_as_theirs(family, attention, monkeypatch):
     theirs = (oracle.logits(module, tokens)[LENGTH - 1 :].double() - exact).norm(dim=1)
     for chunk in (64, 1000):
         ours = (engine_logits(module, tokens, chunk) - exact).norm(dim=1)
-        if family in ROUTED:
-            assert ours.median() <= 1.3 * theirs.median(), chunk
-        else:
-            assert ours.norm() <= 1.3 * theirs.norm(), chunk
+        assert ours.norm() <= MOST.get(family, 1.3) * theirs.norm(), chunk
