@@ -19,7 +19,7 @@ int has_pair_products(void) {
 
 #define BLOCK 64     // keys whose scores are held at once
 #define TILE 6       // queries computed together: 4 registers of sums for each, beside 4 of what they are products with
-#define NONE -1e30f  // the score of what is not seen
+#define NONE -1e30f  // the score of what is not seen: its weight is 0, or becomes 0 with the first that is
 #define LOG2E 1.44269504f
 
 // Queries of `group` heads that share keys and values; steps between rows, and heads, in numbers.
@@ -106,7 +106,7 @@ INLINE __m512 weigh(const Task *t, const __m512 *products, uint64_t mask, float 
   *top = _mm512_reduce_max_ps(high), high = _mm512_set1_ps(*top);
   __m512 shrink = power(_mm512_sub_ps(before, high)), sum = _mm512_mul_ps(_mm512_loadu_ps(total), shrink);
   for (int c = 0; c < 4; c++) {
-    __m512 e = _mm512_maskz_mov_ps((__mmask16)(mask >> 16 * c), power(_mm512_sub_ps(s[c], high)));
+    __m512 e = power(_mm512_sub_ps(s[c], high));
     sum = _mm512_add_ps(sum, e);
     _mm256_storeu_si256((__m256i *)(weight + 16 * c), (__m256i)_mm512_cvtneps_pbh(e));
   }

@@ -82,6 +82,27 @@ def test_what_is_on_its_way_into_memory_does_not_come_back(path, monkeypatch):
         assert store.resting(GONE) == [None] * len(GONE)
 
 
+def test_what_was_offered_to_the_disk_before_others_heard_of_it_does_not_come_back(path):
+    with opened(path, host=0) as store:
+        writer, deleting, offered = store._moves.writer, store._passage.deleting, []
+        write = writer._write
+
+        def slow(batch):
+            time.sleep(0.2)
+            write(batch)
+
+        def late(digests):
+            if not offered:  # by somebody who carries blocks, and is done with it
+                writer.offer(items(GONE))
+            offered.append(digests)
+            return deleting(digests)
+
+        writer._write, store._passage.deleting = slow, late
+        store.delete(GONE)
+        store.flush()
+        assert store.resting(GONE) == [None] * len(GONE)
+
+
 def test_a_pinned_block_can_be_deleted(path):
     with opened(path) as store:
         store.put(items(GONE))
