@@ -13,24 +13,31 @@ from engine.errors import ConfigError
 from engine.model.loader import locate
 from evals.facts import commit, digest_files, hardware, versions
 from evals.record import Journal
-from evals.registry import data_digests, parse
+from evals.registry import data_digests, parse, text_digest
+from evals.ruler.essay import default_text
 from evals.settings import RunSettings
 
 RUN = "run.json"
 WORDS = ("wonderwords",)  # packages that samples' words are of
 MAY_COME = ("data ", "words of ")  # what a run may start without, and find later
+HAYSTACK = "data haystack"
+WHY = {HAYSTACK: " (its text is another; the default one is Python's, of each release its own)"}
 TOKENIZER = ("tokenizer*", "*.model", "chat_template*", "vocab*", "merges.txt", "special_tokens*")
 
 
-def facts(engine: Engine, settings: RunSettings) -> dict[str, Any]:
-    """How a run is made: what its results depend on, and where it runs."""
+def facts(engine: Engine, settings: RunSettings, haystack: str | None = None) -> dict[str, Any]:
+    """How a run is made: what its results depend on, and where it runs.
+
+    Args:
+        haystack: see `evals.registry.haystack_text`; read here where it was not.
+    """
     suites = [parse(name).suite for name in settings.suite]
     return {
         "model": settings.model,
         "settings": settings.identity,
         "weights": engine.identity.digest.hex(),
         "tokenizer": tokenizer_digest(locate(settings.model)),
-        "data": data_digests(suites, settings),
+        "data": data_digests(suites, settings, haystack),
         "dtype": str(engine.model.shape.dtype).removeprefix("torch."),
         "versions": versions(),
         "commit": commit(),
@@ -93,9 +100,11 @@ def _start(made: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_other(folder: Path, found: dict[str, Any], made: dict[str, Any]) -> None:
     before, now = _flat(found), _flat(made)
+    if HAYSTACK in now:  # runs from before it was noted had the default one
+        before.setdefault(HAYSTACK, _json(text_digest(default_text())))
     one_has_it = before.keys() ^ now.keys()
     differ = [
-        f"{name} is {now.get(name)}, was {before.get(name)}"
+        f"{name} is {now.get(name)}, was {before.get(name)}{WHY.get(name, '')}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
         and not (name in one_has_it and name.startswith(MAY_COME))
@@ -111,7 +120,11 @@ def _flat(made: dict[str, Any]) -> dict[str, str]:
     flat = dict(made["settings"]) | {f"data {k}": v for k, v in made["data"].items()}
     flat |= {name: made[name] for name in ("weights", "tokenizer", "dtype")}
     flat |= {f"words of {k}": v for k, v in made["versions"].items() if k in WORDS}
-    return {name: msgspec.json.encode(value).decode() for name, value in flat.items()}
+    return {name: _json(value) for name, value in flat.items()}
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

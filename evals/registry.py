@@ -1,5 +1,6 @@
 """Suites and measurements by name, and the data that they are made of."""
 
+import hashlib
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 from engine.errors import ConfigError
 from evals.facts import digest
 from evals.record import Record
+from evals.ruler.essay import default_text
 from evals.settings import RunSettings
 from evals.task import Suite
 
@@ -60,14 +62,26 @@ def parse(name: str) -> Asked:
     return asked
 
 
-def make_suite(name: str, settings: RunSettings) -> Suite:
-    """A suite with the seed and the data of a run. ConfigError where its data is missing."""
+def haystack_text(settings: RunSettings) -> str | None:
+    """The text that a run's suites hide needles in; None where none of them does.
+
+    To be read once and handed on: there may be a pipe behind the name.
+    """
+    takes = {key for name in settings.suite for key in SUITES[parse(name).suite].takes}
+    return _haystack(settings) if "haystack" in takes else None
+
+
+def make_suite(name: str, settings: RunSettings, haystack: str | None = None) -> Suite:
+    """A suite with the seed and the data of a run. ConfigError where its data is missing.
+
+    Args:
+        haystack: the text of `settings.haystack`, where it was read before.
+    """
     if name not in SUITES:
         raise ConfigError(f"no suite {name!r}; there are {', '.join(SUITES)}")
     kind = SUITES[name]
-    made: Suite = getattr(importlib.import_module(kind.module), kind.name)(
-        **{("folder" if key in FOLDERS else key): _value(settings, key) for key in kind.takes}
-    )
+    values = {("folder" if x in FOLDERS else x): _value(settings, x, haystack) for x in kind.takes}
+    made: Suite = getattr(importlib.import_module(kind.module), kind.name)(**values)
     return made
 
 
@@ -77,15 +91,28 @@ def measurement(name: str, *, per_head: bool = False) -> Measure:
     return partial(found, per_head=True) if per_head and name == "fidelity" else found
 
 
-def data_digests(names: Iterable[str], settings: RunSettings) -> dict[str, str]:
+def data_digests(
+    names: Iterable[str], settings: RunSettings, haystack: str | None = None
+) -> dict[str, str]:
     """SHA-256 of the data that the tasks of some suites are made of, by setting.
 
     A name that is no path, as of a data set on the hub, stands for itself.
+
+    Args:
+        haystack: see `make_suite`.
     """
     takes = {key for name in names for key in SUITES[name].takes} - {"seed"}
+    known = {}
+    if "haystack" in takes:  # by its text: Python's own, too, which its releases change
+        known["haystack"] = text_digest(_haystack(settings) if haystack is None else haystack)
     found = {key: _source(settings, key) for key in sorted(takes) if _used(settings, key)}
-    paths = {key: Path(value) for key, value in found.items() if value is not None}
-    return {key: digest(p) if p.exists() else str(p) for key, p in paths.items()}
+    paths = {k: Path(v) for k, v in found.items() if v is not None and k not in known}
+    return known | {key: digest(p) if p.exists() else str(p) for key, p in paths.items()}
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of a text, which is that of a file with it."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _used(settings: RunSettings, key: str) -> bool:
@@ -101,16 +128,20 @@ def _source(settings: RunSettings, key: str) -> str | None:
     return HUBS.get(key) if given is None else given
 
 
-def _value(settings: RunSettings, key: str) -> Any:
+def _value(settings: RunSettings, key: str, haystack: str | None) -> Any:
     value = getattr(settings, key)
-    if key == "haystack" and value is not None:
-        return _text(value)
+    if key == "haystack":
+        return haystack if haystack is not None or value is None else _text(value)
     return Path(value) if value is not None and key in FOLDERS else value
+
+
+def _haystack(settings: RunSettings) -> str:
+    return default_text() if settings.haystack is None else _text(settings.haystack)
 
 
 def _text(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_bytes().decode()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -10,7 +10,7 @@ from engine.engine import Engine
 from engine.errors import ConfigError
 from evals.answer import Answers
 from evals.record import Journal, Record
-from evals.registry import make_suite, measurement, parse
+from evals.registry import haystack_text, make_suite, measurement, parse
 from evals.settings import RunSettings
 from evals.task import Sample, Suite
 from evals.trial import FAILURES, failed, one_line
@@ -41,14 +41,19 @@ class Step(NamedTuple):
     new: bool = True
 
 
-def plan(settings: RunSettings) -> list[Cell]:
+def plan(settings: RunSettings, haystack: str | None = None) -> list[Cell]:
     """All cells, in the order in which they run.
+
+    Args:
+        haystack: see `evals.registry.haystack_text`; read here where it was not.
 
     Raises:
         ConfigError: no such suite, no suite has such a task, or data is missing.
     """
     asked = [parse(name) for name in dict.fromkeys(settings.suite)]
-    suites = {name: make_suite(name, settings) for name in dict.fromkeys(x.suite for x in asked)}
+    text = haystack_text(settings) if haystack is None else haystack
+    names = dict.fromkeys(x.suite for x in asked)
+    suites = {name: make_suite(name, settings, text) for name in names}
     known = list(dict.fromkeys(task for suite in suites.values() for task in suite.tasks))
     if unknown := [task for task in settings.tasks if task not in known]:
         raise ConfigError(f"no task {', '.join(unknown)}; there are {', '.join(known)}")

@@ -28,7 +28,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         seed: of suites that make their samples.
         per_head: fidelity notes measures of every layer and KV head, too.
         settings: of methods, by name, e.g. {"shadowkv": {"rank": 48}}; see `engine.method.Method`.
-        haystack: text file that needles are hidden in; None for one that every machine has.
+        haystack: text file that needles are hidden in; None for Python's reference pages.
         squad, hotpotqa, musique, longbench, longbench_v2: data, see the suites.
         dtype, device, cache_bytes, pinned_bytes: of the engine, see `engine.config`.
     """

@@ -29,7 +29,7 @@ class Sample:
     """One context, read once, and the questions about it, each asked on its own.
 
     Args:
-        id: names suite, task, length and number; the same on every machine for the same seed.
+        id: names suite, task, length and number, whatever its text is made of.
         family: what is tested (`single needle`, `multi-key`, `tracing`, `aggregation`, `QA`, ...):
             scores are averaged within families only.
         length: tokens that were asked for, all of the longest turn's prompt and its answer.

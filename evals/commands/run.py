@@ -152,13 +152,15 @@ def run(args: Namespace) -> int:
     # torch and transformers take seconds
     from engine.commands.session import progress
     from evals.folder import facts, open_folder
+    from evals.registry import haystack_text
     from evals.run import Run, plan
     from evals.ways import ways
 
-    chosen, cells = ways(settings), plan(settings)  # what is wrong with these is said at once
+    haystack = haystack_text(settings)
+    chosen, cells = ways(settings), plan(settings, haystack)  # what is wrong is said at once
     with _engine(settings) as engine:
         with progress().status("hashing data"):
-            made = facts(engine, settings)
+            made = facts(engine, settings, haystack)
         with closing(open_folder(args.out, made)) as journal:
             run = Run(engine, journal, cells, chosen, settings.limit, settings.per_head)
             _go(run, progress())

@@ -1,4 +1,4 @@
-"""Running text to hide needles in: a text of the user's, or one that every machine has."""
+"""Running text to hide needles in: a text of the user's, or one that comes with Python."""
 
 import re
 from dataclasses import dataclass
@@ -43,11 +43,19 @@ class Essay:
 
 
 def essay_of(haystack: str | None) -> Essay:
-    """The text of a user, or the one that every machine has."""
+    """The text of a user, or the one that comes with Python."""
     return default_essay() if haystack is None else Essay.of(haystack)
 
 
 @cache
 def default_essay() -> Essay:
-    """Reference pages of the Python language: text of Python's own library."""
-    return Essay.of(" ".join(topics[name] for name in sorted(topics)))
+    """`default_text` as an essay."""
+    return Essay.of(default_text())
+
+
+def default_text() -> str:
+    """Reference pages of the Python language: text of Python's library, as its release has it.
+
+    Another release, be it a patch of the same version, may have another text.
+    """
+    return " ".join(topics[name] for name in sorted(topics))

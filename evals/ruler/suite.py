@@ -130,7 +130,8 @@ class RulerSuite:
     Sample `index` of a task has the same needles, words or question at every length.
 
     Args:
-        haystack: text that needles are hidden in; by default one that every machine has.
+        haystack: text that needles are hidden in; by default the reference pages of the
+            Python language, as the release of Python has them.
         squad, hotpotqa: see `evals.rows.read_rows`; by default `$HEADRACE_DATA/squad` and
             `$HEADRACE_DATA/hotpotqa`.
         chat: whether the prompts go through the tokenizer's chat template, where it has one.

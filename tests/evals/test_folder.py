@@ -1,5 +1,6 @@
 """The folder of a run: says how it was made, and takes nothing that was made otherwise."""
 
+import hashlib
 import json
 
 import pytest
@@ -9,6 +10,8 @@ from engine.errors import ConfigError
 from evals import registry
 from evals.folder import RUN, facts, open_folder
 from evals.record import Journal, Record
+from evals.registry import haystack_text
+from evals.run import plan
 from tests.evals import toy
 from tests.evals.toy import settings
 
@@ -79,6 +82,42 @@ def test_other_data_under_the_same_name_is_another_run(engine, tmp_path, monkeyp
         open_folder(tmp_path, facts(engine, settings(haystack=str(text))))
 
 
+def test_another_haystack_is_another_run_the_default_one_too(engine, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("One.")
+    usual, other = (settings(suite=("needle",), haystack=x) for x in (None, str(text)))
+    for folder, first, then in (("a", usual, other), ("b", other, usual)):
+        open_folder(tmp_path / folder, facts(engine, first)).close()
+        with pytest.raises(ConfigError, match=r"data haystack is .*, was .*its text is another"):
+            open_folder(tmp_path / folder, facts(engine, then))
+    monkeypatch.setattr("evals.registry.default_text", lambda: "Of another release of Python.")
+    with pytest.raises(ConfigError, match="data haystack is"):
+        open_folder(tmp_path / "a", facts(engine, usual))
+
+
+def test_a_run_from_before_haystacks_were_noted_had_the_default_one(engine, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("One.")
+    usual, other = (settings(suite=("needle",), haystack=x) for x in (None, str(text)))
+    made = facts(engine, usual)
+    open_folder(tmp_path, made | {"data": {}}).close()
+    with pytest.raises(ConfigError, match="data haystack is"):
+        open_folder(tmp_path, facts(engine, other))
+    open_folder(tmp_path, made).close()
+    assert json.loads((tmp_path / RUN).read_bytes())["data"] == made["data"]
+
+
+def test_the_digest_of_a_haystack_is_that_of_the_text_that_was_read(engine, tmp_path):
+    pipe = tmp_path / "pipe"
+    pipe.write_text("A text, read and gone.")
+    asked = settings(suite=("needle", "ruler"), haystack=str(pipe))
+    text = haystack_text(asked)
+    pipe.write_text("")
+    assert plan(asked, text)
+    made = facts(engine, asked, text)
+    assert made["data"]["haystack"] == hashlib.sha256(b"A text, read and gone.").hexdigest()
+
+
 def test_data_that_was_missing_may_come_and_data_that_is_not_asked_for_does_not_matter(
     engine, tmp_path, monkeypatch
 ):
@@ -90,9 +129,9 @@ def test_data_that_was_missing_may_come_and_data_that_is_not_asked_for_does_not_
     open_folder(tmp_path / "needles", facts(engine, needles)).close()
     monkeypatch.setenv("HEADRACE_DATA", str(tmp_path))
     open_folder(tmp_path / "all", facts(engine, ruler)).close()
-    assert list(json.loads((tmp_path / "all" / RUN).read_bytes())["data"]) == ["squad"]
+    assert list(json.loads((tmp_path / "all" / RUN).read_bytes())["data"]) == ["haystack", "squad"]
     open_folder(tmp_path / "needles", facts(engine, needles)).close()
-    assert not json.loads((tmp_path / "needles" / RUN).read_bytes())["data"]
+    assert list(json.loads((tmp_path / "needles" / RUN).read_bytes())["data"]) == ["haystack"]
     (tmp_path / "squad" / "dev.json").write_text("[]")
     with pytest.raises(ConfigError, match="data squad is"):
         open_folder(tmp_path / "all", facts(engine, ruler))
