@@ -12,10 +12,10 @@ DEPTHS = (0.0, 1.0, *(part / size for size in (2, 4, 8, 16) for part in range(1,
 
 
 class NeedleSuite(PlantedSuite):
-    """One needle in running text, in each wording; `extra` has its depth, 0 (first) to 1 (last).
+    """One needle in running text, in each wording; it should be at `extra["depth"]`, 0 to 1.
 
     Sample `index` stands at `DEPTHS[index]`, from the start again after the last of them, each
-    in a text of its own. Where it falls into a sentence, it moves back to that one's beginning.
+    in a text of its own. It moves back to the beginning of its sentence, where that is near.
     """
 
     name = "needle"

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from evals.ruler.essay import essay_of
 from evals.ruler.templates import Template
-from evals.stretch import Needle, fitted, stretch
+from evals.stretch import Needle, fitted, placed, stretch
 from evals.task import Sample, Turn
 from evals.wording import Wording, parted, share_found, worded
 
@@ -24,7 +24,9 @@ class Planted(NamedTuple):
 
 
 class PlantedSuite(ABC):
-    """Tasks in each wording; a subclass says what is planted.
+    """Tasks in each wording; a subclass says what is planted, and where it should be.
+
+    `extra["placed"]` says where it is: the shares of the text before each needle, 0..1.
 
     Args:
         haystack: the text; by default the reference pages of the Python language.
@@ -70,7 +72,7 @@ class PlantedSuite(ABC):
         self, planted: Planted, rng: Random, task: str, wording: Wording, length: int, index: int
     ) -> Callable[[int], Sample]:
         """The sample with any number of words."""
-        text = stretch(self._essay, rng, planted.needles)
+        stretched = stretch(self._essay, rng, planted.needles)
         sample = partial(
             Sample,
             id=f"{self.name}/{task}/{length}/{index}",
@@ -80,6 +82,11 @@ class PlantedSuite(ABC):
             length=length,
             turns=planted.turns,
             chat=wording.chat,
-            extra=planted.extra,
         )
-        return lambda words: sample(context=planted.template.context.format(context=text(words)))
+
+        def make(words: int) -> Sample:
+            text = stretched(words)
+            extra = planted.extra | {"placed": placed(text, planted.needles)}
+            return sample(context=planted.template.context.format(context=text), extra=extra)
+
+        return make

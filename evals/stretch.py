@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 from engine.errors import ConfigError
 from evals.prompt import prompt_tokens
 from evals.ruler.draft import insert
-from evals.ruler.essay import Essay
+from evals.ruler.essay import CLOSERS, ENDS, Essay
 from evals.ruler.fit import DoesNotFit, fit
 from evals.task import Sample
 
 LEAST = 16  # words around each needle
-CLOSERS = "\"')]"
+NEAR = 1 / 50  # of a text, that a needle may move back to where a sentence begins
+SENTENCE = 24  # words that it may in any case
 
 
 class Needle(NamedTuple):
@@ -27,7 +28,7 @@ class Needle(NamedTuple):
 
 
 def stretch(essay: Essay, rng: Random, needles: Sequence[Needle]) -> Callable[[int], str]:
-    """Text of any number of words with the needles in it; it begins with a random sentence."""
+    """Text of any number of words with the needles in it; from a random place on."""
     start = _sentence(essay.words, rng.randrange(len(essay.words)))
     words = essay.words[start:] + essay.words[:start]
 
@@ -38,10 +39,10 @@ def stretch(essay: Essay, rng: Random, needles: Sequence[Needle]) -> Callable[[i
 
 
 def hide(words: Sequence[str], needles: Sequence[Needle]) -> str:
-    """Words with needles at their depths, each moved back to the end of a sentence or the start.
+    """Words with needles at their depths, each moved back to the beginning of its sentence.
 
-    One at depth 1 stands at the very end, wherever the text breaks off (gkamradt's needle in a
-    haystack, 2023).
+    Where that is far, as in a text without sentences, it stands right at its depth. One at depth 1
+    stands at the very end, wherever the text breaks off (gkamradt's needle in a haystack, 2023).
     """
     ordered = sorted(needles, key=lambda needle: needle.depth)
     places = [_place(words, needle.depth) for needle in ordered]
@@ -53,11 +54,19 @@ def _place(words: Sequence[str], depth: float) -> int:
 
 
 def _sentence(words: Sequence[str], place: int) -> int:
-    """The last beginning of a sentence up to `place`."""
-    ends = (
-        i for i in range(place, 0, -1) if words[i - 1].rstrip(CLOSERS).endswith((".", "!", "?"))
-    )
-    return next(ends, 0)
+    """The last beginning of a sentence up to `place`; `place` itself where that is not near."""
+    first = max(0, place - max(SENTENCE, int(NEAR * len(words))))
+    near = range(place, first - 1, -1)
+    begins = (i for i in near if i == 0 or words[i - 1].rstrip(CLOSERS).endswith(ENDS))
+    return next(begins, place)
+
+
+def placed(text: str, needles: Sequence[Needle]) -> list[float]:
+    """The shares of a text before each of the needles in it, as they came out."""
+    return [
+        round(text.index(needle.text) / max(1, len(text) - len(needle.text)), 4)
+        for needle in needles
+    ]
 
 
 def fitted(

@@ -106,6 +106,32 @@ def test_needles_move_back_to_the_beginning_of_their_sentence():
     assert [hidden(x / 8) for x in range(9)] == [0, 0, 2, 2, 2, 5, 6, 6, 8]
 
 
+def test_a_needle_stays_at_its_depth_where_no_sentence_begins_near_it():
+    words = [f"w{i}" for i in range(2000)]
+
+    def hidden(depth):
+        return hide(words, [Needle(depth, "N.")]).split().index("N.")
+
+    assert [hidden(x) for x in (0.0, 0.25, 0.5, 0.999, 1.0)] == [0, 500, 1000, 1998, 2000]
+    words[970] += "。"
+    assert hidden(0.5) == 971  # within 2 % of the text
+    assert hidden(0.51) == 1020
+
+
+@pytest.mark.parametrize("make", SUITES)
+def test_samples_say_where_their_needles_are(make):
+    log = "\n".join(f"host{i % 7} accepted connection from user{i % 13}" for i in range(500))
+    for sample in samples(make(haystack=log), make().tasks[0], 4096, 3):
+        wanted = sample.extra.get("depths", [sample.extra.get("depth")])
+        assert sample.extra["placed"] == pytest.approx(wanted, abs=0.03)
+
+
+def test_texts_without_sentences_begin_anywhere_too():
+    log = "\n".join(f"host{i} accepted a connection" for i in range(3000))
+    made = samples(NeedleSuite(haystack=log), "needle-plain", 512, 5)
+    assert len({x.context[-150:-60] for x in made}) == 5
+
+
 def test_needles_keep_their_order_where_they_share_a_place():
     assert hide(["a"], [Needle(0.5, "M."), Needle(0.2, "N.")]) == "N. M. a"
 

@@ -144,6 +144,11 @@ def test_an_essay_begins_again_where_it_ends_and_keeps_every_word():
     assert len(default_essay().words) > 50_000
 
 
+def test_sentences_of_chinese_text_end_too():
+    essay = Essay.of("今天很好。 真的吗？ 「是的！」 再见")
+    assert essay.sentences(4) == ["今天很好。", "真的吗？", "「是的！」", "再见"]
+
+
 def test_lines_are_inserted_before_the_places_given():
     assert insert("abc", "12", [0, 3]) == ["1", "a", "b", "c", "2"]
     assert insert("abc", "12", [1, 1]) == ["a", "1", "2", "b", "c"]
