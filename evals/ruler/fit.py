@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 SLACK = 1 / 400  # of the tokens, that may stay free: not worth another try
+GROWTH, STEP = 4, 64  # where prices are not known yet: times what fits, and so much more
 
 
 class DoesNotFit(Exception):
@@ -27,7 +28,9 @@ def fit(
     """A size that costs at most `room` tokens, and one more would not, or all but `SLACK` is used.
 
     Sizes are guessed along the line from the least size through the last one tried, which takes
-    three or four tries where the cost is nearly linear; halving takes over where it is not.
+    three or four tries where the cost is nearly linear; halving takes over where it is not. A
+    price below a token is that of sizes at which nothing came in yet, as no document fits them:
+    then the next size is bounded by the last, as it may be the length of a text.
 
     Args:
         cost: tokens of a prompt of that size, roughly growing with it.
@@ -50,5 +53,8 @@ def fit(
             fits, spent = tried, found
         else:
             over = tried
-        tried = fits + max(1, int((room - spent) / price))
+        further = int((room - spent) / price)
+        if price < 1:
+            further = min(further, (GROWTH - 1) * fits + STEP)
+        tried = fits + max(1, further)
     return fits

@@ -48,6 +48,19 @@ def test_a_few_tries_are_enough_where_the_cost_is_nearly_linear():
         assert len(tried) <= 4
 
 
+def test_sizes_at_which_nothing_is_added_grow_in_steps():
+    """As documents of 90 units each do; the first guess has room for none."""
+    tried = []
+
+    def cost(size):
+        tried.append(size)
+        return 100 + 200 * (size // 90)
+
+    size = fit(cost, 4000, 0)
+    assert cost(size) <= 4000 < cost(size + 90)
+    assert max(tried) < 10_000
+
+
 def test_what_cannot_fit_says_how_much_it_takes():
     with pytest.raises(DoesNotFit, match="70 tokens") as caught:
         fit(lambda size: 10 * size, 69, 7)
