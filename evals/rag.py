@@ -30,6 +30,7 @@ FACTS = 5  # of single-hop samples
 PAIRS = 3  # of two-hop samples; each takes two chunks
 HOPS = Template("\n{context}", "\nWhat is {query}?", " {query} is")
 WORDS = 32  # tokens of an answer in words
+FILL = 0.5  # of the length, at the least: so that no prompt is asked under a length and its double
 
 Texts = Callable[[int], Sequence[str]]  # the chunks of a size
 
@@ -51,7 +52,8 @@ class RagSuite:
 
     single-plain, single-ruler: one of five facts in chunks of their own, in both wordings.
     two-hop: one of three facts that two chunks state between them, the referring one later.
-    musique: questions of several hops about real paragraphs, and others, as many as have room.
+    musique: questions of several hops about real paragraphs, and others, as many as have room;
+        a length that those of a question fill less than half is refused.
 
     Args:
         haystack: the text of made chunks; by default the reference pages of the Python language.
@@ -70,7 +72,7 @@ class RagSuite:
         """As `evals.task.Suite` has it.
 
         Raises:
-            ConfigError: no such task, too short a length, or the paragraphs are missing.
+            ConfigError: no such task, too short or long a length, or the paragraphs are missing.
         """
         if task not in self.tasks:
             raise ConfigError(f"rag has no task {task}; it has {', '.join(self.tasks)}")
@@ -181,12 +183,17 @@ def _size(tokenizer: Any, make: Callable[[int], Sample], draft: Draft, guess: in
         return longest(tokenizer, make(size))
 
     try:
-        return fit(cost, smallest.length, draft.least, draft.most, guess)
+        size = fit(cost, smallest.length, draft.least, draft.most, guess)
     except DoesNotFit as error:
         raise ConfigError(
             f"{smallest.id} needs {error.tokens:,} tokens at the least by this tokenizer: "
             "raise the length"
         ) from error
+    if size == draft.most and cost(size) < FILL * smallest.length:
+        raise ConfigError(
+            f"{smallest.id} has material for {cost(size):,} tokens only: lower the length"
+        )
+    return size
 
 
 def segments(tokenizer: Any, sample: Sample) -> Segments:

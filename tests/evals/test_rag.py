@@ -133,15 +133,15 @@ def test_a_number_is_scored_as_a_whole():
 
 
 def test_questions_without_an_answer_are_left_out(read):
-    asked = [sample.turns[0].question for sample in samples(read, "musique", count=2)]
+    asked = [sample.turns[0].question for sample in samples(read, "musique", 1000, count=2)]
     assert ["Who is 0?" in asked[0], "Who is 2?" in asked[1]] == [True, True]
     with pytest.raises(ConfigError, match="there are 2 questions, question 3 was asked for"):
-        samples(read, "musique", count=3)
+        samples(read, "musique", 1000, count=3)
 
 
 def test_paragraphs_that_hold_the_answer_stay_and_others_fill_the_room(read):
     counts = []
-    for length in (400, 600, 2000):
+    for length in (400, 600, 1000):
         sample = next(read.samples(tiny(), "musique", length, 1))
         titles = [chunk.splitlines()[0] for chunk in chunks(sample)]
         assert {"Title 1", "Title 3"} <= set(titles)
@@ -156,8 +156,17 @@ def test_too_short_a_length_for_the_needed_paragraphs_is_refused(read):
         samples(read, "musique", length=200, count=1)
 
 
+def test_a_length_that_the_paragraphs_fill_less_than_half_is_refused(read):
+    sample = next(read.samples(tiny(), "musique", 1000, 1))
+    (tokens,) = used(tiny(), sample)
+    assert next(read.samples(tiny(), "musique", 2 * tokens, 1)).context == sample.context
+    said = rf"rag/musique/{2 * tokens + 2}/0 has material for {tokens:,} tokens only: lower"
+    with pytest.raises(ConfigError, match=said):
+        samples(read, "musique", 2 * tokens + 2, 1)
+
+
 def test_the_best_f1_over_the_answers_counts(read):
-    (sample,) = samples(read, "musique", count=1)
+    (sample,) = samples(read, "musique", 1000, count=1)
     assert sample.turns[0].outputs == ("Ann Lee", "A. Lee")
     assert read.score(sample, 0, "Ann Lee") == 100
     assert read.score(sample, 0, "lee") == pytest.approx(100)  # articles do not count
@@ -181,7 +190,7 @@ def test_missing_paragraphs_are_said_to_be_so_and_the_rest_works(monkeypatch):
 
 def test_a_file_of_paragraphs_is_read(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([row(0)]))
-    assert samples(RagSuite(musique=tmp_path), "musique", count=1)
+    assert samples(RagSuite(musique=tmp_path), "musique", 1000, count=1)
 
 
 def test_real_paragraphs_make_prompts():
@@ -198,7 +207,7 @@ def test_real_paragraphs_make_prompts():
 @pytest.mark.parametrize("tokenizer", ["tiny", "letters"])
 def test_segments_are_the_prompt_up_to_the_answer(read, task, tokenizer):
     tokenizer = TOKENIZERS[tokenizer]()
-    sample = next(read.samples(tokenizer, task, 4000, 1))
+    sample = next(read.samples(tokenizer, task, 1000 if task == "musique" else 4000, 1))
     cut, turn = segments(tokenizer, sample), sample.turns[0]
     assert cut.prefix[0] == tokenizer.bos_token_id
     pieces = [tokenizer.decode(chunk) for chunk in cut.chunks]
