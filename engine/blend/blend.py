@@ -6,7 +6,7 @@ from torch import Tensor
 
 from engine.blend.active import Active
 from engine.blend.policies import Boundary, Budget, Policy
-from engine.blend.probe import Probe
+from engine.blend.probe import Probe, probe_cost
 from engine.blend.reuse import Reuse
 from engine.cache import Cache
 from engine.loading import Loader
@@ -14,6 +14,17 @@ from engine.model.pieces import Model, kv_depth
 from engine.slices import Slices, drained
 
 PROBE = 0.75  # of what may be computed, for finding out what is worth it
+
+
+def affordable(model: Model, reuse: Reuse, policy: Policy, budget: Budget) -> Policy:
+    """The policy; or the repair of boundaries, where its probe would take nearly all there is.
+
+    A probe computes all tokens that have no KV. They are many where the question is long, or the
+    instructions, and would leave next to nothing to repair with.
+    """
+    if not policy.probe or budget.whole or probe_cost(model, reuse) <= PROBE * budget.left:
+        return policy
+    return Boundary()
 
 
 def blend(
@@ -40,21 +51,16 @@ def blend_layers(
 ) -> Slices[Float[Tensor, " vocab"]]:
     """As `blend`, a layer a slice.
 
-    A probe computes all tokens that have no KV. Where they are so many that it would leave next to
-    nothing to repair with (a long question, or instructions), boundaries are repaired instead.
     A layer's stored KV is in place before the layer starts. What is computed afresh replaces it,
     and attends to all of its own past, stored or fresh, and to nothing else. Where a policy
     narrows its choice, the blocks left out keep what the layers so far made of them.
     """
     relevance = reuse.nothing
     if policy.probe and not budget.whole:
-        probe = Probe(model, cache, reuse, loader)
-        if probe.cost > PROBE * budget.left:
-            policy = Boundary()
-        else:
-            relevance = probe.relevance(tokens)
-            budget.charge(probe.cost)
-            yield probe.cost // len(model.layers)
+        relevance = Probe(model, cache, reuse, loader).relevance(tokens)
+        cost = probe_cost(model, reuse)
+        budget.charge(cost)
+        yield cost // len(model.layers)
     blocks = reuse.everything if budget.whole else policy.first(reuse, budget, relevance)
     active = Active(model, reuse, reuse.active(blocks))
     x, last = model.embed(tokens[active.positions]), kv_depth(model) - 1

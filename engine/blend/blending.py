@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from engine.blend.blend import blend_layers
+from engine.blend.blend import affordable, blend_layers
 from engine.blend.chunks import Chunks, Computed
-from engine.blend.policies import Budget
+from engine.blend.policies import Budget, Policy
 from engine.blend.reorder import best_order
 from engine.blend.repair import BlendConfig, BlendReport
 from engine.blend.reuse import EXACT, FRESH, Reuse, plan
@@ -153,6 +153,7 @@ class Blending:
             report.repaired_tokens = len(start) * self._size * (start is leading[1])
             work = self._work(found, run.blend.share)
             decision = self._decide(run.blend, found, work)
+            report.policy = run.blend.policy
             report.share, report.reason = decision.share, decision.reason
             report.loaded = decision.load
             if not decision.load:
@@ -198,7 +199,7 @@ class Blending:
         cache = run.cache = self._memory.cache(run, self._recorder(run, found.start))
         loader = Loader(self._model, cache, self._store, found.placed, len(tokens), found.computed)
         try:
-            policy = run.blend.chosen(self._model.shape.num_layers)
+            policy = self._affordable(run.blend, report, found.reuse, budget)
             slices = blend_layers(self._model, cache, tokens, found.reuse, loader, policy, budget)
             logits = yield from watch.timed(finished(slices, self._model.shape.device))
             if isinstance(cache, SparseCache):
@@ -214,6 +215,20 @@ class Blending:
         run.stats.cached_tokens = report.exact_tokens + report.reused_tokens
         self._learn(report, work)
         return logits
+
+    def _affordable(
+        self, settings: BlendConfig, report: BlendReport, reuse: Reuse, budget: Budget
+    ) -> Policy:
+        """The policy asked for, or what stands in for it, of which the report then tells."""
+        asked = settings.chosen(self._model.shape.num_layers)
+        policy = affordable(self._model, reuse, asked, budget)
+        if policy is not asked:
+            report.policy = "boundary"
+            report.reason += (
+                f"; boundaries instead of {settings.policy}: its probe of "
+                f"{reuse.count(FRESH):,} tokens would take nearly all of the share"
+            )
+        return policy
 
     def _compute(self, run: Running, report: BlendReport) -> Slices[Float[Tensor, " vocab"]]:
         """Everything but a stored start, exactly."""

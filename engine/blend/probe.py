@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.blend.active import Active
-from engine.blend.reuse import Reuse
+from engine.blend.reuse import FRESH, Reuse
 from engine.cache import Cache
 from engine.loading import Loader
 from engine.model.pieces import AttentionSpec, Model, kv_depth
@@ -27,12 +27,7 @@ class Probe:
     def __init__(self, model: Model, cache: Cache, reuse: Reuse, loader: Loader) -> None:
         self._model, self._cache, self._reuse, self._loader = model, cache, reuse, loader
         self._active = Active(model, reuse, reuse.active(~reuse.everything))
-        self._layers = max(1, round(DEPTH * kv_depth(model)))
-
-    @property
-    def cost(self) -> int:
-        """Tokens whose projections it computes, times the layers."""
-        return len(self._active.positions) * self._layers
+        self._layers = _layers(model)
 
     def relevance(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, " n"]:
         """Per block, the attention of the head that looks there most, mean of the layers."""
@@ -49,6 +44,15 @@ class Probe:
             found.append(self._reuse.sum(_spread(mass)).amax(0))
             x = layer.finish(x, active.attend(layer, q, kv))
         return torch.stack(found).mean(0)
+
+
+def probe_cost(model: Model, reuse: Reuse) -> int:
+    """Tokens whose projections a probe computes, times the layers."""
+    return reuse.count(FRESH) * _layers(model)
+
+
+def _layers(model: Model) -> int:
+    return max(1, round(DEPTH * kv_depth(model)))
 
 
 def _tail(positions: Int[Tensor, " n"], length: int) -> int:

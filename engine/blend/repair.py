@@ -62,6 +62,7 @@ class BlendReport:
     """What a blend reused and computed.
 
     Args:
+        policy: that ran; `reason` says why, where it is not the one asked for.
         prompt_tokens: exact_tokens + reused_tokens + fresh_tokens.
         exact_tokens: whose stored KV is that of a full prefill: a prefix of the prompt, and
             the chunk behind the instructions.

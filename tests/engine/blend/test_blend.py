@@ -208,6 +208,20 @@ def test_a_long_question_or_prefix_does_not_use_up_the_repair(engine, policy, pr
         report = blended(engine, asked, policy=policy, share=share).report
         block = 16 / report.reused_tokens
         assert share - block < report.charged <= share, share
+        assert (report.policy == policy) == ("instead of" not in report.reason)
+
+
+@pytest.mark.parametrize("policy", ["query", "union"])
+def test_a_policy_whose_probe_costs_too_much_is_not_the_one_reported(engine, policy):
+    made = segments(7)
+    asked = Segments(made.prefix, made.chunks, prompt(100).tolist())
+    report = blended(engine, asked, policy=policy, share=0.1).report
+    assert report.policy == "boundary"
+    assert f"boundaries instead of {policy}: its probe of " in report.reason
+    report = blended(engine, made, policy=policy, share=0.5).report
+    assert (report.policy, report.reason) == (policy, "load: as configured")
+    report = blended(engine, asked, policy=policy, share=1.0).report
+    assert report.policy == policy
 
 
 @pytest.mark.parametrize("policy", POLICIES)
