@@ -59,6 +59,8 @@ def run(args: Namespace) -> int:
 
     if args.count < 1:
         raise ConfigError(f"the count must be at least 1, got {args.count}")
+    if args.out.is_dir():
+        raise ConfigError(f"--out names a file for the prompts, got a folder: {args.out}")
     length = tokens(args.length)
     tokenizer = load_tokenizer(locate(args.tokenizer))
     if tokenizer is None:

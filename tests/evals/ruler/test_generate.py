@@ -89,3 +89,11 @@ def test_what_is_wrong_is_one_line_and_leaves_no_file(tmp_path):
 def test_a_length_is_a_number_of_tokens(length, tmp_path):
     with pytest.raises(ConfigError, match="like 4096 or 4k"):
         run(f"--length={length}", out=tmp_path / "x")
+
+
+@pytest.mark.parametrize("out", [".", "/", "", "folder"])
+def test_a_folder_is_no_file_to_write(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match="--out names a file for the prompts, got a folder"):
+        run(out=out)
