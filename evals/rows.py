@@ -58,7 +58,7 @@ def _file(path: Path) -> list[Row]:
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in text.split("\n") if line.strip()]
         found = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     return found if isinstance(found, list) else [found]
 
@@ -77,7 +77,13 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _saved(folder: Path) -> list[Row]:
-    return _split(_datasets().load_from_disk(str(folder)), str(folder))
+    package = _datasets()
+    try:
+        return _split(package.load_from_disk(str(folder)), str(folder))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"{folder} cannot be read as a saved data set: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _hub(name: str) -> list[Row]:

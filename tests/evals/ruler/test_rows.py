@@ -1,7 +1,9 @@
 """Where rows come from: files, folders, saved data sets, the hub, or the caller."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -147,3 +149,22 @@ def test_the_real_files_have_the_questions_they_are_known_to_have(package, tmp_p
         split="train",
     )
     assert hotpotqa(loaded) == corpus
+
+
+@pytest.mark.parametrize("name", ["deep.json", "deep.jsonl"])
+def test_json_that_is_nested_too_deeply_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"deep\.json.* cannot be read as JSON"):
+        read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyError, TypeError])
+def test_a_damaged_saved_set_is_refused(tmp_path, monkeypatch, error):
+    def load_from_disk(folder):
+        raise error("damaged")
+
+    package = SimpleNamespace(load_from_disk=load_from_disk)
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"cannot be read as a saved data set: .*damaged"):
+        read_rows(tmp_path)
