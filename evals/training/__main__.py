@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError
 from evals.training.corpus import load_corpus
 from evals.training.exam import Exam
 from evals.training.network import load
@@ -18,6 +18,7 @@ def main(words: list[str] | None = None) -> int:
     """One JSON line for every length; 1 where it cannot do what was asked."""
     args = _arguments(words)
     try:
+        _check(args)
         network, corpus = load(args.model), load_corpus(args.text)
         exam = Exam(corpus, AutoTokenizer.from_pretrained(args.model), tuple(args.tasks))
         for length in args.lengths:
@@ -37,6 +38,14 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096])
     parser.add_argument("--windows", type=int, default=20, help="of each task and length")
     return parser.parse_args(words)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """ConfigError for numbers that nothing can be examined with."""
+    if args.windows < 1:
+        raise ConfigError(f"--windows must be at least 1, got {args.windows}")
+    if min(args.lengths) < 1:
+        raise ConfigError(f"--lengths are tokens, at least 1, got {min(args.lengths)}")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ def _read(path: Path) -> str:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"cannot read the text {path}: {error.strerror}; give --text") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: convert it first") from error
     parts = GUTENBERG.split(text)
     text = max(parts, key=len)  # the book, without Project Gutenberg's header and licence
     if len(text) < 10_000:

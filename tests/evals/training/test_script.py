@@ -94,3 +94,23 @@ def test_a_missing_text_is_one_line_without_a_traceback(script, tmp_path, capsys
 def test_nothing_to_resume_is_one_line(script, tmp_path, out, capsys):
     assert script.main(["--out", str(tmp_path), "--tiny", "--resume"]) == 1
     assert "train without --resume first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--lengths", "0"], "--lengths are tokens, at least 1, got 0"),
+        (["--lengths", "512", "-5"], "--lengths are tokens, at least 1, got -5"),
+        (["--windows", "0"], "--windows must be at least 1, got 0"),
+        (["--text", "binary"], "binary is not UTF-8 text"),
+    ],
+)
+def test_what_nothing_can_be_examined_with_is_one_line(
+    tmp_path, monkeypatch, capsys, options, said
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "binary").write_bytes(b"\x7fELF\xff\xfe")
+    assert examine([str(SCRIPT.parents[1] / "models" / "reference"), *options]) == 1
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    assert said in printed.err
