@@ -39,6 +39,18 @@ class Runs(msgspec.Struct, frozen=True):
     repeated: int
 
 
+class _Settings(msgspec.Struct):
+    method: list[str] = []
+    settings: dict[str, Any] = {}
+
+
+class _Facts(msgspec.Struct):
+    """What a report reads of a run's facts, as far as they are there."""
+
+    starts: list[dict[str, Any]] = []
+    settings: _Settings = msgspec.field(default_factory=_Settings)
+
+
 def load_runs(folders: Sequence[str | Path]) -> Runs:
     """The records of all folders. Of two with the same key the later counts, errors only if alone.
 
@@ -69,10 +81,14 @@ def _facts(folder: Path) -> dict[str, Any]:
         return {}
     try:
         facts = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     if not isinstance(facts, dict):
         raise ConfigError(f"{path} must hold an object, not {type(facts).__name__}")
+    try:
+        msgspec.convert(facts, _Facts)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path} does not say how a run was made: {error}") from error
     return facts
 
 

@@ -94,3 +94,19 @@ def test_a_run_json_that_is_none_is_refused(tmp_path):
     assert "is not JSON" in refused(made)
     (made / "run.json").write_text("[]")
     assert "must hold an object" in refused(made)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        '{"starts": [1]}',
+        '{"starts": 1}',
+        '{"settings": []}',
+        '{"settings": {"method": 1}}',
+        "[" * 100_000,
+    ],
+)
+def test_facts_that_no_run_wrote_are_refused(tmp_path, facts):
+    made = folder(tmp_path, [record(0)])
+    (made / "run.json").write_text(facts)
+    assert "run.json" in refused(made)
