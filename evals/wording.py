@@ -127,6 +127,12 @@ def parted(suite: str, tasks: Sequence[str], name: str) -> tuple[str, Wording]:
 
 
 def share_found(prediction: str, outputs: Sequence[str]) -> float:
-    """0..100: how many of the values stand in a prediction, as whole numbers."""
+    """0..100: how many of the values stand in a prediction, as whole numbers.
+
+    Raises:
+        ConfigError: there are no values.
+    """
+    if not outputs:
+        raise ConfigError("there are no outputs to compare the prediction with")
     said = set(re.findall(r"\d+", prediction))
     return 100.0 * sum(value in said for value in outputs) / len(outputs)

@@ -124,6 +124,15 @@ def test_records_of_every_suite_are_scored_again(tmp_path, suite):
     assert (found.group.suite, found.samples, found.empty, found.score) == (suite, 2, 1, 50)
 
 
+@pytest.mark.parametrize("suite", ["needle", "ruler", "rag"])
+def test_records_without_outputs_are_refused(tmp_path, suite):
+    made = dict(id="1", suite=suite, task="niah_multivalue", family="f", length=100, turn=0)
+    made |= dict(method="dense", budget=None, outputs=(), score=0.0)
+    rows = [msgspec.to_builtins(Record(**made, prediction="1234567"))]
+    with pytest.raises(ConfigError, match="no outputs to compare"):
+        score_file(write(tmp_path / "x.jsonl", rows))
+
+
 def test_records_of_longbench_v2_count_in_each_column_of_its_table(tmp_path):
     made = dict(id="1", suite="longbench-v2", family="f", length=100, turn=0, score=0.0)
     made |= dict(method="dense", budget=None, outputs=("B",), prediction="The correct answer is B")
