@@ -17,6 +17,7 @@ from engine.errors import ConfigError
 ENDINGS = (".jsonl", ".jsonl.gz")
 Ids: TypeAlias = NDArray[np.int64]
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError)
+LONGEST = 1 << 24  # blocks of a prompt: more than any model reads
 USERS = 32  # with a session each, at any time, where sessions have no start of their own
 
 
@@ -156,6 +157,10 @@ def _built(lines: list[_Turn]) -> Iterator[Ids]:
     fresh, nothing = 0, np.empty(0, np.int64)
     for x in lines:
         earlier = made.get((x.s, x.p), nothing)
+        if x.n > LONGEST:
+            raise ConfigError(
+                f"request {x.i} of session {x.s} has {x.n:,} blocks; at most {LONGEST:,} are read"
+            )
         if not 0 <= x.k <= min(x.n, len(earlier)):
             raise ConfigError(
                 f"request {x.i} of session {x.s} has {x.n} blocks and shares {x.k} with request "

@@ -98,6 +98,11 @@ def test_a_session_that_refers_to_no_earlier_request_is_refused(tmp_path):
             read_traces(write(tmp_path / "a.jsonl", [line]))
 
 
+def test_a_request_longer_than_any_prompt_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="request 0 of session 1 has 100,000,000,000,000 blocks"):
+        read_traces(write(tmp_path / "a.jsonl", [turn(1, 0, 0, 10**14)]))
+
+
 def test_a_folder_without_traces_is_an_error(tmp_path):
     (tmp_path / "a.csv").write_text("x")
     for path in (tmp_path, tmp_path / "none"):
