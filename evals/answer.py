@@ -79,10 +79,16 @@ class Answers:
         self._engine, self._sample = engine, sample
 
     def records(self, way: Way) -> list[Record]:
-        """One of each turn, without scores; where it cannot be asked, with the error."""
-        reset_peak(self._engine.model.shape.device)
+        """One of each turn, without scores; where it cannot be asked, with the error.
+
+        Their peak memory is without that of reading the context, whoever asks for it first.
+        """
+        floor = way.name == NO_CONTEXT
         try:
-            return list(self._floor(way) if way.name == NO_CONTEXT else self._answered(way))
+            if not floor:
+                _ = self.context
+            reset_peak(self._engine.model.shape.device)
+            return list(self._floor(way) if floor else self._answered(way))
         except FAILURES as error:
             return failed(self._sample, self._sample.suite, [way], error)
 

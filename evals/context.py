@@ -66,7 +66,7 @@ class Context(SequenceCache):
         """
         states = self._index_states(method, pool) if method.index != "landmarks" else None
         bare = msgspec.structs.replace(method, index="exact", options={}) if states else method
-        cache = self._filled(bare, pool)
+        cache = self._filled(bare, pool, None if states else index_name(method))
         for number, i in enumerate(sparse_layers(self.model, method)):
             choice = cache.layer(i).choice
             assert choice is not None
@@ -84,14 +84,15 @@ class Context(SequenceCache):
         """Of the indexes of all layers; built once, whatever is asked with them."""
         name = index_name(method)
         if name not in self._states:
-            with closing(self._filled(method, pool)) as cache:
+            with closing(self._filled(method, pool, name)) as cache:
                 layers = map(cache.layer, sparse_layers(self.model, method))
                 self._states[name] = [
                     x.choice.index.state() for x in layers if x.choice is not None
                 ]
         return self._states[name]
 
-    def _filled(self, method: Method, pool: Pool) -> SparseCache:
+    def _filled(self, method: Method, pool: Pool, name: str | None) -> SparseCache:
+        """A cache of the text's KV; what it took is noted under the name, if there is one."""
         start = now(self.model.shape.device)
         cache = SparseCache(self.model, 1, method, pool)
         with ExitStack() as full:
@@ -101,7 +102,8 @@ class Context(SequenceCache):
                 cache.fill(i, kv.k, kv.v, self.queries.get(i))
             cache.adopt(self.length)
             full.pop_all()  # nothing failed: it stays open
-        self.build_s.setdefault(index_name(method), now(self.model.shape.device) - start)
+        if name is not None:
+            self.build_s.setdefault(name, now(self.model.shape.device) - start)
         return cache
 
 

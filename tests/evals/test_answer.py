@@ -194,6 +194,32 @@ def test_the_first_token_waits_for_context_and_index(engine, sample):
     assert all(1000 < record.ttft_s < 1100 for record in answers.records(DENSE))
 
 
+@pytest.mark.parametrize("way", [DENSE, WHOLE[0]], ids=lambda way: way.name)
+def test_peak_memory_is_without_that_of_reading_whoever_is_first(engine, sample, monkeypatch, way):
+    order, read = [], subject.Context
+
+    def context(model, tokens):
+        order.append("read")
+        return read(model, tokens)
+
+    monkeypatch.setattr(subject, "Context", context)
+    monkeypatch.setattr(subject, "reset_peak", lambda device: order.append("reset"))
+    answers = Answers(engine, sample)
+    answers.records(way)
+    assert order == ["read", "reset"]
+    answers.records(DENSE)
+    assert order == ["read", "reset", "reset"]
+
+
+def test_what_one_method_took_to_build_is_not_counted_for_another(engine, sample):
+    answers = Answers(engine, sample)
+    first, oracle = (next(way for way in WHOLE if way.name == x) for x in ("headrace", "oracle"))
+    answers.records(first)
+    assert list(answers.context.build_s) == [index_name(first.method)]
+    answers.records(oracle)
+    assert answers.context.build_s.keys() == {index_name(x.method) for x in (first, oracle)}
+
+
 def test_one_token_has_no_rate(engine, sample):
     [record, _] = Answers(engine, changed(sample, max_new_tokens=1)).records(DENSE)
     assert record.decode_tok_s is None
