@@ -5,6 +5,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from engine.cache import Cache
 from engine.engine import Engine
 from engine.errors import ConfigError, EngineError, PromptError
@@ -49,9 +51,7 @@ class Trial:
             yield self.context.dense(self.room)
             return
         if not sparse_layers(self.model, way.method):
-            raise ConfigError(
-                f"{way.name} selects in no layer: all of the model's have a sliding window"
-            )
+            raise ConfigError(f"{way.name} selects in no layer: {_why_dense(self.model, way)}")
         shape = pool_shape(self.model, way.method)
         blocks = -(-(self.context.length + self.room) // shape.block_tokens)
         room = min(blocks * shape.block_bytes, self.engine.config.pinned_bytes)
@@ -71,6 +71,14 @@ class Trial:
         return Record.of(
             self.sample, self.turn, way.name, way.budget, suite=suite, **(prompt | found)
         )
+
+
+def _why_dense(model: Model, way: Way) -> str:
+    """Why a method selects in no layer."""
+    first = way.method.dense_layers
+    if sparse_layers(model, msgspec.structs.replace(way.method, dense_layers=0)):
+        return f"all that it could select in are among the first {first}: lower dense_layers"
+    return "all of the model's have a sliding window"
 
 
 def prompts(engine: Engine, sample: Sample, answer_tokens: int) -> list[Asked]:

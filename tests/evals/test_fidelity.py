@@ -7,14 +7,14 @@ from engine.attention import attend_token_torch
 from engine.config import EngineConfig
 from engine.decode import decode
 from engine.errors import ConfigError
-from engine.method import PRESETS
+from engine.method import PRESETS, preset
 from engine.model.pieces import AttentionSpec
 from engine.sparse.layer import SparseLayer
 from evals.context import Context
 from evals.fidelity import attention_measures, dense_path, follow, measure
 from evals.observed import Kept, Observed, compare
 from evals.trial import one_line
-from evals.ways import DENSE
+from evals.ways import DENSE, Way
 from kvstore.block import LayerKV
 from retrieval.select import Policy
 from tests.evals.measured import make_engine, make_sample, make_trial, way
@@ -252,6 +252,14 @@ def test_layers_and_heads_are_told_apart_on_request():
         assert {x for x in split if x.startswith(f"{name}/")} == heads
         assert sum(map(split.__getitem__, heads)) / 4 == pytest.approx(plain[name], rel=1e-5)
         assert len(set(map(split.__getitem__, heads))) == 4
+
+
+def test_a_method_whose_layers_are_all_dense_says_so(llama):
+    layers = len(llama.model.layers)
+    dense = Way("headrace", 32.0, preset("headrace", budget=32, dense_layers=layers))
+    [record] = measure(llama, make_sample(), [dense])
+    assert f"are among the first {layers}: lower dense_layers" in record.error
+    assert "window" not in record.error
 
 
 def test_a_model_whose_layers_all_have_windows_has_nothing_to_select():
