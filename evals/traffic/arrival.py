@@ -1,5 +1,6 @@
 """Requests over time, and what load tests change of them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -39,7 +40,7 @@ def rate(arrivals: Sequence[Arrival]) -> float:
 
 def rescaled(arrivals: Sequence[Arrival], per_s: float) -> list[Arrival]:
     """The same requests at another rate: time runs faster or slower, bursts stay bursts."""
-    if per_s <= 0:
+    if not 0 < per_s < math.inf:
         raise ConfigError(f"the rate must be above 0 requests per second, got {per_s}")
     factor, first_s = rate(arrivals) / per_s, arrivals[0].at_s
     return [replace(x, at_s=(x.at_s - first_s) * factor) for x in arrivals]

@@ -1,6 +1,7 @@
 """Arrivals from files."""
 
 import csv
+import math
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -50,6 +51,8 @@ def _parsed(rows: "csv.DictReader[str]") -> Iterator[Arrival]:
             arrival = read(row)
             if arrival.prompt_tokens < 0 or arrival.new_tokens < 0:
                 raise ValueError("tokens below 0")
+            if not math.isfinite(arrival.at_s):
+                raise ValueError(f"the time {arrival.at_s}")
         except (ValueError, TypeError) as error:  # TypeError: a row that is too short has None
             raise ValueError(f"line {rows.line_num}: {error}") from error
         yield arrival

@@ -39,8 +39,13 @@ class Spread:
             raise ConfigError(f"needs a mean above 0 and a cv of 0 or more, got {self}")
 
     def draw(self, dice: np.random.Generator, count: int) -> Floats:
-        """So many of them, independent."""
-        return _DRAWN[self.kind](self, dice, count)
+        """So many of them, independent. ConfigError where the shape has no such mean and cv."""
+        try:
+            return _DRAWN[self.kind](self, dice, count)
+        except ConfigError:
+            raise
+        except (ArithmeticError, ValueError) as error:
+            raise ConfigError(f"{self} is out of the range of numbers: {error}") from error
 
     def lengths(self, dice: np.random.Generator, count: int) -> list[int]:
         """The same, rounded; at least 1."""
@@ -74,6 +79,8 @@ def _lognormal(spread: Spread, dice: np.random.Generator, count: int) -> Floats:
 
 def _zipf(spread: Spread, dice: np.random.Generator, count: int) -> Floats:
     """By inversion of the density x^-s between `LEAST` and the largest value."""
+    if spread.mean <= LEAST:
+        raise ConfigError(f"a Zipf law begins at {LEAST}, got a mean of {spread.mean}")
     flattest = 2 * spread.mean - LEAST  # where s is 0
     largest = math.exp(
         _bisected(

@@ -50,6 +50,22 @@ def test_what_a_zipf_law_cannot_have_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("mean", "cv", "kind"),
+    [
+        (0.2, 1.0, "zipf"),
+        (0.5, 0.6, "zipf"),
+        (0.500001, 0.6, "zipf"),
+        (1e300, 1.0, "zipf"),
+        (1.0, 1e200, "gamma"),
+        (1.0, 1e200, "lognormal"),
+    ],
+)
+def test_what_no_shape_can_have_is_refused(mean, cv, kind):
+    with pytest.raises(ConfigError, match=r"out of the range|begins at 0\.5"):
+        Spread(mean, cv, kind).draw(np.random.default_rng(), 1)
+
+
+@pytest.mark.parametrize(
     ("mean", "cv"), [(0.0, 1.0), (-1.0, 1.0), (1.0, -0.1), (float("nan"), 1.0)]
 )
 def test_a_spread_needs_a_mean_and_a_cv(mean, cv):

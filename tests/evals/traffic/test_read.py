@@ -150,3 +150,17 @@ def test_the_real_trace_is_read_whole():
     assert traffic.gap_s.cv == pytest.approx(1.094, abs=1e-3)
     assert traffic.message.mean == pytest.approx(1154.7, abs=0.1)
     assert (traffic.turns, traffic.failures) == (1, 0)
+
+
+@pytest.mark.parametrize("time", ["nan", "inf", "-inf"])
+def test_times_that_are_none_are_refused(tmp_path, time):
+    columns = "Timestamp,Request tokens,Response tokens"
+    (tmp_path / "a.csv").write_text(f"{columns}\n1,5,5\n{time},5,5\n")
+    with pytest.raises(ConfigError, match=f"line 3: the time {time}"):
+        read_arrivals(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("per_s", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_rate_that_is_none_is_refused(per_s):
+    with pytest.raises(ConfigError, match="the rate must be above 0"):
+        rescaled([Arrival(0.0, 5, 5), Arrival(1.0, 5, 5)], per_s)
