@@ -127,7 +127,8 @@ TASKS = {
 class RulerSuite:
     """RULER's tasks, by our own generators.
 
-    Sample `index` of a task has the same needles, words or question at every length.
+    Sample `index` of a task has the same needles, words or question at every length; but `cwe` has
+    other words below 4,096 tokens, and where its list takes more than there are in the package.
 
     Args:
         haystack: text that needles are hidden in; by default the reference pages of the
