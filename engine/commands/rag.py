@@ -34,7 +34,10 @@ def run(args: Namespace) -> int:
 
 
 def _add(args: Namespace, rag: "Rag") -> None:
-    paths = [file for path in args.paths for file in _files(Path(path))]
+    if "" in args.paths:
+        raise PromptError("a path is empty: name a text file, or a folder of them")
+    named = [file for path in args.paths for file in _files(Path(path))]
+    paths = list({path.resolve(): path for path in named}.values())
     if not paths:
         raise PromptError(f"there is no text in {', '.join(args.paths)}")
     with Progress(console=progress(), transient=True) as bar:

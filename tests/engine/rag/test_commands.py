@@ -79,6 +79,11 @@ def test_documents_are_added_asked_listed_and_deleted(rag, notes):
     assert len(rag("list")[1].splitlines()) == 1
 
 
+def test_a_document_that_is_named_twice_is_one(rag, notes):
+    status, out, _ = rag("add", "notes/del.txt", notes / "del.txt", "notes/../notes/del.txt")
+    assert (status, out) == (0, "1 documents in 1 chunks\n")
+
+
 def test_json_is_lines_of_json(rag):
     added = json.loads(rag("add", "notes/del.txt", "--json")[1])
     assert added.keys() == {"documents", "chunks"}
@@ -99,6 +104,7 @@ def test_json_is_lines_of_json(rag):
     ("args", "status", "said"),
     [
         (["add", "nobody.txt"], 1, "cannot read nobody.txt: No such file"),
+        (["add", ""], 1, "a path is empty"),
         (["add", "notes/empty.txt"], 1, "is empty: nothing was added"),
         (["add", "notes/picture.png"], 1, "is not UTF-8 text"),
         (["ask", "What?"], 1, "there are no documents yet: add some"),
