@@ -43,12 +43,13 @@ class BM25:
     """Chunks by the words they share with the question, rare words first (Okapi BM25, 1994).
 
     No stemming and no stop words, so it knows no language; scripts without spaces are compared by
-    pairs of characters. Equal scores come in the order of the ids, so results depend on what is
-    in it and not on the order in which it came.
+    pairs of characters, and by single ones where a question has no more. Equal scores come in the
+    order of the ids, so results depend on what is in it and not on the order in which it came.
     """
 
     def __init__(self) -> None:
         self._words: dict[str, Counter[str]] = {}  # of a chunk, how often
+        self._lengths: dict[str, int] = {}  # of chunks, in words
         self._chunks: dict[str, dict[str, int]] = {}  # with a word, how often
         self._length = 0  # words of all chunks
 
@@ -56,15 +57,17 @@ class BM25:
         for id_, text in zip(ids, texts, strict=True):
             if id_ in self._words:
                 continue
-            self._words[id_] = counts = Counter(words(text))
-            self._length += counts.total()
+            found = words(text)
+            self._lengths[id_] = len(found)
+            self._length += len(found)
+            self._words[id_] = counts = Counter(found + _characters(text))
             for word, count in counts.items():
                 self._chunks.setdefault(word, {})[id_] = count
 
     def remove(self, ids: Iterable[str]) -> None:
         for id_ in ids:
             counts = self._words.pop(id_, Counter())
-            self._length -= counts.total()
+            self._length -= self._lengths.pop(id_, 0)
             for word in counts:
                 del self._chunks[word][id_]
                 if not self._chunks[word]:
@@ -85,7 +88,7 @@ class BM25:
         return math.log1p((len(self._words) - having + 0.5) / (having + 0.5))
 
     def _saturated(self, id_: str, count: int) -> float:
-        length = self._words[id_].total() * len(self._words) / self._length
+        length = self._lengths[id_] * len(self._words) / self._length
         return count * (K1 + 1) / (count + K1 * (1 - B + B * length))
 
 
@@ -158,12 +161,22 @@ class Vectors:
 
 def words(text: str) -> list[str]:
     """What of a text is compared: words without case and form, joined scripts in pairs."""
-    text = unicodedata.normalize("NFKC", text.casefold())
     found: list[str] = []
-    for joined, word in _pattern(text).findall(text):
+    for joined, word in _runs(text):
         pairs = [joined[i : i + 2] for i in range(len(joined) - 1)]
         found += pairs or [joined or word]
     return found
+
+
+def _characters(text: str) -> list[str]:
+    """Of joined scripts, those that are words in pairs only."""
+    return [one for joined, _ in _runs(text) if len(joined) > 1 for one in joined]
+
+
+def _runs(text: str) -> list[tuple[str, str]]:
+    """Pieces without case and form: a run of a joined script, or a word."""
+    text = unicodedata.normalize("NFKC", text.casefold())
+    return _pattern(text).findall(text)
 
 
 def _pattern(text: str) -> re.Pattern[str]:

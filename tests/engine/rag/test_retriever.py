@@ -126,6 +126,15 @@ def test_a_question_in_japanese_finds_its_chunk():
     assert [hit.id for hit in bm25(texts).search("東京に住む人", 1)] == ["one"]
 
 
+def test_a_question_of_one_ideograph_finds_its_chunk_and_others_score_as_before():
+    texts = {"dog": "犬は好きです。庭に犬がいます。", "sky": "空は青い。"}
+    for question in ("犬", "犬?", "犬 はどこ"):
+        assert [hit.id for hit in bm25(texts).search(question, 1)] == ["dog"]
+    assert bm25(texts).search("猫", 1) == []
+    pairs = {"a": "東京 京都 都に", "b": "京都"}  # as runs, each is one pair
+    assert bm25({"a": "東京都に", "b": "京都"}).search("京都", 2) == bm25(pairs).search("京都", 2)
+
+
 # vectors
 
 
