@@ -145,18 +145,21 @@ class Vectors:
 
     def _vectors(self, texts: list[str]) -> Float32[np.ndarray, "n d"]:
         """Vectors of length 1. PromptError for anything but one finite vector a text."""
-        vectors = np.array(self._embed(texts), np.float32, order="C")
+        needed = f"embed must return {len(texts)} finite vectors as an array [n, d]"
+        made = self._embed(texts)
+        try:
+            vectors = np.asarray(made, np.float64)  # squares of float32 have no room
+        except (TypeError, ValueError, RuntimeError) as error:  # torch's are RuntimeErrors
+            raise PromptError(f"{needed}: {error}") from error
         if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all():
-            raise PromptError(
-                f"embed must return {len(texts)} finite vectors as an array [n, d], "
-                f"got {'x'.join(map(str, vectors.shape))}"
-            )
+            raise PromptError(f"{needed}, got {'x'.join(map(str, vectors.shape)) or 'one value'}")
         if self._index is None:
             self._index = self._faiss.IndexIDMap(self._faiss.IndexFlatIP(vectors.shape[1]))
         if vectors.shape[1] != self._index.d:
             raise PromptError(f"embed returned vectors of {vectors.shape[1]} after {self._index.d}")
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+        unit = vectors / np.maximum(norms, np.finfo(np.float64).tiny)
+        return np.ascontiguousarray(unit, np.float32)
 
 
 def words(text: str) -> list[str]:

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -172,11 +173,25 @@ def test_an_empty_index_finds_nothing_without_embedding():
         (np.zeros(4), "2 finite vectors as an array .n, d., got 4"),
         (np.zeros((1, 4)), "got 1x4"),
         (np.array([[np.nan, 1.0], [1.0, 1.0]]), "finite"),
+        ([[1.0], [1.0, 2.0]], "2 finite vectors .* inhomogeneous"),
+        (torch.ones(2, 3, requires_grad=True), "2 finite vectors .* requires grad"),
+        (None, "2 finite vectors"),
+        ("ab", "2 finite vectors"),
+        ([[1 + 2j], [1j]], "2 finite vectors"),
     ],
 )
 def test_an_embedding_of_another_form_is_refused(returned, said):
     with pytest.raises(PromptError, match=said):
         Vectors(lambda texts: returned).add(["a", "b"], ["x", "y"])
+
+
+@pytest.mark.parametrize("scale", [1e25, 1.0, 1e-30, 1e-40])
+def test_vectors_of_any_size_are_compared_by_their_direction(scale):
+    found = Vectors(lambda texts: letters(texts) * scale)
+    found.add(list(TEXTS)[:3], list(TEXTS.values())[:3])
+    hits = found.search(TEXTS["dog"], 1)
+    assert hits[0].id == "dog"
+    assert hits[0].score == pytest.approx(1.0, abs=1e-6)
 
 
 def test_vectors_that_change_their_length_are_refused():
