@@ -48,7 +48,8 @@ static void some(const float *q, Rows r, long n, int G, int D, float scale, floa
 
 // q [Hk G D] and out, of its shape: bf16 if `half`, else fp32. k, v [Hk n D]: rows `row` bytes apart, heads `kstride`,
 // `vstride` bytes apart; with ids [Hk n], token j of head h is row ids[h][j]. lse [Hk G]: logarithm of the sum of
-// exp(scores). With a softcap, not 0, scores are capped. Each head's keys are cut into `parts`; work holds Hk * G * (2 D + parts * (D + 2)) floats.
+// exp(scores). With a softcap, not 0, scores are capped. Each head's keys are cut into `parts`; work holds
+// Hk * G * (2 D + parts * (D + 2)) floats.
 void attend_token(const void *q, const char *k, const char *v, const int64_t *ids, long kstride, long vstride, long row,
                   long n, int Hk, int G, int D, float scale, float softcap, int bf16, int half, int parts, int threads,
                   float *work, void *out, float *lse) {
