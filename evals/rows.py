@@ -79,20 +79,22 @@ def _is_saved(folder: Path) -> bool:
 def _saved(folder: Path) -> list[Row]:
     package = _datasets()
     try:
-        return _split(package.load_from_disk(str(folder)), str(folder))
+        found = package.load_from_disk(str(folder))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f"{folder} cannot be read as a saved data set: {type(error).__name__}: {error}"
         ) from error
+    return _split(found, str(folder))
 
 
 def _hub(name: str) -> list[Row]:
     path, _, config = name.partition(":")
     package = _datasets()
     try:
-        return _split(package.load_dataset(path, config or None), name)
+        found = package.load_dataset(path, config or None)
     except (OSError, ValueError) as error:  # what datasets and the hub's client raise
         raise ConfigError(f"no data set {name}: {error}") from error
+    return _split(found, name)
 
 
 def _split(found: Any, name: str) -> list[Row]:

@@ -148,7 +148,7 @@ class Vectors:
         needed = f"embed must return {len(texts)} finite vectors as an array [n, d]"
         made = self._embed(texts)
         try:
-            vectors = np.asarray(made, np.float64)  # squares of float32 have no room
+            vectors = np.asarray(made, np.float64)
         except (TypeError, ValueError, RuntimeError) as error:  # torch's are RuntimeErrors
             raise PromptError(f"{needed}: {error}") from error
         if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all():
@@ -157,8 +157,9 @@ class Vectors:
             self._index = self._faiss.IndexIDMap(self._faiss.IndexFlatIP(vectors.shape[1]))
         if vectors.shape[1] != self._index.d:
             raise PromptError(f"embed returned vectors of {vectors.shape[1]} after {self._index.d}")
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        unit = vectors / np.maximum(norms, np.finfo(np.float64).tiny)
+        tiny = np.finfo(np.float64).tiny
+        vectors = vectors / np.abs(vectors).max(1, initial=tiny, keepdims=True)  # squares have room
+        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), tiny)
         return np.ascontiguousarray(unit, np.float32)
 
 

@@ -41,11 +41,14 @@ class Spread:
     def draw(self, dice: np.random.Generator, count: int) -> Floats:
         """So many of them, independent. ConfigError where the shape has no such mean and cv."""
         try:
-            return _DRAWN[self.kind](self, dice, count)
+            found = _DRAWN[self.kind](self, dice, count)
         except ConfigError:
             raise
         except (ArithmeticError, ValueError) as error:
             raise ConfigError(f"{self} is out of the range of numbers: {error}") from error
+        if not np.isfinite(found).all():
+            raise ConfigError(f"{self} is out of the range of numbers")
+        return found
 
     def lengths(self, dice: np.random.Generator, count: int) -> list[int]:
         """The same, rounded; at least 1."""

@@ -58,11 +58,13 @@ def test_what_a_zipf_law_cannot_have_is_refused():
         (1e300, 1.0, "zipf"),
         (1.0, 1e200, "gamma"),
         (1.0, 1e200, "lognormal"),
+        (1e308, 30.0, "lognormal"),
+        (1e308, 30.0, "gamma"),
     ],
 )
 def test_what_no_shape_can_have_is_refused(mean, cv, kind):
     with pytest.raises(ConfigError, match=r"out of the range|begins at 0\.5"):
-        Spread(mean, cv, kind).draw(np.random.default_rng(), 1)
+        Spread(mean, cv, kind).draw(np.random.default_rng(3), 50)
 
 
 @pytest.mark.parametrize(
