@@ -170,7 +170,7 @@ def _softcapped(
     spec: AttentionSpec,
     mask: Bool[Tensor, "M S"] | Float[Tensor, "M S"] | None,
 ) -> Float[Tensor, "Hk M D"]:
-    """Attention whose scores are capped before the softmax, which no fused kernel offers."""
+    """Attention whose scores are capped before the softmax, as no kernel of torch's does it."""
     scores = capped((q.float() @ k.float().mT) * spec.scale, spec.softcap)
     if mask is not None:
         seen = mask.dtype == torch.bool

@@ -79,5 +79,5 @@ def attend_past_native(
 def _queries_of_a_task(n: int, group: int, heads: int, threads: int) -> int:
     """As many as share packed keys, so that threads have some tasks each."""
     parts = min(-(-TASKS * threads // heads), -(-n * group // LEAST_ROWS))
-    parts = max(parts, -(-n * group // MOST_ROWS))
-    return -(-n // parts)
+    parts = max(1, parts, -(-n * group // MOST_ROWS))
+    return max(1, -(-n // parts))

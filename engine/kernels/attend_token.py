@@ -30,7 +30,7 @@ class Partial(NamedTuple):
     """Attention over a part of the context, and what it takes to merge it with other parts."""
 
     out: Float[Tensor, "Hq D"]
-    lse: Float[Tensor, " Hq"]  # logarithm of the sum of exp(scale q . k); fp32
+    lse: Float[Tensor, " Hq"]  # logarithm of the sum of exp(score); fp32
 
 
 class RowPlace(NamedTuple):
