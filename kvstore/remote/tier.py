@@ -119,7 +119,8 @@ class RemoteTier:
     def held(self, keys: Sequence[BlockKey], besides: Sequence[bool]) -> list[bool]:
         """Which keys the server has of those that are not held `besides`: one exchange or none."""
         open_ = zip(keys, besides, strict=True)
-        asked = [key for key, there in open_ if key.seal_key and not there]
+        bad = self._guarded.is_bad  # before as after: one may be deleted, and trusted, meanwhile
+        asked = [k for k, there in open_ if k.seal_key and not there and not bad(k.digest)]
         names = [self._seals.index_name(key.digest) for key in asked]
         found = self._guarded.ask(lambda backend: backend.exists_many(names)) if names else None
         if found is None:
@@ -127,7 +128,7 @@ class RemoteTier:
         good = {
             key.digest
             for key, there in zip(asked, found, strict=True)
-            if there and not self._guarded.is_bad(key.digest)
+            if there and not bad(key.digest)
         }
         return [key.digest in good for key in keys]
 

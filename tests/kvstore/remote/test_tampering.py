@@ -218,6 +218,25 @@ def test_a_damaged_block_is_written_anew_by_who_computes_it(server, values):
         assert all(served(store, key) for key in KEYS)
 
 
+def test_a_lookup_that_a_deletion_overtakes_finds_nothing_that_is_damaged(server, values):
+    with server.client() as client, opened(server) as store:
+        for name in values:
+            client.set(name, b"rubbish")
+        assert store.get(KEYS[0]) is None
+        guarded = store._remote._guarded
+        guarded.distrust(KEYS[0].digest, "again", damaged=False)
+        ask = guarded.ask
+
+        def overtaken(call):
+            found = ask(call)
+            guarded.trust(KEYS[0].digest)
+            return [True for _ in found]  # as it was when they were asked for
+
+        guarded.ask = overtaken
+        assert store.lookup(KEYS) == 0
+        guarded.ask = ask
+
+
 def test_a_value_of_another_type_under_our_name_is_a_miss(server, values):
     with server.client() as client:
         for name in values:
