@@ -2,8 +2,8 @@
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Concatenate, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from kvstore.errors import StoreError
@@ -13,34 +13,44 @@ R = TypeVar("R")
 
 
 class Gate:
-    """Whoever is inside may rely on all that is open; nobody comes in once it is shut."""
+    """Whoever is inside may rely on all that is open; nobody else comes in once it is shut.
+
+    It knows threads and counts nothing: one that was interrupted on its way out, or that a fork
+    left behind, keeps nobody from shutting it.
+    """
 
     def __init__(self, what: str) -> None:
         self._what = what
-        self._changed = threading.Condition()  # guards everything below
-        self._inside = 0
+        self._inside: list[threading.Thread] = []  # each as often as it came in
         self._shut = False
+        self._changed = threading.Condition()
 
-    @contextmanager
-    def inside(self) -> Iterator[None]:
-        """Raises StoreError once it is shut."""
-        with self._changed:
-            if self._shut:
-                raise StoreError(f"{self._what} is closed")
-            self._inside += 1
-        try:
-            yield
-        finally:
+    def enter(self) -> None:
+        """Come in; `leave` must follow, whatever happens. StoreError for who is too late."""
+        me = threading.current_thread()
+        self._inside.append(me)  # first, so that who shuts it sees either this or who was refused
+        if self._shut and self._inside.count(me) == 1:
+            raise StoreError(f"{self._what} is closed")
+
+    def leave(self) -> None:
+        with suppress(ValueError):  # interrupted before it was in
+            self._inside.remove(threading.current_thread())
+        if self._shut:
             with self._changed:
-                self._inside -= 1
                 self._changed.notify_all()
 
-    def shut(self) -> bool:
-        """Return when all are out, and nobody comes in any more; False if it was shut already."""
-        with self._changed:
-            was, self._shut = self._shut, True
-            self._changed.wait_for(lambda: not self._inside)
-            return not was
+    def shut(self) -> None:
+        """Return when all others are out. If that is interrupted, it is open again."""
+        me = threading.current_thread()
+        try:
+            with self._changed:
+                self._shut = True
+                self._changed.wait_for(
+                    lambda: not any(x is not me and x.is_alive() for x in [*self._inside])
+                )
+        except BaseException:
+            self._shut = False
+            raise
 
 
 @runtime_checkable
@@ -56,7 +66,11 @@ def while_open(method: Callable[Concatenate[G, P], R]) -> Callable[Concatenate[G
 
     @functools.wraps(method)
     def inside(self: G, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self.gate.inside():
+        gate = self.gate
+        try:
+            gate.enter()
             return method(self, *args, **kwargs)
+        finally:
+            gate.leave()
 
     return inside

@@ -87,7 +87,9 @@ class Moves:
     def _write(self, batch: Sequence[Item]) -> None:
         with self.carrying() as going:
             for level in self.slow:
-                blocks = staying(with_ancestors(batch, level.tier, self._find), going)
+                found = with_ancestors(batch, level.tier, self._find)
+                blocks = staying(found, going)
+                level.skip(len(found) - len(blocks))
                 own = {key.digest for key, _ in batch}
                 below = {key.digest for key, _ in blocks if key.digest not in own}
                 level.insert(blocks, below)

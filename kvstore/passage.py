@@ -2,9 +2,19 @@
 
 import threading
 from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from weakref import WeakSet
 
 from kvstore.tier import Item
+
+WAIT_S = 1.0  # until carriers are counted again: one that was interrupted tells nobody
+
+
+class _Carrier:
+    """One that is on its way; gone with the frame that holds it, however that ends."""
+
+    def __init__(self) -> None:
+        self.thread = threading.current_thread()
 
 
 class Passage:
@@ -12,17 +22,17 @@ class Passage:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()  # guards everything below
-        self._carriers: set[object] = set()
+        self._carriers = WeakSet[_Carrier]()
         self._going: list[frozenset[bytes]] = []
 
     @contextmanager
     def carrying(self) -> Iterator[frozenset[bytes]]:
         """Digests that must not be carried, as they are being deleted."""
-        me = object()
-        with self._changed:
-            self._carriers.add(me)
-            going = frozenset[bytes]().union(*self._going)
+        me = _Carrier()
         try:
+            with self._changed:
+                self._carriers.add(me)
+                going = frozenset[bytes]().union(*self._going)
             yield going
         finally:
             with self._changed:
@@ -33,14 +43,15 @@ class Passage:
     def deleting(self, digests: Sequence[bytes]) -> Iterator[None]:
         """Nobody carries these; begins when all have arrived who set out before."""
         going = frozenset(digests)
-        with self._changed:
-            self._going.append(going)
-            before = set(self._carriers)
-            self._changed.wait_for(lambda: before.isdisjoint(self._carriers))
         try:
+            with self._changed:
+                self._going.append(going)
+                before = WeakSet(self._carriers)
+                while any(x in self._carriers and x.thread.is_alive() for x in before):
+                    self._changed.wait(WAIT_S)
             yield
         finally:
-            with self._changed:
+            with self._changed, suppress(ValueError):  # interrupted before it was there
                 self._going.remove(going)
 
 

@@ -69,6 +69,7 @@ class TieredStore:
             remote.keeper = self._moves
         self._sources = Sources(self._levels, remote, self._lock)
         self.gate = Gate("the store")
+        self._closing, self._closed = threading.Lock(), False
 
     @classmethod
     def open(cls, config: StoreConfig) -> "TieredStore":
@@ -122,6 +123,7 @@ class TieredStore:
         """
         return self._sources.read_many(keys, layers, out)
 
+    @while_open
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory for a block that will be put here: much faster to fill than the system's."""
         return self._moves.spares.empty(shape, dtype)
@@ -170,6 +172,7 @@ class TieredStore:
         if self._writer is not None:
             self._writer.settle()
 
+    @while_open
     def pin(self, keys: Sequence[BlockKey], ttl_s: int | float = PIN_S) -> Pin:
         """Keep keys from being evicted. What a lookup finds while they are pinned, stays.
 
@@ -260,17 +263,14 @@ class TieredStore:
 
     def close(self) -> None:
         """Write what is queued and close the tiers. Raises the StoreError of a write."""
-        if not self.gate.shut():
-            return
-        with ExitStack() as closing:  # all of them, whatever goes wrong with one; the last first
-            closing.callback(self._moves.spares.close)
-            if self._remote is not None:
-                closing.callback(self._remote.close)
-            for level in reversed(self._levels):
-                closing.callback(level.tier.close)
-            closing.callback(self._sources.close)
+        with self._closing:
+            if self._closed:
+                return
             if self._writer is not None:
-                self._writer.close()
+                self._writer.hurry()
+            self.gate.shut()
+            self._closed = True
+            self._close_all()
 
     def __enter__(self) -> "TieredStore":
         return self
@@ -292,3 +292,14 @@ class TieredStore:
         rest = resting_on(digests, everywhere)
         with self._passage.deleting(rest):
             return sum(level.delete(digests, rest) for level in self._levels)
+
+    def _close_all(self) -> None:
+        with ExitStack() as closing:  # all of them, whatever goes wrong with one; the last first
+            closing.callback(self._moves.spares.close)
+            if self._remote is not None:
+                closing.callback(self._remote.close)
+            for level in reversed(self._levels):
+                closing.callback(level.tier.close)
+            closing.callback(self._sources.close)
+            if self._writer is not None:
+                self._writer.close()

@@ -13,7 +13,14 @@ import lmdb
 
 from kvstore.disk import entry as entries
 from kvstore.disk.entry import Entry
-from kvstore.disk.environment import UNFINISHED, VALUES, checked_format, files_bytes, new_values
+from kvstore.disk.environment import (
+    READERS,
+    UNFINISHED,
+    VALUES,
+    checked_format,
+    files_bytes,
+    new_values,
+)
 from kvstore.disk.explained import explained
 from kvstore.disk.extent import MAP_BYTES
 from kvstore.disk.sound import DATA_FILE, verify_file
@@ -128,7 +135,7 @@ def _nobody_else(path: Path) -> Iterator[None]:
     """Hold LMDB's lock as who opens a store first does; the next waits until that is given up."""
     _opened(path, readonly=True).close()  # not if it is open here: closing `lock` gave up its lock
     if not (path / "lock.mdb").exists():  # of a copied store; made as who waits for it expects
-        lmdb.open(str(path), map_size=MAP_BYTES, max_dbs=2, mode=0o600).close()
+        lmdb.open(str(path), map_size=MAP_BYTES, max_readers=READERS, mode=0o600).close()
     with (path / "lock.mdb").open("a+b") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 UNFINISHED = ".headrace-unfinished-"  # prefix of folders in which a data file is made
 MADE = {DATA_FILE, "lock.mdb"}  # there, at most
 FORMAT = b"headrace store 4"
+READERS = 1024  # transactions at a time, of all processes
 FIRST_COMMITS = 3  # a compacted store begins with 3: who waited for it counts on from here
 VALUES = b"values"  # in the table of numbers: the name of the file
 _log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def _open(path: Path) -> lmdb.Environment:
     # readahead: the kernel would read 8 MiB around every page of the tables that is not cached
     return lmdb.open(
         str(path), map_size=MAP_BYTES, mode=0o600, max_dbs=2,
-        max_readers=1024, max_spare_txns=16, readahead=False,
+        max_readers=READERS, max_spare_txns=16, readahead=False,
     )  # fmt: skip
 
 
@@ -207,6 +208,7 @@ def _prepare(path: Path, env: lmdb.Environment, guard: Guard) -> Environment:
         books, info = (env.open_db(table, create=False) for table in (b"entries", b"info"))
         tables = opened.enter_context(closing(DataFile(path / DATA_FILE, env.stat()["psize"])))
         around = Guard(values.path, (values.map_start, values.map_end))
+        opened.callback(around.close)
         mapped_at = around.start if around.guards else 0
         ways = Ways(values, mapped_at, around.end - around.start)
         opened.pop_all()

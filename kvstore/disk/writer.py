@@ -33,7 +33,7 @@ class Writer:
         self.queued_bytes = 0  # waiting or being written
         self._put_count = self._done_count = 0
         self._error: StoreError | None = None
-        self._closing = False
+        self._closing = self._hurried = False
         self._thread = threading.Thread(target=self._run, name="headrace-writer", daemon=True)
         self._thread.start()
 
@@ -77,6 +77,12 @@ class Writer:
         if error is not None:
             raise error
 
+    def hurry(self) -> None:
+        """Wait for no allowance any more: somebody wants to close it."""
+        with self._changed:
+            self._hurried = True
+            self._changed.notify_all()
+
     def close(self) -> None:
         """Write what is queued, at once, and end the thread; then as `flush`."""
         with self._changed:
@@ -118,7 +124,7 @@ class Writer:
             return batch
 
     def _wait_for_allowance(self) -> None:
-        while self._allowance is not None and not self._closing:
+        while self._allowance is not None and not (self._closing or self._hurried):
             delay = self._allowance.delay_s()
             if not delay:
                 return

@@ -34,6 +34,8 @@ CALLS = {
     "get": lambda s: s.get(KEYS[0]),
     "read": lambda s: s.read(KEYS[0], range(1)),
     "read_many": lambda s: s.read_many(KEYS, range(1), torch.empty(10, 1, 2, 2, 4, 8).bfloat16()),
+    "empty": lambda s: s.empty((2, 3), torch.bfloat16),
+    "pin": lambda s: s.pin(KEYS),
     "put": lambda s: s.put(items(KEYS)),
     "flush": lambda s: s.flush(),
     "settle": lambda s: s.settle(),
@@ -116,6 +118,105 @@ def test_threads_that_use_a_store_while_it_is_closed_see_an_error_or_what_is_rig
         for thread in threads:
             thread.join(10)
         assert not wrong
+
+
+def test_a_deletion_that_is_under_way_is_done_before_the_store_is_closed(filled, monkeypatch):
+    store, waits, goes = TieredStore.open(filled), threading.Event(), threading.Event()
+    settle = store._writer.settle
+
+    def slow():
+        waits.set()
+        assert goes.wait(10)
+        settle()
+
+    monkeypatch.setattr(store._writer, "settle", slow)
+    deleted = []
+    deleter = threading.Thread(target=lambda: deleted.append(store.delete(KEYS)))
+    closer = threading.Thread(target=store.close)
+    deleter.start()
+    assert waits.wait(10)
+    closer.start()
+    while not store.gate._shut:
+        time.sleep(0.001)
+    goes.set()
+    deleter.join(10)
+    closer.join(10)
+    assert deleted == [len(KEYS)]
+    with TieredStore.open(filled) as store:
+        assert store.lookup(KEYS) == 0
+
+
+def test_closing_that_is_interrupted_can_be_done_again_and_a_second_one_waits(filled, monkeypatch):
+    store = TieredStore.open(filled)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store.gate._changed, "wait_for", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.close()
+    assert store.lookup(KEYS) == len(KEYS)
+    closers = [threading.Thread(target=store.close) for _ in range(3)]
+    for closer in closers:
+        closer.start()
+    for closer in closers:
+        closer.join(10)
+    with TieredStore.open(filled) as again:
+        assert again.lookup(KEYS) == len(KEYS)
+
+
+def test_who_was_interrupted_inside_keeps_nobody_from_closing(filled):
+    store = TieredStore.open(filled)
+    store.gate.enter()  # and an interrupt came before it could leave
+    gone = threading.Thread(target=store.gate.enter)
+    gone.start()
+    gone.join(10)
+    closer = threading.Thread(target=store.close, daemon=True)
+    store.gate.leave()
+    closer.start()
+    closer.join(10)
+    assert not closer.is_alive()
+
+
+def test_a_fork_closes_what_other_threads_were_using(filled):
+    store, inside, goes = TieredStore.open(filled), threading.Event(), threading.Event()
+
+    def use():
+        store.gate.enter()
+        inside.set()
+        assert goes.wait(30)
+        store.gate.leave()
+
+    user = threading.Thread(target=use)
+    user.start()
+    assert inside.wait(10)
+    pid = os.fork()
+    if not pid:
+        threading.Timer(20, os._exit, (1,)).start()
+        try:
+            store.gate.shut()
+        finally:
+            os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    goes.set()
+    user.join(10)
+    store.close()
+
+
+def test_closing_waits_for_no_allowance_of_the_disk(tmp_path):
+    tier = DiskTier(tmp_path / "store", 1 << 30)
+    store = TieredStore([tier], write_bytes_per_s=1000)
+    store._writer._allowance.spend(1 << 20)  # in debt for a quarter of an hour
+    store.put(items(KEYS))
+    flusher = threading.Thread(target=store.flush)
+    flusher.start()
+    start = time.monotonic()
+    store.close()
+    flusher.join(10)
+    assert time.monotonic() - start < 10
+    with TieredStore([DiskTier(tmp_path / "store", 1 << 30)]) as store:
+        assert store.lookup(KEYS) == len(KEYS)
 
 
 def test_what_was_opened_for_a_store_that_cannot_be_is_closed(filled, monkeypatch):

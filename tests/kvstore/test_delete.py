@@ -82,6 +82,36 @@ def test_what_is_on_its_way_into_memory_does_not_come_back(path, monkeypatch):
         assert store.resting(GONE) == [None] * len(GONE)
 
 
+def test_a_deletion_that_is_interrupted_bans_nothing(path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with opened(path, host=0) as store:
+        with store._passage.carrying(), monkeypatch.context() as patched:
+            patched.setattr(store._passage._changed, "wait", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.delete(GONE)
+        store.put(items(GONE))
+        store.flush()
+        assert store.lookup(GONE) == len(GONE)
+
+
+def test_a_carrier_that_was_interrupted_keeps_no_deletion_waiting(path, monkeypatch):
+    monkeypatch.setattr("kvstore.passage.WAIT_S", 0.01)
+    with opened(path, host=0) as store:
+        store.put(items(GONE))
+        lost = store._passage.carrying()
+        lost.__enter__()
+        deleter = threading.Thread(target=store.delete, args=(GONE,), daemon=True)
+        deleter.start()
+        deleter.join(0.1)
+        assert deleter.is_alive()
+        del lost  # with what an interrupt had left of it
+        deleter.join(10)
+        assert not deleter.is_alive()
+        assert store.lookup(GONE) == 0
+
+
 def test_what_was_offered_to_the_disk_before_others_heard_of_it_does_not_come_back(path):
     with opened(path, host=0) as store:
         writer, deleting, offered = store._moves.writer, store._passage.deleting, []
