@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engine_bench import tables as engine
 from faulting.table import faults
 from serve_bench import tables as serve
 from soaking.table import soak
-from store_bench import tables as store_bench
+from store_bench import tables as store
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "benchmarks" / "README.md"
@@ -27,173 +28,6 @@ the machine does.
 
 What no table shows was not measured; nothing was measured on a GPU yet.
 """
-
-
-def decode(record: dict[str, Any]) -> str:
-    """Tokens/s and memory of every contender at every length."""
-    rows = [
-        "| context | contender | tokens/s | ms, median | ms, p90 | peak MiB |",
-        "|" + " --- |" * 6,
-    ]
-    for length, at in record["lengths"].items():
-        for name, x in at["contenders"].items():
-            mark = " (best of theirs)" if name == at["best"] else ""
-            numbers = f"{x['tokens_per_s']:.2f} | {x['median_ms']:.1f} | {x['p90_ms']:.1f}"
-            rows.append(f"| {length} | {name}{mark} | {numbers} | {x['peak_bytes'] / 2**20:.0f} |")
-    ratios = [
-        f"- {length} tokens: **{at['speedup']:.2f} ×** the best of theirs "
-        f"(p10 {at['speedup_p10']:.2f}, p90 {at['speedup_p90']:.2f}); "
-        f"peak memory {at['memory_ratio']:.3f} of theirs' least"
-        for length, at in record["lengths"].items()
-    ]
-    about = (
-        "Dense decode of one request against the caches and attentions of `transformers`, "
-        f"{record['parameters'] / 1e6:.0f} M parameters\n"
-        f"({record['model']['num_hidden_layers']} layers of Qwen3-0.6B, random), bf16, cache "
-        "filled synthetically. `scripts/bench_decode.py`"
-    )
-    return "\n".join([about, "", *rows, "", *ratios])
-
-
-def prefill(record: dict[str, Any]) -> str:
-    """Seconds of every contender at every length."""
-    rows = ["| tokens | contender | s, median | s, p90 | tokens/s |", "|" + " --- |" * 5]
-    for length, at in record["lengths"].items():
-        for name, x in at["contenders"].items():
-            mark = " (best of theirs)" if name == at["best"] else ""
-            speed = f"{int(length) / x['median_s']:.0f}"
-            numbers = f"{x['median_s']:.2f} | {x['p90_s']:.2f} | {speed}"
-            rows.append(f"| {length} | {name}{mark} | {numbers} |")
-    ratios = [
-        f"- {length} tokens: **{at['speedup']:.2f} ×** as fast as the best of theirs"
-        for length, at in record["lengths"].items()
-    ]
-    about = (
-        "A prompt read into a new cache, against `transformers` with SDPA: at once, and in chunks "
-        f"of {record['chunk']} tokens\nas here; {record['parameters'] / 1e6:.0f} M parameters, as "
-        "in the table above, bf16. `scripts/bench_prefill.py`"
-    )
-    return "\n".join([about, "", *rows, "", *ratios])
-
-
-STORE_SUMMARY = (
-    "hot_get_gbps", "hot_get_vs_pread", "cold_get_vs_odirect", "cold_get_vs_pread",
-    "cold_inline_vs_odirect", "put_vs_files", "put_vs_inline",
-    "hidden_512", "hidden_512_apart", "hidden_512_elsewhere", "hidden_512_elsewhere_apart",
-    "hidden_64", "hidden_64_apart", "hidden_64_elsewhere", "hidden_64_elsewhere_apart",
-)  # fmt: skip
-
-
-def store(record: dict[str, Any]) -> str:
-    """GB/s of the disk tier beside plain files and the raw disk."""
-    rows = ["| GB/s | median | least | most |", "| --- | --- | --- | --- |"]
-    for name, values in record["rounds"].items():
-        middle = sorted(values)[len(values) // 2]
-        rows.append(f"| {name} | {middle:.2f} | {min(values):.2f} | {max(values):.2f} |")
-    summary = [f"- {name}: **{record[name]:.2f}**" for name in STORE_SUMMARY if name in record]
-    about = (
-        "The disk tier beside plain files and the raw disk: "
-        f"{record['total_bytes'] / 2**20:.0f} MiB in values of {record['value_bytes'] / 2**20:.0f} "
-        "MiB.\nA get ends in tensors, copied and verified; fresh means into memory that was never "
-        "touched.\n1T, 2T, 4T: threads; raw: O_DIRECT reads of the payloads, and nothing else; "
-        "inline: values in LMDB itself.\nhidden_N: share of the smaller of loading and "
-        "computing, layer by layer, that the other hides, in blocks of N tokens; elsewhere: "
-        "computing takes none of this processor's time;\napart: the two run beside each other, and "
-        "neither waits for the other.\n"
-        "`scripts/bench_store.py`"
-    )
-    return "\n".join([about, "", *rows, "", *summary])
-
-
-def codecs(record: dict[str, Any]) -> str:
-    """What each codec of stored KV saves, costs and spoils."""
-    head = (
-        "KV | codec | B/token | ratio | encode GB/s | decode | by threads | K % | V % | output % |"
-    )
-    rows = [f"| {head} worst layer % | KL | needles |", "|" + " --- |" * 13]
-    for model, codecs in record["models"].items():
-        for name, x in codecs.items():
-            speeds = [x[f"{way}_gbps"] for way in ("encode", "decode", "decode_threads")]
-            errors = ("key_error", "value_error", "output_error", "output_error_worst")
-            cells = [
-                f"{x['bytes_per_token']:.0f}",
-                f"{x['ratio']:.2f}",
-                *("" if gbps is None else f"{gbps:.2f}" for gbps in speeds),
-                *(f"{100 * x[error]:.3f}" for error in errors),
-                f"{x['kl']:.1e}",
-                f"{record['needles'][name]} of {record['questions']}",
-            ]
-            rows.append(f"| {model} | {name} | {' | '.join(cells)} |")
-    about = (
-        f"KV of {record['tokens']} tokens of text in blocks of {record['block_tokens']}, by every "
-        "codec of the store, and by 4 bits\nwithout smoothing at the bytes of `int4`. Output: of "
-        f"attention for {record['behind']} tokens behind the text. Needles: by needle-tiny,\n"
-        f"whatever the row's model. By threads: {record['decode_threads']} of them. "
-        "`scripts/bench_codecs.py`"
-    )
-    return "\n".join([about, "", *rows])
-
-
-def sparse_decode(record: dict[str, Any]) -> str:
-    """Time of one sparse layer beside dense ones."""
-    rows = ["| context | contender | ms, median | ms, p90 |", "|" + " --- |" * 4]
-    notes = []
-    for length, at in record["lengths"].items():
-        for name, ms in at["ms"].items():
-            mark = " (fastest dense of torch)" if name == at["best_dense"] else ""
-            rows.append(f"| {length} | {name}{mark} | {ms:.2f} | {at['p90_ms'][name]:.2f} |")
-        notes.append(
-            f"- {length} tokens: **{at['speedup']:.1f} ×** the fastest dense of torch, "
-            f"{at['speedup_over_own_dense']:.1f} × our own; what is selected holds "
-            f"{at['mass']:.3f} of the attention, {at['of_oracle']:.3f} of the most possible"
-        )
-    about = (
-        f"One layer, 32 query and 8 KV heads of 128, bf16, a budget of {record['budget']} tokens, "
-        "evidence scattered over\nthe context: score, select, gather and attend with the default "
-        "method, against dense attention.\n`scripts/bench_sparse_decode.py`"
-    )
-    return "\n".join([about, "", *rows, "", *notes])
-
-
-def end_to_end(record: dict[str, Any]) -> str:
-    """Tokens/s of whole models."""
-    found = record["result"]
-    rows = ["| contender | tokens/s | hits | of a guess | MiB fetched | ms waited |"]
-    rows.append("|" + " --- |" * 6)
-    for name, rate in found["tokens_per_s"].items():
-        stats, rest = found["stats"].get(name), " | | | "
-        if stats is not None and "device" in name:
-            rest = f"{stats['hit_share']:.2f} | {stats['guessed_share']:.2f} | "
-            rest += f"{stats['fetched_mib_per_step']:.1f} | {stats['waited_ms_per_step']:.1f}"
-        label = "headrace, dense" if name == "headrace" else name
-        rows.append(f"| {label} | {rate:.1f} | {rest} |")
-    about = (
-        f"Decode at {record['tokens']} tokens, the model and KV of the dense bench, budget 2,048. "
-        "Hits, fetches and waits are a step's,\nwhere rows go to a buffer on the device; here "
-        "that is the same memory, so the buffer only costs.\n`scripts/bench_end_to_end.py`"
-    )
-    ratio = (
-        f"- **{found['speedup_over_theirs']:.2f} ×** the best of transformers "
-        f"({found['best_of_theirs']}), {found['speedup_over_own_dense']:.2f} × our own dense decode"
-    )
-    return "\n".join([about, "", *rows, "", ratio])
-
-
-def memory(record: dict[str, Any]) -> str:
-    """Bytes on the device and in the host's pool."""
-    rows = ["| method | device MiB | share of the KV | pool MiB | peak RSS ÷ granted |"]
-    rows.append("|" + " --- |" * 5)
-    for name, at in record["cases"].items():
-        sizes = f"{at['device_bytes'] / 2**20:.0f} | 1/{1 / at['device_share']:.1f}"
-        pool = f"{at['pool_bytes'] / 2**20:.0f} | {at['peak_over_granted']:.2f}"
-        rows.append(f"| {name} | {sizes} | {pool} |")
-    about = (
-        f"A context of {record['tokens']} tokens, 2 layers of 8 KV heads of 128, bf16 (1,024 MiB "
-        "of KV): what stands in for it\non the device, hot buffer included. Granted: the process "
-        "before, the pool, these bytes, and one and a half layers'\nKV while a prompt is taken "
-        "in. `scripts/bench_memory.py`"
-    )
-    return "\n".join([about, "", *rows])
 
 
 INPUTS = ("real", "clustered", "scattered", "flat", "sink", "drift")
@@ -339,61 +173,24 @@ def aot(record: dict[str, Any]) -> str:
     return "\n".join([about, "", *rows])
 
 
-def packed(record: dict[str, Any]) -> str:
-    """Seconds of prompts packed, one by one, and padded, by batch."""
-    rows = ["| prompts | contender | tokens computed | s, median | packed is |", "|" + " --- |" * 5]
-    for batch, at in record["batches"].items():
-        for name, seconds in at["median_s"].items():
-            tokens = at["tokens" if name in ("packed", "separate") else "padded_tokens"]
-            times = "" if name == "packed" else f"{at['over'][name]:.2f} ×"
-            rows.append(f"| {batch} | {name} | {tokens} | {seconds:.2f} | {times} |")
-    shares = [
-        f"- {batch} prompts: {at['token_share']:.3f} of padded's tokens in "
-        f"{at['time_share']:.3f} of its time, efficiency **{at['efficiency']:.2f}**"
-        for batch, at in record["batches"].items()
-    ]
-    about = (
-        f"Prompts as long as in Azure's conversation trace, times {record['scale']}, in steps of "
-        f"{record['step_tokens']} tokens, {record['threads']} threads. `scripts/bench_packed.py`"
-    )
-    return "\n".join([about, "", *rows, "", *shares])
-
-
-def remote(record: dict[str, Any]) -> str:
-    """GB/s through a server on the same machine."""
-    speeds, over = record["gb_per_s"], record["over_redis_py"]
-    rows = ["| | GB/s | over redis-py |", "| --- | --- | --- |"]
-    for name, label in (
-        ("put", "put, sealed"), ("get", "get, verified, into host memory"),
-        ("get_without_host", "get, verified, without host memory"),
-        ("redis_py_put", "redis-py SET"), ("redis_py_get", "redis-py GET"),
-    ):  # fmt: skip
-        rows.append(f"| {label} | {speeds[name]:.2f} | {over.get(name, '')} |")
-    about = (
-        f"{record['blocks']} blocks of {record['block_bytes'] >> 20} MiB, over a socket of the "
-        f"machine; medians of {record['rounds']} rounds in turn. `scripts/bench_remote.py`"
-    )
-    return "\n".join([about, "", *rows])
-
-
 PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "decode": decode,
-    "prefill": prefill,
-    "store": store,
-    "remote": remote,
-    "store_lmcache": store_bench.beside_lmcache,
-    "codecs": codecs,
-    "sparse_decode": sparse_decode,
-    "end_to_end": end_to_end,
+    "decode": engine.decode,
+    "prefill": engine.prefill,
+    "store": store.store,
+    "remote": store.remote,
+    "store_lmcache": store.beside_lmcache,
+    "codecs": store.codecs,
+    "sparse_decode": engine.sparse_decode,
+    "end_to_end": engine.end_to_end,
     "indexes": indexes,
     "needles": needles,
     "needles_long": needles,
     "kvpress": kvpress,
-    "memory": memory,
+    "memory": engine.memory,
     "blend": blend,
     "blend_quality": blend_quality,
     "aot": aot,
-    "packed": packed,
+    "packed": engine.packed,
     "serve_mixed": serve.mixed,
     "serve_long": serve.long,
     "serve_interference": serve.interference,

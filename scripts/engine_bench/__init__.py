@@ -1,0 +1,1 @@
+"""Tables of the benchmarks of the engine's loops."""
