@@ -154,7 +154,7 @@ def test_the_peak_is_the_cache_and_what_a_step_takes(llama):
     start = subject._in_use(torch.device("cpu"))
     dense, oracle = (subject._alone(trial, x, start) for x in (DENSE, way("oracle", 40)))
     assert start + 0.95 * size < dense < start + 1.2 * size
-    assert start + 1.4 * size < oracle < start + 1.8 * size
+    assert start + 1.4 * size < oracle < start + 2.0 * size
     assert heap
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -211,10 +212,8 @@ class QuotaMachine(RuleBasedStateMachine):
         own = {TAGS[t]: part * COST for t, part in enumerate(parts) if part is not None}
         own.setdefault(bytes(8), COST)  # there are quotas, of somebody who never comes
         self.quotas = Quotas(own=own, whole=disk * COST)
-        in_host = [
-            None if part is None else part * min(1, host * NBYTES / (disk * COST)) * COST / NBYTES
-            for part in parts
-        ]
+        limits = [self.quotas.limit(tag, host * NBYTES) for tag in TAGS]
+        in_host = [None if limit is None else Fraction(limit, NBYTES) for limit in limits]
         self.shelves = [Shelf(host, in_host), Shelf(disk, list(parts))]
         self.pinned = []
         self.start()
