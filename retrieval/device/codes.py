@@ -36,7 +36,6 @@ class DeviceCodes:
             if scaled
             else None
         )
-        self.capacity = capacity
 
     @property
     def nbytes(self) -> int:

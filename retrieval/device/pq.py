@@ -5,8 +5,8 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from retrieval.codebook import Codebook
-from retrieval.device.accepted import accepted
 from retrieval.device.codebook import DeviceBooks
+from retrieval.device.coded import Coded
 from retrieval.device.codes import DeviceCodes, put_codes
 from retrieval.index import KeySpace, KVIndex
 from retrieval.kernels.encode import put
@@ -19,7 +19,7 @@ from retrieval.pq import PQIndex
 CENTROIDS = 16  # of 4 bits
 
 
-class DevicePQ4:
+class DevicePQ4(Coded):
     """`PQIndex` of 4 bits for the B slots of a batch, in static shapes; see `DeviceIndex`.
 
     Every request has its own codebook and metric; one without a metric has the identity.
@@ -32,7 +32,7 @@ class DevicePQ4:
         ValueError: for a setting out of range.
     """
 
-    unit_tokens = 1
+    kind = PQIndex
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class DevicePQ4:
         subspaces: int = 16,
         key_space: KeySpace = "rotated",
     ) -> None:
-        self.key_space: KeySpace = key_space
+        super().__init__(key_space, capacity)
         self._dtype = dtype
         self._codes = DeviceCodes(
             slots, num_kv_heads, subspaces, capacity, scaled=False, device=device
@@ -58,26 +58,18 @@ class DevicePQ4:
         """Of codes, codebooks and metrics of all slots."""
         return self._codes.nbytes + self._books.nbytes
 
-    @property
-    def outliers(self) -> Int32[Tensor, "B Hk S"] | None:
-        """None: every token has its own code."""
-        return None
-
     def adopt(self, slot: int, index: KVIndex) -> None:
         """Copy a finalized PQIndex of 4 bits into a slot.
 
         Raises:
             ValueError: if it is another index, not final, of another shape, or too long.
         """
-        state = accepted(index, PQIndex, self.key_space, self._codes.capacity)
+        state = self._accepted(index)
         if "packed" not in state:
             raise ValueError(f"need codes of 4 bits, got {int(state['settings'][1])}")
         self._codes.check(state)
         self._books.adopt(slot, Codebook.from_state(state))
         self._codes.adopt(slot, state)
-
-    def clear(self, slot: int) -> None:
-        """Nothing: codes behind a length are not read, and `adopt` replaces all else."""
 
     def append(self, keys: Float[Tensor, "B Hk D"], positions: Int32[Tensor, " B"]) -> None:
         """Encode one key of each slot as token `positions[b]`; nothing where that is negative.
@@ -98,7 +90,7 @@ class DevicePQ4:
         return score_codes(self._codes.packed, None, tables, lengths, scale)
 
 
-class DevicePQ8:
+class DevicePQ8(Coded):
     """A `DeviceIndex` of `PQIndex` with 8 bits.
 
         codes [B, Hk, T, M]
@@ -111,7 +103,7 @@ class DevicePQ8:
         ValueError: if sub-spaces do not divide the dimensions.
     """
 
-    unit_tokens = 1
+    kind = PQIndex
 
     def __init__(
         self,
@@ -124,7 +116,7 @@ class DevicePQ8:
         key_space: KeySpace = "rotated",
         subspaces: int = 16,
     ) -> None:
-        self.key_space, self.capacity = key_space, capacity
+        super().__init__(key_space, capacity)
         self._books = DeviceBooks(slots, num_kv_heads, head_dim, subspaces, 256, device)
         shape = (slots, num_kv_heads, capacity, subspaces)
         self._codes = torch.zeros(shape, dtype=torch.uint8, device=device)
@@ -134,25 +126,17 @@ class DevicePQ8:
         """Of all tensors, whether slots are free or not."""
         return self._books.nbytes + self._codes.nbytes
 
-    @property
-    def outliers(self) -> None:
-        """None."""
-        return
-
     def adopt(self, slot: int, index: KVIndex) -> None:
         """Copy the finalized index of one request into a slot.
 
         Raises:
             ValueError: if it is of another kind or shape, not final, or too large.
         """
-        state = accepted(index, PQIndex, self.key_space, self.capacity)
+        state = self._accepted(index)
         if (bits := int(state["settings"][1])) != 8:
             raise ValueError(f"need codes of 8 bits, got {bits}")
         self._books.adopt(slot, Codebook.from_state(state))
         self._codes[slot, :, : index.length] = state["codes"]
-
-    def clear(self, slot: int) -> None:
-        """The slot is free; what it held stays until another request comes."""
 
     def append(self, keys: Float[Tensor, "B Hk D"], positions: Int32[Tensor, " B"]) -> None:
         """A key of each slot, of the token number `positions[b]`; nothing where it is negative."""

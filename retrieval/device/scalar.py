@@ -5,7 +5,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from retrieval.axes import groups
-from retrieval.device.accepted import accepted
+from retrieval.device.coded import Coded
 from retrieval.device.codes import DeviceCodes
 from retrieval.index import KeySpace, KVIndex, State
 from retrieval.kernels.encode import encode
@@ -15,7 +15,7 @@ from retrieval.kernels.tables import Coordinates, tables
 from retrieval.scalar import LEVELS, Bits, ScalarIndex, levels
 
 
-class DeviceScalar:
+class DeviceScalar(Coded):
     """`ScalarIndex` for the B slots of a batch, in static shapes; see `DeviceIndex`.
 
     Every request has its own mean and axes, and its own share of 4, 2 and 1 bits.
@@ -28,7 +28,7 @@ class DeviceScalar:
         ValueError: for a setting out of range.
     """
 
-    unit_tokens = 1
+    kind = ScalarIndex
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class DeviceScalar:
                 f"bits must be 1, 2 or 4, and head_dim a multiple of 4 / bits: got bits {bits} "
                 f"and head_dim {head_dim}"
             )
-        self.key_space: KeySpace = key_space
+        super().__init__(key_space, capacity)
         self._bits, self._dtype = bits, dtype
         subspaces = head_dim * bits // 4
         self._codes = DeviceCodes(
@@ -60,18 +60,13 @@ class DeviceScalar:
         """Of codes, scales, means and axes of all slots."""
         return self._codes.nbytes + sum(x.nbytes for x in self._axes)
 
-    @property
-    def outliers(self) -> Int32[Tensor, "B Hk S"] | None:
-        """None: every token has its own code."""
-        return None
-
     def adopt(self, slot: int, index: KVIndex) -> None:
         """Copy a finalized ScalarIndex into a slot.
 
         Raises:
             ValueError: if it is another index, not final, of another shape, or too long.
         """
-        state = accepted(index, ScalarIndex, self.key_space, self._codes.capacity)
+        state = self._accepted(index)
         heads, dim = self._axes.mean.shape[1:]
         got = (len(state["mean"]), state["mean"].shape[2], int(state["settings"][0]))
         if got != (want := (heads, dim, self._bits)):
@@ -79,9 +74,6 @@ class DeviceScalar:
         self._codes.check(state)
         self._codes.adopt(slot, state)
         _set(self._axes, slot, state)
-
-    def clear(self, slot: int) -> None:
-        """Nothing: codes behind a length are not read, and `adopt` replaces all else."""
 
     def append(self, keys: Float[Tensor, "B Hk D"], positions: Int32[Tensor, " B"]) -> None:
         """Encode one key of each slot as token `positions[b]`; nothing where that is negative.

@@ -5,8 +5,8 @@ from jaxtyping import Float, Int32, Int64, Shaped
 from torch import Tensor
 
 from retrieval.codebook import Codebook
-from retrieval.device.accepted import accepted
 from retrieval.device.codebook import DeviceBooks
+from retrieval.device.coded import Coded
 from retrieval.device.codes import put_codes
 from retrieval.index import KeySpace, KVIndex
 from retrieval.kernels.score_lookup import score_lookup
@@ -14,7 +14,7 @@ from retrieval.kernels.scores import Scores
 from retrieval.vq import VQIndex
 
 
-class DeviceVQ:
+class DeviceVQ(Coded):
     """A `DeviceIndex` of `VQIndex`.
 
     A kept key is a centroid of its token alone: its code is C plus its number among the kept ones,
@@ -33,7 +33,7 @@ class DeviceVQ:
         ValueError: for more centroids and kept keys than 16 bits can tell apart.
     """
 
-    unit_tokens = 1
+    kind = VQIndex
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class DeviceVQ:
                 f"centroids and exact tokens must be 1 .. 65536 together, "
                 f"got {centroids} and {exact_tokens}"
             )
-        self.key_space, self.capacity = key_space, capacity
+        super().__init__(key_space, capacity)
         self._books = DeviceBooks(slots, num_kv_heads, head_dim, 1, centroids, device)
         heads = (slots, num_kv_heads)
         code = torch.uint8 if entries <= 256 else torch.int16
@@ -66,18 +66,13 @@ class DeviceVQ:
         """Of all tensors, whether slots are free or not."""
         return self._books.nbytes + self._codes.nbytes + self._kept.nbytes
 
-    @property
-    def outliers(self) -> None:
-        """None: kept keys are scored exactly."""
-        return
-
     def adopt(self, slot: int, index: KVIndex) -> None:
         """Copy the finalized index of one request into a slot.
 
         Raises:
             ValueError: if it is of another kind, shape or dtype, not final, or too large.
         """
-        state = accepted(index, VQIndex, self.key_space, self.capacity)
+        state = self._accepted(index)
         tokens, keys = state["exact"], state["exact_keys"]
         most = self._kept.shape[2]
         if tokens.shape[1] > most or keys.dtype != self._kept.dtype:
@@ -92,9 +87,6 @@ class DeviceVQ:
         self._codes[slot, :, : codes.shape[1], 0] = self._narrow(codes)
         self._kept[slot] = 0
         self._kept[slot, :, : tokens.shape[1]] = keys
-
-    def clear(self, slot: int) -> None:
-        """The slot is free; what it held stays until another request comes."""
 
     def append(self, keys: Float[Tensor, "B Hk D"], positions: Int32[Tensor, " B"]) -> None:
         """A key of each slot, of the token number `positions[b]`; nothing where it is negative."""
