@@ -14,12 +14,13 @@ import lmdb
 from kvstore.disk import entry as entries
 from kvstore.disk.entry import Entry
 from kvstore.disk.environment import (
-    READERS,
     UNFINISHED,
     VALUES,
     checked_format,
     files_bytes,
     new_values,
+    open_lmdb,
+    say_again,
 )
 from kvstore.disk.explained import explained
 from kvstore.disk.extent import MAP_BYTES
@@ -55,7 +56,7 @@ def compact(path: Path) -> tuple[int, int]:
             with _gone_if_this_fails(path, new_values(path)) as values:
                 with _opened(Path(made), readonly=False) as new:
                     _copy_values(old_values, values, new)
-                    _say_again(new)
+                    say_again(new)
                     new.sync(True)
                 sync_folder(path)  # there before it is named
                 os.replace(Path(made) / DATA_FILE, path / DATA_FILE)
@@ -104,16 +105,6 @@ def _copy_values(old: Path, made: Path, env: lmdb.Environment) -> None:
         txn.put(VALUES, made.name.encode(), db=info)
 
 
-def _say_again(env: lmdb.Environment) -> None:
-    """Commit once more: LMDB keeps two states, and who waited for the lock may open either.
-
-    It knows by the lock's file which was the last one of the store before.
-    """
-    info = env.open_db(b"info", create=False)
-    with env.begin(write=True) as txn:
-        txn.put(VALUES, txn.get(VALUES, b"", db=info), db=info)
-
-
 def _sound(cursor: lmdb.Cursor) -> Iterator[Entry]:
     """The entries that are whole."""
     for digest, stored in cursor:
@@ -135,7 +126,7 @@ def _nobody_else(path: Path) -> Iterator[None]:
     """Hold LMDB's lock as who opens a store first does; the next waits until that is given up."""
     _opened(path, readonly=True).close()  # not if it is open here: closing `lock` gave up its lock
     if not (path / "lock.mdb").exists():  # of a copied store; made as who waits for it expects
-        lmdb.open(str(path), map_size=MAP_BYTES, max_readers=READERS, mode=0o600).close()
+        open_lmdb(path).close()
     with (path / "lock.mdb").open("a+b") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)

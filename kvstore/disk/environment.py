@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 UNFINISHED = ".headrace-unfinished-"  # prefix of folders in which a data file is made
 MADE = {DATA_FILE, "lock.mdb"}  # there, at most
 FORMAT = b"headrace store 4"
-READERS = 1024  # transactions at a time, of all processes
-FIRST_COMMITS = 3  # a compacted store begins with 3: who waited for it counts on from here
 VALUES = b"values"  # in the table of numbers: the name of the file
 _log = logging.getLogger(__name__)
 
@@ -111,7 +109,7 @@ def open_environment(path: Path) -> Environment:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not (path / DATA_FILE).exists():
             _create(path)
-        env = _open(path)
+        env = open_lmdb(path)
         guard = Guard(path / DATA_FILE)
         try:
             with guard.whole():
@@ -122,11 +120,12 @@ def open_environment(path: Path) -> Environment:
             raise
 
 
-def _open(path: Path) -> lmdb.Environment:
+def open_lmdb(path: Path) -> lmdb.Environment:
+    """LMDB's part of the store in a folder, made if there is none."""
     # readahead: the kernel would read 8 MiB around every page of the tables that is not cached
     return lmdb.open(
         str(path), map_size=MAP_BYTES, mode=0o600, max_dbs=2,
-        max_readers=READERS, max_spare_txns=16, readahead=False,
+        max_readers=1024, max_spare_txns=16, readahead=False,
     )  # fmt: skip
 
 
@@ -137,17 +136,26 @@ def _create(path: Path) -> None:
             return  # another process was faster
         values = new_values(path)
         sync_folder(path)  # there before it is named
-        with _open(Path(made)) as env:
-            for _ in range(FIRST_COMMITS):
-                with env.begin(write=True) as txn:
-                    env.open_db(b"entries", txn)
-                    info = env.open_db(b"info", txn)
-                    for name, value in (
-                        (b"format", FORMAT), (VALUES, values.name.encode()), empty(),
-                    ):  # fmt: skip
-                        txn.put(name, value, db=info)
+        with open_lmdb(Path(made)) as env:
+            with env.begin(write=True) as txn:
+                env.open_db(b"entries", txn)
+                info = env.open_db(b"info", txn)
+                for name, value in ((b"format", FORMAT), (VALUES, values.name.encode()), empty()):
+                    txn.put(name, value, db=info)
+            for _ in range(2):  # a compacted store begins with its third state, as this one does
+                say_again(env)
         os.link(Path(made) / DATA_FILE, path / DATA_FILE)
     sync_folder(path)
+
+
+def say_again(env: lmdb.Environment) -> None:
+    """Commit once more: LMDB keeps two states, and who waited for the lock may open either.
+
+    It knows by the lock's file which was the last one of the store before.
+    """
+    info = env.open_db(b"info", create=False)
+    with env.begin(write=True) as txn:
+        txn.put(VALUES, txn.get(VALUES, b"", db=info), db=info)
 
 
 def new_values(path: Path) -> Path:

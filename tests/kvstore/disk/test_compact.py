@@ -349,7 +349,7 @@ def put_some(path):
 
 @pytest.mark.parametrize("lock", ["its own", "none: it was copied"])
 def test_what_is_put_into_an_empty_store_after_waiting_for_it_is_there(tmp_path, monkeypatch, lock):
-    path, waiting, say_again = tmp_path / "store", [], module._say_again
+    path, waiting, say_again = tmp_path / "store", [], module.say_again
     opened(path).close()
     if lock != "its own":
         (path / "lock.mdb").unlink()
@@ -359,7 +359,7 @@ def test_what_is_put_into_an_empty_store_after_waiting_for_it_is_there(tmp_path,
         waiting.append(forked(put_some, path))
         wait_until_locked_out(*waiting)
 
-    monkeypatch.setattr(module, "_say_again", said)
+    monkeypatch.setattr(module, "say_again", said)
     compact(path)
     assert os.waitpid(waiting[0], 0)[1] == 0
     with TieredStore([opened(path)]) as store:
