@@ -57,7 +57,7 @@ def _sentence(words: Sequence[str], place: int) -> int:
     """The last beginning of a sentence up to `place`; `place` itself where that is not near."""
     first = max(0, place - max(SENTENCE, int(NEAR * len(words))))
     near = range(place, first - 1, -1)
-    begins = (i for i in near if i == 0 or words[i - 1].rstrip(CLOSERS).endswith(ENDS))
+    begins = (i for i in near if i == 0 or words[i - 1].rstrip(CLOSERS).endswith(tuple(ENDS)))
     return next(begins, place)
 
 

@@ -8,9 +8,8 @@ x. Positions ascend: a chunk of a prompt, or tokens scattered over it. The defin
 
 Keys are taken in blocks of 64, packed once for some hundred queries, and the softmax is online
 (FlashAttention, Dao et al. 2022); weights are rounded to bf16, all sums are in fp32. Torch's own
-attention multiplies in fp32 unless a processor has matrix instructions (AMX). Two AVX512 cores,
-512 queries over 4,096 tokens: 380 GFLOP/s for 32 query and 8 KV heads of 128 dimensions, where
-torch with a mask takes 150; 320 and 118 for 12 and 4 of 64.
+attention multiplies in fp32 unless a processor has matrix instructions (AMX); a whole prefill is
+measured beside it by `scripts/bench_prefill.py`.
 """
 
 from ctypes import c_float, c_int, c_long, c_void_p

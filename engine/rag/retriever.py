@@ -57,10 +57,11 @@ class BM25:
         for id_, text in zip(ids, texts, strict=True):
             if id_ in self._words:
                 continue
-            found = words(text)
+            runs = _runs(text)
+            found = _words(runs)
             self._lengths[id_] = len(found)
             self._length += len(found)
-            self._words[id_] = counts = Counter(found + _characters(text))
+            self._words[id_] = counts = Counter(found + _characters(runs))
             for word, count in counts.items():
                 self._chunks.setdefault(word, {})[id_] = count
 
@@ -165,16 +166,20 @@ class Vectors:
 
 def words(text: str) -> list[str]:
     """What of a text is compared: words without case and form, joined scripts in pairs."""
+    return _words(_runs(text))
+
+
+def _words(runs: list[tuple[str, str]]) -> list[str]:
     found: list[str] = []
-    for joined, word in _runs(text):
+    for joined, word in runs:
         pairs = [joined[i : i + 2] for i in range(len(joined) - 1)]
         found += pairs or [joined or word]
     return found
 
 
-def _characters(text: str) -> list[str]:
+def _characters(runs: list[tuple[str, str]]) -> list[str]:
     """Of joined scripts, those that are words in pairs only."""
-    return [one for joined, _ in _runs(text) if len(joined) > 1 for one in joined]
+    return [one for joined, _ in runs if len(joined) > 1 for one in joined]
 
 
 def _runs(text: str) -> list[tuple[str, str]]:

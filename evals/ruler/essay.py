@@ -8,8 +8,8 @@ from pydoc_data.topics import topics
 from engine.errors import ConfigError
 
 # RULER cuts with nltk's trained model; here a needle stands wherever a sentence may have ended
-SENTENCE_END = re.compile(r"(?<=[.!?。！？]) |(?<=[.!?。！？][\"')\]」』]) ")
-ENDS, CLOSERS = tuple(".!?。！？"), "\"')]」』"
+ENDS, CLOSERS = ".!?。！？", "\"')]」』"
+SENTENCE_END = re.compile(rf"(?<=[{ENDS}]) |(?<=[{ENDS}][{re.escape(CLOSERS)}]) ")
 WORD = re.compile(r"[a-z]{3,}")
 
 
