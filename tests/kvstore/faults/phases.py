@@ -167,7 +167,7 @@ PHASES = {
     "compacting: values copied": Phase(compacting, Point(os, "fsync")),
     "compacting: values flushed": Phase(compacting, Point(os, "fsync", True)),
     "compacting: tables changed": Phase(compacting, Point(compact, "_copy_values", True)),
-    "compacting: tables changed again": Phase(compacting, Point(compact, "_say_again", True)),
+    "compacting: tables changed again": Phase(compacting, Point(compact, "say_again", True)),
     "compacting: replacing": Phase(compacting, Point(os, "replace")),
     "compacting: replaced": Phase(compacting, Point(os, "replace", True)),
     "compacting: deleting old values": Phase(compacting, Point(Path, "unlink")),
