@@ -6,9 +6,10 @@ from functools import partial
 from random import Random
 from typing import Any, ClassVar, NamedTuple
 
+from evals.fitted import fitted
 from evals.ruler.essay import essay_of
 from evals.ruler.templates import Template
-from evals.stretch import Needle, fitted, placed, stretch
+from evals.stretch import LEAST, Needle, placed, stretch
 from evals.task import Sample, Turn
 from evals.wording import Wording, parted, share_found, worded
 
@@ -51,7 +52,7 @@ class PlantedSuite(ABC):
             rng = Random(f"{self.seed} {self.drawn_by(task)} {index}")
             planted = self.plant(tokenizer, rng, kind, wording, index)
             make = self._maker(planted, rng, task, wording, length, index)
-            sample, words = fitted(tokenizer, make, len(planted.needles), words)
+            sample, words = fitted(tokenizer, make, LEAST * len(planted.needles), guess=words)
             yield sample
 
     def score(self, sample: Sample, turn: int, prediction: str) -> float:

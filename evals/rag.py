@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 from engine.blend.segments import Segments
 from engine.demo.haystack import KEYS, count_tokens
 from engine.errors import ConfigError
+from evals.fitted import Unfit, fitted
 from evals.metrics.longbench import longbench_score
 from evals.musique import Question, musique
 from evals.rows import Source, default_source, read_rows
 from evals.ruler.essay import essay_of
-from evals.ruler.fit import DoesNotFit, fit
 from evals.ruler.templates import QA, Template
-from evals.stretch import LEAST, Needle, longest, stretch
+from evals.stretch import LEAST, Needle, stretch
 from evals.task import Sample, Turn
 from evals.wording import SPARE, WORDINGS, share_found
 
@@ -53,7 +53,7 @@ class RagSuite:
     single-plain, single-ruler: one of five facts in chunks of their own, in both wordings.
     two-hop: one of three facts that two chunks state between them, the referring one later.
     musique: questions of several hops about real paragraphs, and others, as many as have room;
-        a length that those of a question fill less than half is refused.
+        left out are questions whose paragraphs fill less than half of the length, or do not fit.
 
     Args:
         haystack: the text of made chunks; by default the reference pages of the Python language.
@@ -76,12 +76,37 @@ class RagSuite:
         """
         if task not in self.tasks:
             raise ConfigError(f"rag has no task {task}; it has {', '.join(self.tasks)}")
-        guess = None
+        if task == "musique":
+            yield from self._asked(tokenizer, length, count)
+            return
+        size = None
         for index in range(count):
-            draft = self._draft(tokenizer, task, Random(f"{self.seed} {task} {index}"), index)
+            draft = self._draft(tokenizer, task, Random(f"{self.seed} {task} {index}"))
             make = partial(_sample, draft, task, length, index)
-            size = guess = _size(tokenizer, make, draft, guess)
-            yield make(size)
+            sample, size = fitted(tokenizer, make, draft.least, guess=size)
+            yield sample
+
+    def _asked(self, tokenizer: Any, length: int, count: int) -> Iterator[Sample]:
+        """The first questions that go with a length; a sample's number is its question's."""
+        made, size, unfit = 0, None, None
+        for index, question in enumerate(self._questions):
+            if made == count:
+                return
+            draft = _read(question)
+            make = partial(_sample, draft, "musique", length, index)
+            try:
+                sample, size = fitted(tokenizer, make, draft.least, draft.most, size, FILL)
+            except Unfit as error:
+                unfit = unfit or error
+                continue
+            made += 1
+            yield sample
+        if made < count:
+            first = f" (the first that does not: {unfit})" if unfit else ""
+            raise ConfigError(
+                f"{made:,} of {len(self._questions):,} questions go with {length:,} tokens, "
+                f"{count:,} were asked for: ask for fewer samples, or name a larger file{first}"
+            ) from unfit
 
     def score(self, sample: Sample, turn: int, prediction: str) -> float:
         """0..100: whether the number was said; of an answer in words, its F1."""
@@ -94,9 +119,7 @@ class RagSuite:
     def _questions(self) -> list[Question]:
         return musique(read_rows(self._source or default_source("musique", "--musique")))
 
-    def _draft(self, tokenizer: Any, task: str, rng: Random, index: int) -> Draft:
-        if task == "musique":
-            return self._read(index)
+    def _draft(self, tokenizer: Any, task: str, rng: Random) -> Draft:
         if task == "two-hop":
             return self._two_hop(tokenizer, rng)
         return self._single(tokenizer, rng, task.rpartition("-")[2])
@@ -142,17 +165,12 @@ class RagSuite:
 
         return Draft(before, texts, LEAST, None, turn, family, chat)
 
-    def _read(self, index: int) -> Draft:
-        if index >= (known := len(self._questions)):
-            raise ConfigError(
-                f"there are {known:,} questions, question {index + 1:,} was asked for: "
-                "ask for fewer samples, or name a larger file"
-            )
-        asked = self._questions[index]
-        turn = _turn(QA, asked.text, asked.answers, WORDS, "\n")
-        before = QA.context.split("{context}")[0]
-        least, most = len(asked.needed), len(asked.paragraphs)
-        return Draft(before, asked.some, least, most, turn, "QA", chat=True)
+
+def _read(asked: Question) -> Draft:
+    turn = _turn(QA, asked.text, asked.answers, WORDS, "\n")
+    before = QA.context.split("{context}")[0]
+    least, most = len(asked.needed), len(asked.paragraphs)
+    return Draft(before, asked.some, least, most, turn, "QA", chat=True)
 
 
 def _turn(template: Template, query: str, outputs: Sequence[str], new: int, stop: str) -> Turn:
@@ -173,27 +191,6 @@ def _sample(draft: Draft, task: str, length: int, index: int, size: int) -> Samp
         chat=draft.chat,
         extra={"chunks": list(accumulate(map(len, pieces)))},
     )
-
-
-def _size(tokenizer: Any, make: Callable[[int], Sample], draft: Draft, guess: int | None) -> int:
-    """The largest of the draft's sizes that fits; ConfigError where there is none."""
-    smallest = make(draft.least)
-
-    def cost(size: int) -> int:
-        return longest(tokenizer, make(size))
-
-    try:
-        size = fit(cost, smallest.length, draft.least, draft.most, guess)
-    except DoesNotFit as error:
-        raise ConfigError(
-            f"{smallest.id} needs {error.tokens:,} tokens at the least by this tokenizer: "
-            "raise the length"
-        ) from error
-    if size == draft.most and cost(size) < FILL * smallest.length:
-        raise ConfigError(
-            f"{smallest.id} has material for {cost(size):,} tokens only: lower the length"
-        )
-    return size
 
 
 def segments(tokenizer: Any, sample: Sample) -> Segments:

@@ -2,14 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from engine.errors import ConfigError
-from evals.prompt import prompt_tokens
 from evals.ruler.draft import insert
 from evals.ruler.essay import CLOSERS, ENDS, Essay
-from evals.ruler.fit import DoesNotFit, fit
-from evals.task import Sample
 
 LEAST = 16  # words around each needle
 NEAR = 1 / 50  # of a text, that a needle may move back to where a sentence begins
@@ -67,44 +63,3 @@ def placed(text: str, needles: Sequence[Needle]) -> list[float]:
         round(text.index(needle.text) / max(1, len(text) - len(needle.text)), 4)
         for needle in needles
     ]
-
-
-def fitted(
-    tokenizer: Any, make: Callable[[int], Sample], needles: int, guess: int | None
-) -> tuple[Sample, int]:
-    """The sample with as many words as its length has room for, and that number.
-
-    Args:
-        make: a sample with so many words around its needles.
-        guess: words that fit a sample of the same task.
-    Raises:
-        ConfigError: there is no room for `LEAST` words a needle.
-    """
-    smallest = make(LEAST * needles)
-
-    def cost(words: int) -> int:
-        return longest(tokenizer, make(words))
-
-    try:
-        words = fit(cost, smallest.length, LEAST * needles, None, guess)
-    except DoesNotFit as error:
-        raise ConfigError(
-            f"{smallest.id} needs {error.tokens:,} tokens at the least by this tokenizer: "
-            "raise the length"
-        ) from error
-    return make(words), words
-
-
-def longest(tokenizer: Any, sample: Sample) -> int:
-    """Tokens of the longest prompt of a sample and of its answer.
-
-    Its turns are compared by their own tokens: all of them follow the same text.
-    """
-
-    def own(number: int) -> int:
-        turn = sample.turns[number]
-        text = turn.question + turn.prefix
-        return len(tokenizer(text, verbose=False)["input_ids"]) + turn.max_new_tokens
-
-    turn = max(range(len(sample.turns)), key=own)
-    return prompt_tokens(tokenizer, sample, turn) + sample.turns[turn].max_new_tokens

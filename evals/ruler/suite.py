@@ -8,14 +8,13 @@ from typing import Any, Literal
 
 from engine.demo.haystack import count_tokens
 from engine.errors import ConfigError
+from evals.fitted import fitted
 from evals.metrics.ruler import ruler_score
-from evals.prompt import prompt_tokens
 from evals.rows import Source, default_source, read_rows
 from evals.ruler.common_words import CommonWords
 from evals.ruler.documents import Corpus, hotpotqa, squad
 from evals.ruler.draft import Recipe
 from evals.ruler.essay import Essay, essay_of
-from evals.ruler.fit import DoesNotFit, fit
 from evals.ruler.frequent_words import FrequentWords
 from evals.ruler.niah import Needles, Niah
 from evals.ruler.qa import Qa
@@ -165,12 +164,11 @@ class RulerSuite:
         kind = TASKS[task]
         cell = Cell(tokenizer, length, kind.new_tokens)
         recipe = kind.recipe(self._sources, cell)
-        guess = None
+        size = None
         for index in range(count):
             make = partial(self._sample, recipe, task, length, index)
-            size = _size(cell, recipe, make, guess)
-            guess = guess or size
-            yield make(size)
+            sample, size = fitted(tokenizer, make, recipe.least, recipe.most, size, FILL)
+            yield sample
 
     def score(self, sample: Sample, turn: int, prediction: str) -> float:
         """0..100, see `evals.metrics.ruler.ruler_score`."""
@@ -193,26 +191,3 @@ class RulerSuite:
             chat=self.chat,
             extra=extra,
         )
-
-
-def _size(cell: Cell, recipe: Recipe, make: Callable[[int], Sample], guess: int | None) -> int:
-    """The largest at which the sample fits; ConfigError where there is none."""
-    room = cell.length - cell.new_tokens
-
-    def cost(size: int) -> int:
-        return prompt_tokens(cell.tokenizer, make(size))
-
-    try:
-        size = fit(cost, room, recipe.least, recipe.most, guess)
-    except DoesNotFit as error:
-        needed = error.tokens + cell.new_tokens
-        raise ConfigError(
-            f"{make(recipe.least).id} needs {needed:,} tokens at the least by this tokenizer: "
-            "raise the length"
-        ) from error
-    if size == recipe.most and cost(size) < FILL * room:
-        raise ConfigError(
-            f"{make(size).id} has material for {cost(size) + cell.new_tokens:,} tokens only: "
-            "lower the length, or name a longer haystack or a larger file"
-        )
-    return size

@@ -6,8 +6,8 @@ from itertools import pairwise
 from random import Random
 from string import ascii_uppercase
 
+from evals.fit import fit
 from evals.ruler.draft import Draft, insert
-from evals.ruler.fit import fit
 from evals.ruler.templates import NOISE, TRACING
 
 VARIABLES = 5  # of the chain: four hops

@@ -135,8 +135,10 @@ def test_a_number_is_scored_as_a_whole():
 def test_questions_without_an_answer_are_left_out(read):
     asked = [sample.turns[0].question for sample in samples(read, "musique", 1000, count=2)]
     assert ["Who is 0?" in asked[0], "Who is 2?" in asked[1]] == [True, True]
-    with pytest.raises(ConfigError, match="there are 2 questions, question 3 was asked for"):
+    said = "2 of 2 questions go with 1,000 tokens, 3 were asked for: ask for fewer"
+    with pytest.raises(ConfigError, match=said):
         samples(read, "musique", 1000, count=3)
+    assert samples(read, "musique", 1000, count=0) == []
 
 
 def test_paragraphs_that_hold_the_answer_stay_and_others_fill_the_room(read):
@@ -160,9 +162,17 @@ def test_a_length_that_the_paragraphs_fill_less_than_half_is_refused(read):
     sample = next(read.samples(tiny(), "musique", 1000, 1))
     (tokens,) = used(tiny(), sample)
     assert next(read.samples(tiny(), "musique", 2 * tokens, 1)).context == sample.context
-    said = rf"rag/musique/{2 * tokens + 2}/0 has material for {tokens:,} tokens only: lower"
+    said = rf"0 of 2 .* \(the first .*/0 has material for {tokens:,} tokens only: lower"
     with pytest.raises(ConfigError, match=said):
         samples(read, "musique", 2 * tokens + 2, 1)
+
+
+def test_a_question_that_does_not_go_with_a_length_is_left_out_and_the_next_is_asked():
+    few, all_needed = row(1, paragraphs=2), row(2, needed=range(6))
+    suite = RagSuite(musique=[row(0), few, all_needed, row(3)])
+    for length, numbers in ((600, (0, 1, 3)), (1000, (0, 2, 3))):
+        ids = [sample.id for sample in samples(suite, "musique", length, count=3)]
+        assert ids == [f"rag/musique/{length}/{number}" for number in numbers]
 
 
 def test_the_best_f1_over_the_answers_counts(read):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals.ruler.fit import SLACK, DoesNotFit, fit
+from evals.fit import SLACK, DoesNotFit, fit
 
 
 @given(st.integers(0, 300), st.integers(1, 60), st.integers(0, 20), st.integers(0, 5000))
