@@ -72,8 +72,6 @@ def needles(record: dict[str, Any]) -> str:
         "real text, read densely,\nquestions and answers decoded sparsely, sinks (4) and window "
         f"(16) inside the budget. `scripts/bench_needles.py{' --long' * (at['tokens'] > 4096)}`"
     )
-    if "tail" not in record:  # older records
-        about += " `headrace` is without the estimate of the tail here, which it has had since."
     return "\n\n".join([about, *parts])
 
 
