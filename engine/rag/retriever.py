@@ -99,7 +99,7 @@ class Vectors:
     Args:
         embed: texts to one vector each, a float array [n, d]; called with at most `batch` texts.
     Raises:
-        ConfigError: FAISS is not installed.
+        ConfigError: FAISS is not installed, or a batch of less than one text.
     """
 
     def __init__(self, embed: Callable[[list[str]], Any], *, batch: int = 64) -> None:
@@ -109,6 +109,8 @@ class Vectors:
             raise ConfigError(
                 "search by vectors needs FAISS: pip install 'headrace[cpu]'"
             ) from error
+        if batch < 1:
+            raise ConfigError(f"batch is a number of texts, at least 1, got {batch}")
         self._embed, self._batch = embed, batch
         self._index: Any = None  # made when the first vector says how long they are
         self._ids: dict[int, str] = {}

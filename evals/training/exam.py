@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.errors import ConfigError
 from evals.training.corpus import Corpus
 from evals.training.network import Network
 from evals.training.tasks import TASKS
@@ -31,7 +32,11 @@ class Exam:
 
     @torch.no_grad()
     def mark(self, network: Network, tokens: int, windows: int) -> dict[str, float]:
-        """Share of answers of which every token is the likeliest, by task."""
+        """Share of answers of which every token is the likeliest, by task.
+
+        Raises:
+            ConfigError: no window of so many tokens has room for an answer.
+        """
         held_out = replace(self.corpus, trained=self.corpus.held_out)
         source = Windows(held_out, self.tokenizer)
         network.eval()
@@ -53,5 +58,7 @@ class Exam:
             likeliest = network.lm_head(states[answers - 1]).argmax(-1).cpu().numpy()
             found = likeliest == window.ids[answers]
             runs = np.split(found, np.flatnonzero(np.diff(answers) > 1) + 1)
-            right += [bool(run.all()) for run in runs]
+            right += [bool(run.all()) for run in runs if run.size]
+        if not right:
+            raise ConfigError(f"{tokens} tokens have no room for an answer of {task}: take more")
         return float(np.mean(right))

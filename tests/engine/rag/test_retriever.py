@@ -202,6 +202,11 @@ def test_vectors_that_change_their_length_are_refused():
         found.add(["b"], ["y"])
 
 
+def test_a_batch_of_no_text_is_refused():
+    with pytest.raises(ConfigError, match="at least 1, got 0"):
+        vectors(batch=0)
+
+
 def test_without_faiss_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ConfigError, match=r"pip install 'headrace\[cpu\]'"):
