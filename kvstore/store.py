@@ -1,7 +1,7 @@
 """Tiers stacked fast to slow under one policy: the store that the engine uses."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -29,7 +29,7 @@ from kvstore.remote.tier import RemoteTier
 from kvstore.sources import Sources
 from kvstore.stats import StoreStats
 from kvstore.summary import Ages, ages
-from kvstore.tier import HostTier, Item, Tier
+from kvstore.tier import HostTier, Item, Resident, Tier
 
 
 class TieredStore:
@@ -258,8 +258,10 @@ class TieredStore:
     def clear(self) -> None:
         """Delete all blocks of this machine, also those of other tenants and models."""
         self.settle()
-        for level in self._levels:
-            level.clear()
+        with self._passage.deleting([each.digest for each in self._residents()]):
+            self.settle()  # what others had put on its way by then
+            for level in self._levels:
+                level.clear()
 
     def close(self) -> None:
         """Write what is queued and close the tiers. Raises the StoreError of a write."""
@@ -288,10 +290,12 @@ class TieredStore:
         return [item for item in blocks if item[0].digest in known]
 
     def _delete_here(self, digests: Sequence[bytes]) -> int:
-        everywhere = chain.from_iterable(level.tier.residents() for level in self._levels)
-        rest = resting_on(digests, everywhere)
+        rest = resting_on(digests, self._residents())
         with self._passage.deleting(rest):
             return sum(level.delete(digests, rest) for level in self._levels)
+
+    def _residents(self) -> Iterator[Resident]:
+        return chain.from_iterable(level.tier.residents() for level in self._levels)
 
     def _close_all(self) -> None:
         with ExitStack() as closing:  # all of them, whatever goes wrong with one; the last first

@@ -53,7 +53,8 @@ def test_what_waits_to_be_written_does_not_come_back(path, monkeypatch):
         assert store.lookup(GONE) == 0
 
 
-def test_what_is_on_its_way_into_memory_does_not_come_back(path, monkeypatch):
+@pytest.mark.parametrize("everything", [False, True], ids=["deleted", "cleared"])
+def test_what_is_on_its_way_into_memory_does_not_come_back(path, monkeypatch, everything):
     with opened(path, host=0) as store:
         store.put(items(GONE))
     with opened(path, host=100) as store:
@@ -68,11 +69,12 @@ def test_what_is_on_its_way_into_memory_does_not_come_back(path, monkeypatch):
 
         monkeypatch.setattr(store._sources, "get", slow)
         reader = threading.Thread(target=store.promote, args=(GONE[:1],))
-        deleter = threading.Thread(target=store.delete, args=(GONE,))
+        going = (store.clear,) if everything else (store.delete, GONE)
+        deleter = threading.Thread(target=going[0], args=going[1:])
         reader.start()
         assert reads.wait(10)
         deleter.start()
-        while not store._passage._going:
+        while deleter.is_alive() and not store._passage._going:
             time.sleep(0.001)
         goes.set()
         reader.join(10)
