@@ -1,6 +1,7 @@
 """Grouped-query attention: a chunk of a prompt, or one token over all or a part of its context."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -32,9 +33,12 @@ def attend_chunk(
     if attend_past.serves(q, k, v):
         positions = torch.arange(k.shape[1] - q.shape[1], k.shape[1])
         return attend_past.attend_past_native(q, k, v, positions, spec)
-    if q.is_cuda and spec.softcap is None and spec.window is None and q.dtype in FUSED:
-        return attend_chunk_fused(q, k, v, spec)
     n, s = q.shape[1], k.shape[1]
+    if spec.softcap is None and (spec.window is None or s <= spec.window):
+        if q.is_cpu:
+            return attend_chunk_split(q, k, v, spec)
+        if q.is_cuda and q.dtype in FUSED:
+            return attend_chunk_fused(q, k, v, spec)
     scores = 1 if spec.softcap is None else q.shape[0]  # held for every head where they are capped
     run = max(16, MASK_ELEMENTS // (s * scores))
     return torch.cat([_attend_run(q, k, v, spec, i, min(i + run, n)) for i in range(0, n, run)], 1)
@@ -52,6 +56,31 @@ def attend_chunk_fused(
         q[None], k[None], v[None], attn_mask=rule, scale=spec.scale, enable_gqa=True
     )
     return out[0]
+
+
+def attend_chunk_split(
+    q: Float[Tensor, "Hq N D"],
+    k: Float[Tensor, "Hk S D"],
+    v: Float[Tensor, "Hk S D"],
+    spec: AttentionSpec,
+) -> Float[Tensor, "Hq N D"]:
+    """`attend_chunk` without a window or softcap on a CPU: the chunk itself, and what is before it.
+
+    Neither needs a mask, and before the chunk the queries of a KV head share its keys. Merged by
+    their sums of exponentials, which torch says only below `F.scaled_dot_product_attention`.
+    """
+    hk, past = len(k), k.shape[1] - q.shape[1]
+    rows, keys, values = q.unflatten(0, (hk, -1)), k[:, None], v[:, None]
+    attend = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, scale=spec.scale)
+    own = (x[:, :, past:].expand(-1, rows.shape[1], -1, -1) for x in (keys, values))
+    out, lse = attend(rows, *own, is_causal=True)
+    if past:
+        folded = rows.flatten(1, 2)[:, None]
+        old, old_lse = attend(folded, keys[:, :, :past], values[:, :, :past])
+        share = torch.sigmoid(lse - old_lse.view_as(lse))[..., None]
+        old, new = (x.view_as(out).to(lse.dtype) for x in (old, out))
+        out = torch.lerp(old, new, share).to(q.dtype)
+    return out.flatten(0, 1)
 
 
 def _attend_run(

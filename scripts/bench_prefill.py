@@ -26,6 +26,7 @@ from engine.model.hf import HFModel
 from engine.prefill import prefill
 
 CHUNK = 512
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 LENGTHS = {2048: 9, 8192: 5, 16384: 3}  # and rounds
 OURS, WHOLE, CHUNKED = "headrace", "sdpa, whole", "sdpa, chunks"
 CONSOLE = Console(stderr=True, soft_wrap=True)
@@ -97,11 +98,12 @@ def main() -> int:
     add_outputs(parser)
     parser.add_argument("--tiny", action="store_true", help="a toy model, to test this script")
     parser.add_argument("--lengths", type=int, nargs="+", choices=LENGTHS, default=list(LENGTHS))
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--rounds", type=int, help="of every length; default: fewer of long ones")
     options = parser.parse_args()
     device, shape = torch.device("cpu"), TINY if options.tiny else SHAPE
-    record = facts(device) | {"benchmark": "prefill", "dtype": "bfloat16", "model": shape}
-    module = random_qwen3(shape, device)
+    record = facts(device) | {"benchmark": "prefill", "dtype": options.dtype, "model": shape}
+    module = random_qwen3(shape, device, DTYPES[options.dtype])
     ways = readers(module)
     record |= {"parameters": sum(p.numel() for p in module.parameters()), "chunk": CHUNK}
     record["lengths"] = {
@@ -109,7 +111,8 @@ def main() -> int:
         for length in options.lengths
     }
     said = {f"speedup_{n // 1024}k": round(x["speedup"], 2) for n, x in record["lengths"].items()}
-    finish("prefill", record, options, said, lambda: show(record))
+    name = "prefill" if options.dtype == "bfloat16" else f"prefill_{options.dtype}"
+    finish(name, record, options, said, lambda: show(record))
     return 0 if all(x["logit_distance"] < TOLERANCE for x in record["lengths"].values()) else 1
 
 

@@ -174,6 +174,7 @@ def aot(record: dict[str, Any]) -> str:
 PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode": engine.decode,
     "prefill": engine.prefill,
+    "prefill_float32": engine.prefill,
     "store": store.store,
     "remote": store.remote,
     "store_lmcache": store.beside_lmcache,
@@ -197,6 +198,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "soak": soak,
 }
 TITLES = {
+    "prefill_float32": "Prefill in fp32",
     "remote": "Shared tier over Redis",
     "store_lmcache": "Store beside LMCache",
     "aot": "Kernels, compiled ahead of time",

@@ -42,10 +42,11 @@ def prefill(record: dict[str, Any]) -> str:
         f"- {length} tokens: **{at['speedup']:.2f} ×** as fast as the best of theirs"
         for length, at in record["lengths"].items()
     ]
+    option = "" if record["dtype"] == "bfloat16" else f" --dtype {record['dtype']}"
     about = (
         "A prompt read into a new cache, against `transformers` with SDPA: at once, and in chunks "
         f"of {record['chunk']} tokens\nas here; {record['parameters'] / 1e6:.0f} M parameters, as "
-        "in the table above, bf16. `scripts/bench_prefill.py`"
+        f"decoded with above, {record['dtype']}. `scripts/bench_prefill.py{option}`"
     )
     return "\n".join([about, "", *rows, "", *ratios])
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine import attention
-from engine.attention import attend_chunk, attend_chunk_fused, attend_token
+from engine.attention import attend_chunk, attend_chunk_fused, attend_chunk_split, attend_token
 from engine.model.pieces import AttentionSpec
 
 HEADS = pytest.mark.parametrize(("hq", "hk"), [(4, 4), (8, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
@@ -73,7 +73,7 @@ def test_a_chunk_attends_as_written_out(
     torch.testing.assert_close(out, reference(q, k, v, spec).float(), atol=2e-6, rtol=1e-5)
 
 
-@KIND
+@pytest.mark.parametrize(("window", "softcap"), [(1, None), (50, None), (None, 2.0), (50, 2.0)])
 def test_a_chunk_taken_in_runs_is_the_chunk_at_once(
     window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +91,24 @@ def test_what_a_gpu_takes_in_one_go_is_the_same_chunk(hq: int, hk: int, n: int) 
     spec = AttentionSpec(64**-0.5)
     got = attend_chunk_fused(q, k, v, spec)
     torch.testing.assert_close(got.double(), reference(q, k, v, spec), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 40, 300])
+@HEADS
+@DIM
+def test_a_chunk_and_what_is_before_it_are_the_chunk_behind_a_mask(
+    hq: int, hk: int, n: int, dim: int
+) -> None:
+    q, k, v = tensors(hq, hk, n, 300, dim)
+    spec = AttentionSpec(dim**-0.5)
+    for kind, allowed in ((torch.float32, 2e-6), (torch.float64, 1e-13)):
+        x = [each.to(kind) for each in (q, k, v)]
+        masked = attention._attend_run(*x, spec, 0, n)
+        torch.testing.assert_close(attend_chunk_split(*x, spec), masked, rtol=0, atol=allowed)
+    narrow = [each.bfloat16() for each in (q, k, v)]
+    exact = reference(*narrow, spec)
+    theirs = (attention._attend_run(*narrow, spec, 0, n).double() - exact).norm()
+    assert (attend_chunk_split(*narrow, spec).double() - exact).norm() <= 2 * theirs
 
 
 @pytest.mark.gpu
