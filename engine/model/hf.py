@@ -26,15 +26,16 @@ _GEMMA = Family(
     attn_out="post_attention_layernorm",
     mlp_in="pre_feedforward_layernorm",
     mlp_out="post_feedforward_layernorm",
+    windowed="some",
 )
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
-    "mistral": Family(),
-    "mixtral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(qk_norm="head"),
-    "qwen3_moe": Family(qk_norm="head"),
-    "phi3": Family(fused_qkv=True),
+    "mistral": Family(windowed="all"),
+    "mixtral": Family(windowed="all"),
+    "qwen2": Family(windowed="some"),
+    "qwen3": Family(qk_norm="head", windowed="some"),
+    "qwen3_moe": Family(qk_norm="head", windowed="all"),
+    "phi3": Family(fused_qkv=True, windowed="all"),
     "gemma2": replace(_GEMMA, softcap=True),
     "gemma3_text": replace(_GEMMA, qk_norm="head"),
     "gemma3n_text": replace(_GEMMA, qk_norm="head", v_norm=True, altup=True),
@@ -161,15 +162,19 @@ def _refuse_unequal(places: Sequence[Place]) -> None:
 
 def attention_specs(layers: Iterable[Any], config: Any, family: Family) -> list[AttentionSpec]:
     """Scale, softcap and window of every layer."""
-    window = getattr(config, "sliding_window", None)
     return [
         AttentionSpec(
             scale=layer.self_attn.scaling,
             softcap=config.attn_logit_softcapping if family.softcap else None,
-            window=None if kind == "full_attention" else window,
+            window=config.sliding_window if _windowed(family, kind) else None,
         )
         for layer, kind in zip(layers, layer_types(config), strict=True)
     ]
+
+
+def _windowed(family: Family, kind: str | None) -> bool:
+    """Whether a layer of this kind sees a window only."""
+    return family.windowed == "all" or (family.windowed == "some" and kind == "sliding_attention")
 
 
 def ropes(body: Any, config: Any, family: Family) -> list[Rope]:

@@ -23,6 +23,8 @@ class Family:
         fused_qkv: one `qkv_proj` makes all three.
         plain_norm: norms are Llama's, rounded where it rounds; others run as the module has them.
         softcap: the layer caps attention scores with `attn_logit_softcapping`.
+        windowed: which layers have the config's `sliding_window`: "all", or "some" as `layer_types`
+            says. None where no layer has one: a config may name what its family does not look at.
         altup: several streams go through the layers; see `engine.model.altup`.
     """
 
@@ -36,6 +38,7 @@ class Family:
     fused_qkv: bool = False
     plain_norm: bool = True
     softcap: bool = False
+    windowed: Literal["all", "some"] | None = None
     altup: bool = False
 
 

@@ -15,7 +15,7 @@ from native.folders import cache_folder
 
 log = logging.getLogger(__name__)
 
-SEMANTICS = 1  # raise when the same weights come to mean other KV
+SEMANTICS = 2  # raise when the same weights come to mean other KV
 IGNORED = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
 
 

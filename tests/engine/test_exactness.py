@@ -106,3 +106,30 @@ def test_greedy_tokens_equal_generate_and_again_from_lmdb_in_a_new_process(
 @pytest.mark.slow
 def test_200_greedy_tokens_equal_generate_in_every_family(family, module, tmp_path):
     generated(family, module, 200, tmp_path)
+
+
+STRAY = dict(
+    sliding_window=300, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "olmo2",
+        "glm4",
+        "mistral-window",
+        "mixtral",
+        "phi3-partial",
+        "qwen2-yarn",
+        "qwen3-moe",
+    ],
+)
+def test_a_window_that_the_config_names_counts_where_its_family_looks_at_it(name):
+    """It is too long for the load-time check to see the difference."""
+    module, tokens = build(name, use_sliding_window=True, **STRAY), prompt(400)
+    model = HFModel(module)
+    got = prefill(model, SequenceCache(model.shape, capacity=400), tokens)
+    want = oracle.logits(module, tokens)[-1]
+    torch.testing.assert_close(got, want, rtol=0, atol=oracle.TOLERANCE)
