@@ -65,6 +65,7 @@ class HFModel:
         self._norm = norm_of(self._body.norm, family)
         self._head: Any = borrowed(module.lm_head)
         self._softcap = getattr(self.config, "final_logit_softcapping", None)
+        self.eos = _eos(module)
         self.streams = Streams(self._body) if family.altup else None
         turns = ropes(self._body, self.config, family)
         owns = ownership(self._body.layers, self.config)
@@ -91,12 +92,6 @@ class HFModel:
         return [self._body.embed_tokens], []
 
     @property
-    def eos(self) -> frozenset[int]:
-        """The tokens that end a text, as the model's `generate()` understands them."""
-        found = self.module.generation_config.eos_token_id if self.module.can_generate() else None
-        return frozenset([found] if isinstance(found, int) else found or ())
-
-    @property
     def static_shapes(self) -> bool:
         """False with experts: how many tokens each gets is known when they are routed.
 
@@ -115,6 +110,15 @@ class HFModel:
         """Next-token logits of the last layer's output."""
         out = self._head(self._norm(x if self.streams is None else self.streams.end(x)))
         return capped(out, self._softcap)
+
+
+def _eos(module: Any) -> frozenset[int]:
+    """The tokens that end a text, as the model's `generate()` understands them."""
+    found = module.generation_config.eos_token_id if module.can_generate() else None
+    ids = found if isinstance(found, list | tuple) else [] if found is None else [found]
+    if not all(isinstance(token, int) for token in ids):
+        raise ModelError(f"eos_token_id must be a token id, or a list of them, got {found!r}")
+    return frozenset(ids)
 
 
 def family_of(config: Any) -> Family:
@@ -211,15 +215,16 @@ def _switch(parameters: dict[str, Any], config: Any) -> int | None:
 def _shape(config: Any, module: Any, turns: Sequence[Rope], num_layers: int) -> Shape:
     weight = module.model.layers[0].self_attn.o_proj.weight
     head_dim = getattr(config, "head_dim", None)
+    positions = [config.max_position_embeddings, *(r.max_positions for r in turns)]
+    if (most := min(n for n in positions if n is not None)) < 1:
+        raise ModelError(f"a model of {most} positions (max_position_embeddings) reads no prompt")
     return Shape(
         num_layers=num_layers,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=head_dim or config.hidden_size // config.num_attention_heads,
         vocab=config.vocab_size,
-        max_positions=min(
-            [config.max_position_embeddings, *(r.max_positions for r in turns if r.max_positions)]
-        ),
+        max_positions=most,
         dtype=weight.dtype,
         device=weight.device,
     )

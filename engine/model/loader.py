@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from engine.errors import ModelError
 from engine.model.hf import FAMILIES
+from kvstore.identity import DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ def load_module(
         )
     config = read_json(folder / "config.json")
     _refuse_config(config)
+    if (generation := folder / "generation_config.json").exists():
+        read_json(generation)  # transformers goes on without a broken one, and no text would end
     weight_files(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -82,8 +85,7 @@ def load_module(
         module, info = loaded
         module = module.to(device).eval()
     except Exception as error:  # what a broken checkpoint makes of three libraries has no end
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"cannot load {folder}: {reason}") from error
+        raise ModelError(f"cannot load {folder}: {_reason(error)}") from error
     _refuse_tensors(folder, info)
     return cast(PreTrainedModel, module)
 
@@ -115,8 +117,13 @@ def load_tokenizer(folder: Path) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the tokenizer of {folder}: {error}") from error
+    except Exception as error:  # as above: tokenizers raises it itself for what it does not know
+        raise ModelError(f"cannot load the tokenizer of {folder}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """An error of another library in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
@@ -138,12 +145,17 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 
 def refuse_module(module: PreTrainedModel) -> None:
-    """ModelError for a loaded model that is quantized or spread over several devices."""
+    """ModelError for a loaded model that is quantized, of another dtype than KV may be, or spread
+    over several devices."""
     _refuse_config(module.config.to_dict())
     if getattr(module, "_hf_peft_config_loaded", False) or hasattr(module, "peft_config"):
         raise ModelError(
             "adapters of a loaded module are not supported: merge them into its weights first, or "
             "give Engine.from_pretrained the model's folder, and the adapter's as adapter="
+        )
+    if module.dtype not in DTYPES.values():
+        raise ModelError(
+            f"weights in {module.dtype} are not supported: load them with dtype {', '.join(DTYPES)}"
         )
     devices = {str(weight.device) for weight in module.parameters()}
     if len(devices) > 1:

@@ -99,6 +99,41 @@ def test_a_config_that_makes_no_sense(folder, change):
     refuse(folder, "cannot load|not supported|no place")
 
 
+@pytest.mark.parametrize("positions", [0, -1])
+def test_a_model_without_positions(folder, positions):
+    edit(folder, max_position_embeddings=positions)
+    refuse(folder, "max_position_embeddings")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [[5]]}', '{"eos_token_id": 5.5}']
+)
+def test_a_generation_config_that_makes_no_sense(folder, text):
+    """Without it, or by such tokens, no answer would ever end."""
+    (folder / "generation_config.json").write_text(text)
+    refuse(folder, "generation_config.json: |eos_token_id must be")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer.json": "[]"},
+        {"tokenizer.json": '{"version": "9.0", "added_tokens": [], "model": {"type": "new"}}'},
+        {"tokenizer_config.json": '{"tokenizer_class": "Alien"}'},
+        {"tokenizer_config.json": "5"},
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read(folder, files):
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    refuse(folder, "cannot load the tokenizer of")
+
+
+def test_a_dtype_that_no_kv_has(folder):
+    with pytest.raises(ModelError, match=r"float64 .*: load them with dtype bfloat16"):
+        Engine.from_pretrained(folder, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("index", ["[1]", "{}", '{"weight_map": ["a"]}'])
 def test_an_index_that_makes_no_sense(folder, index):
     (folder / "model.safetensors.index.json").write_text(index)
