@@ -56,10 +56,7 @@ def sample(logits: Float[Tensor, " vocab"], sampling: Sampling, generator: torch
     """One token id. The draw is made on the CPU, so a seed gives the same token everywhere."""
     scores = logits.double().cpu()
     best = scores.max()
-    if not best.isfinite():
-        raise ModelError(
-            "the model's logits are not finite: load it with dtype bfloat16 or float32"
-        )
+    refuse_infinite("logits", best)
     if sampling.temperature == 0:
         return int(scores.argmax())
     scores = (scores - best) / sampling.temperature
@@ -68,6 +65,14 @@ def sample(logits: Float[Tensor, " vocab"], sampling: Sampling, generator: torch
     return int(
         torch.multinomial(_nucleus(scores.softmax(-1), sampling.top_p), 1, generator=generator)
     )
+
+
+def refuse_infinite(what: str, numbers: Tensor | None) -> None:
+    """ModelError for numbers of which the largest or smallest is infinite, or any is no number."""
+    if numbers is not None and not all(bool(end.isfinite()) for end in numbers.aminmax()):
+        raise ModelError(
+            f"the model's {what} are not finite: load it with dtype bfloat16 or float32"
+        )
 
 
 class Likely(NamedTuple):

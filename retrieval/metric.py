@@ -97,7 +97,8 @@ def make_metric(
     *,
     ridge: float = 1e-3,
 ) -> Metric:
-    """The metric of given queries, or plain distances without them; decomposed in fp64.
+    """The metric of given queries, or plain distances without them, or in a head where all are
+    zero; decomposed in fp64.
 
     H is scaled to a mean diagonal of 1, which changes no code: where all directions are alike, L
     is the identity.
@@ -105,13 +106,14 @@ def make_metric(
     Args:
         ridge: added to that diagonal, so that directions no query took still count a little.
     Raises:
-        ValueError: if the queries of a head are all zero or not finite.
+        ValueError: if queries are not finite.
     """
     if moment is None:
         return Metric(mean.float(), None, None)
     scale = moment.double().diagonal(dim1=-2, dim2=-1).mean(-1)
-    if not bool(((scale > 0) & scale.isfinite()).all()):
-        raise ValueError("a metric needs finite queries that are not all zero in every KV head")
+    if not bool(scale.isfinite().all()):
+        raise ValueError("a metric needs finite queries")
+    scale = scale.where(scale > 0, 1.0)
     eye = torch.eye(moment.shape[-1], dtype=torch.float64, device=moment.device)
     scaled = (moment.double() / scale[:, None, None] + ridge * eye) / (1 + ridge)
     factor = torch.linalg.cholesky(scaled)

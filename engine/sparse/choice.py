@@ -10,8 +10,10 @@ from engine.cache import Query
 from engine.method import Method
 from engine.model.pieces import AttentionSpec, Shape
 from engine.model.rope import Rope
+from engine.sampling import refuse_infinite
 from engine.sparse.indexes import make_index
 from retrieval.index import KeySpace, Searching
+from retrieval.pq import PQIndex
 from retrieval.select import top_tokens
 from retrieval.vq import VQIndex
 
@@ -22,6 +24,8 @@ class Choice:
     Args:
         rotated: the prompt's keys, rotated; read while this is made.
         queries: unrotated queries of the prompt's last tokens, for indexes that learn from them.
+    Raises:
+        ModelError: codebooks are to be made of numbers that are not finite.
     """
 
     def __init__(
@@ -37,6 +41,9 @@ class Choice:
         self.length = 0
         self.policy = method.policy(method.tokens(rotated.shape[1]))
         self.index = make_index(method, shape, self.policy.budget)
+        if isinstance(self.index, VQIndex | PQIndex):  # k-means takes no other numbers
+            refuse_infinite("keys", rotated)
+            refuse_infinite("queries", queries)
         if queries is not None and isinstance(self.index, VQIndex):
             start = rotated.shape[1] - queries.shape[1]
             self.index.calibrate(self._placed(queries, start))

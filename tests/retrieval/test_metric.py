@@ -75,12 +75,21 @@ def test_a_head_is_not_moved_by_the_queries_of_another():
     assert not torch.allclose(metric.factor[0], metric.factor[1], rtol=1e-2)
 
 
-def test_one_query_is_enough_and_no_query_is_not():
+def test_one_query_is_enough_if_it_is_finite():
     metric = make_metric(torch.zeros(1, 64), moment_of(skewed(1, 1, 64), 1))
     assert metric.factor.isfinite().all()
     assert metric.inverse.isfinite().all()
-    with pytest.raises(ValueError, match="finite queries that are not all zero"):
-        make_metric(torch.zeros(1, 64), Moment(1, 64).value)
+    with pytest.raises(ValueError, match="finite queries"):
+        make_metric(torch.zeros(1, 64), Moment(1, 64).value + torch.nan)
+
+
+def test_a_head_whose_queries_are_all_zero_has_plain_distances():
+    alive = moment_of(skewed(1, 100, 64), 1)
+    metric = make_metric(torch.zeros(2, 64), torch.cat([torch.zeros(1, 64, 64), alive]))
+    factor = metric.factor[0]
+    torch.testing.assert_close(factor, factor[0, 0] * torch.eye(64))
+    assert factor[0, 0] > 0
+    torch.testing.assert_close(metric.factor[1:], make_metric(torch.zeros(1, 64), alive).factor)
 
 
 def test_the_spread_of_keys_does_not_depend_on_their_mean():

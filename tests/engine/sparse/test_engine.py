@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine import Engine, EngineConfig, PromptError
-from engine.errors import ConfigError
+from engine.errors import ConfigError, ModelError
 from engine.method import preset
 from engine.model.hf import HFModel
 from engine.request import listed
@@ -190,6 +190,29 @@ def test_a_budget_above_all_positions_takes_memory_for_these_only():
         cache.close()
         pool.close()
     assert used[0] == used[1]
+
+
+@pytest.mark.parametrize("name", ["headrace", "a2ats", "pqcache", "shadowkv"])
+def test_numbers_that_are_not_finite_are_told_whatever_the_index_makes_of_them(name):
+    module, bad = build("llama"), 100  # a token that the load-time check does not meet
+    module.model.embed_tokens.weight.data[bad] = torch.inf
+    options = {"bits": 4} if name == "pqcache" else {"centroids": 16} if name == "a2ats" else {}
+    config = EngineConfig(store=BIG, method=preset(name, options=options), pinned_bytes=8 << 20)
+    with Engine(module, None, config) as engine:
+        asked = [*prompt(60).tolist(), bad, *prompt(60, seed=1).tolist()]
+        with pytest.raises(ModelError, match="not finite: load it with dtype"):
+            engine.generate(asked, max_new_tokens=2)
+        assert engine.memory.pool.used_bytes == 0
+
+
+def test_a_head_that_asks_for_nothing_has_a_codebook_too():
+    module = build("llama")
+    module.model.layers[1].self_attn.q_proj.weight.data[: 2 * 64] = 0
+    method = preset("a2ats", options={"centroids": 16})
+    config = EngineConfig(store=BIG, method=method, pinned_bytes=8 << 20)
+    with Engine(module, None, config) as engine, Engine(module) as plain:
+        [got], [want] = (x.generate(prompt(100).tolist()) for x in (engine, plain))
+        assert got.tokens == want.tokens
 
 
 def test_prompts_may_be_tensors_and_arrays():
