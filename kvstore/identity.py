@@ -73,7 +73,7 @@ def weights_digest(files: Sequence[Path], *, cache: Path | None = None) -> bytes
 
     Args:
         cache: JSON file that remembers the digest of each file by path, inode, size and
-            modification time, so that the second start reads no weights. A damaged one is rebuilt.
+            times of change, so that the second start reads no weights. A damaged one is rebuilt.
     Raises:
         ValueError: without files, or with two of the same name.
     """
@@ -135,7 +135,8 @@ def _file_digest(path: Path) -> str:
 
 def _stamp(path: Path) -> str:
     stat = path.stat()
-    return json.dumps([str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns])
+    times = stat.st_mtime_ns, stat.st_ctime_ns  # the second nobody can set, as cp -p does the first
+    return json.dumps([str(path), stat.st_ino, stat.st_size, *times])
 
 
 def _load(cache: Path | None) -> dict[str, str]:

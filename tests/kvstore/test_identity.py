@@ -85,6 +85,14 @@ def test_a_file_of_another_size_or_time_is_read_again(files, tmp_path, read):
     assert read[3:] == ["b.safetensors"]
 
 
+def test_a_file_that_was_overwritten_and_given_its_old_time_is_read_again(files, tmp_path):
+    cache, stat = tmp_path / "digests.json", files[0].stat()
+    first = weights_digest(files, cache=cache)
+    files[0].write_bytes(b"x" * stat.st_size)
+    os.utime(files[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert weights_digest(files, cache=cache) != first
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"x": 3}', '{"x": "zz"}', "\x00"])
 def test_a_damaged_cache_is_rebuilt(files, tmp_path, read, damage):
     cache = tmp_path / "digests.json"
