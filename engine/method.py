@@ -18,7 +18,9 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Settings of sparse decode. The default attends to everything.
 
     Args:
-        index: what finds the tokens that matter; "dense" attends to all of them.
+        index: what finds the tokens that matter; "dense" attends to all of them. "vq" learns from
+            queries of the prompt's last tokens, those that are computed: what of a prompt is
+            loaded from the store changes what it selects.
         options: settings of the index, e.g. {"bits": 2}; see the classes in `retrieval`.
         keys: what attended keys are: as they were computed, rebuilt from low-rank factors of the
             whole layer (ShadowKV), or quantized in host memory.
