@@ -311,7 +311,7 @@ class Service:
         with self._door:
             self._scheduler.finish(live.job)
             self._live.pop(live.job.id, None)
-            self._door.notify_all()
+            self._stir()  # whoever waited for its place
 
     def _fail_all(self, error: Exception) -> None:
         with self._door:

@@ -365,6 +365,30 @@ def breaks(service, ticket, where, monkeypatch):
             )
 
 
+def test_who_waits_gets_the_place_of_one_that_could_not_begin(module, monkeypatch):
+    long = prompt(100).tolist()
+    with Engine(module, config=config(schedule=dict(max_running=1))) as engine:
+        service = Service(engine)
+        ask(service, long).completion()
+        place = service._carrier.place
+
+        def full(live, stir):
+            if live.found:  # it would wait for these, and compute nothing
+                raise MemoryError("no room on the device")
+            place(live, stir)
+
+        monkeypatch.setattr(service._carrier, "place", full)
+        first = ask(service, prompt(7).tolist(), 30)
+        first.next()
+        second, third = ask(service, long), ask(service, prompt(9).tolist(), 3)
+        first.completion()
+        with pytest.raises(MemoryError):
+            second.completion()
+        third.completion()
+        empty(service)
+        service.close()
+
+
 def test_a_step_that_breaks_ends_those_in_it_and_the_next_ones_are_served(module, monkeypatch):
     with Engine(module, config=config()) as engine:
         service = Service(engine)
