@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-LONGEST = 8  # tokens of one character; more are no character
+LONGEST = 4  # tokens of one character: it has so many bytes at most
 
 
 class TextStream:
@@ -30,11 +30,14 @@ class TextStream:
         if token in self._special:
             return ""  # and no left neighbour: some decoders drop the blank behind a beginning
         self._tokens.append(token)
-        before = self._decode(self._context, self._done)
-        after = self._decode(self._context, len(self._tokens))
-        if after.endswith("\ufffd") and len(self._tokens) - self._done < LONGEST:
-            return ""  # in the middle of a character
-        self._context, self._done = self._done, len(self._tokens)
+        before, done = self._decode(self._context, self._done), len(self._tokens)
+        after = self._decode(self._context, done)
+        if after.endswith("\ufffd"):  # in the middle of a character
+            if done - self._done < 2 * LONGEST:
+                return ""
+            done = self._border(after)
+            after = self._decode(self._context, done)
+        self._context, self._done = self._done, done
         return self._release(after[len(before) :])
 
     def finish(self) -> str:
@@ -45,6 +48,14 @@ class TextStream:
         rest = self._release(self._decode(self._context, len(self._tokens))[len(before) :])
         held, self._held = self._held, ""
         return rest + ("" if self.stopped else held)
+
+    def _border(self, text: str) -> int:
+        """Where what is held back may be cut: its last tokens may yet become a character."""
+        stop = len(self._tokens)
+        for at in range(stop - LONGEST + 1, self._done, -1):
+            if self._decode(self._context, at) + self._decode(at, stop) == text:
+                return at
+        return stop
 
     def _decode(self, start: int, stop: int) -> str:
         return str(self._tokenizer.decode(self._tokens[start:stop], skip_special_tokens=True))

@@ -73,6 +73,12 @@ def test_bytes_that_are_no_character_do_not_pile_up(tokenizer):
     assert len(out._tokens) - out._context < 30
 
 
+@given(text=st.text("a\ufffd€😀", max_size=30))
+def test_characters_behind_many_that_stand_for_none_stay_what_they_are(tokenizer, text):
+    pieces, rest, _ = stream(tokenizer, text)
+    assert "".join(pieces) + rest == text
+
+
 def test_an_unfinished_character_at_the_end_is_shown_as_such(tokenizer):
     out = TextStream(tokenizer)
     first = tokenizer("€")["input_ids"][0]
