@@ -9,7 +9,7 @@ from rich.filesize import decimal
 
 from engine.commands import demo_rag
 from engine.commands.demo_rag import job_of, show, store_folder
-from engine.commands.session import progress
+from engine.commands.session import busy
 from engine.demo.demo import (
     Job,
     Outcome,
@@ -25,10 +25,10 @@ def run(args: Namespace) -> int:
         return demo_rag.run(args)
     with store_folder(args) as folder:
         job = job_of(Job, args, folder)
-        with progress().status(f"process 1 reads {args.tokens:,} tokens and answers"):
+        with busy(f"process 1 reads {args.tokens:,} tokens and answers"):
             cold = run_process(job, "process 1")
         check_cold(cold)
-        with progress().status("process 1 has ended; process 2 answers from disk"):
+        with busy("process 1 has ended; process 2 answers from disk"):
             warm = run_process(job, "process 2")
         check_warm(warm, job.config.block_tokens)
     numbers = _numbers(cold, warm)

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import msgspec
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
-from engine.commands.session import engine_config, progress
+from engine.commands.session import busy, engine_config
 from engine.demo import demo
 from engine.demo.demo import DemoError, new_process
 from engine.demo.rag import Answer, Job, Outcome, check
@@ -24,9 +25,9 @@ J = TypeVar("J", bound=demo.Job)
 def run(args: Namespace) -> int:
     with store_folder(args) as folder:
         job = job_of(Job, args, folder, add=True)
-        with progress().status(f"process 1 reads {args.facts} documents and answers"):
+        with busy(f"process 1 reads {args.facts} documents and answers"):
             first = _process(job, "process 1")
-        with progress().status("process 1 has ended; process 2 answers in another order"):
+        with busy("process 1 has ended; process 2 answers in another order"):
             second = _process(msgspec.structs.replace(job, add=False), "process 2")
         check(first, second)
     numbers = _numbers(first, second)
@@ -86,7 +87,9 @@ def show(
 
 
 def _verdict(answer: demo.Answer | Answer) -> str:
-    return "[green]right[/]" if answer.right else f"[red]wrong[/]: {answer.text.strip()!r}"
+    return (
+        "[green]right[/]" if answer.right else f"[red]wrong[/]: {escape(repr(answer.text.strip()))}"
+    )
 
 
 def _numbers(first: Outcome, second: Outcome) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich.console import Console
+from rich.status import Status
+from rich.text import Text
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, PromptError
@@ -28,6 +30,11 @@ if TYPE_CHECKING:  # importing these takes seconds, and not every command needs 
 def progress() -> Console:
     """Where everything goes that is not the result."""
     return Console(stderr=True, highlight=False, markup=False)
+
+
+def busy(what: str) -> Status:
+    """Says there what takes long, meanwhile. Brackets, as in names of files, are no markup."""
+    return progress().status(Text(what))
 
 
 def default_store() -> Path:
@@ -84,7 +91,7 @@ def _disk_path(args: Namespace, config: EngineConfig) -> str | None:
 def open_engine(args: Namespace, config: EngineConfig | None = None) -> "Engine":
     """The engine that the options ask for. Close it: that may fail, on a full disk."""
     config = config or engine_config(args)
-    with progress().status(f"loading {args.model}"):
+    with busy(f"loading {args.model}"):
         quiet()
         import torch
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from engine.commands import store_bench, store_files, store_top
-from engine.commands.session import engine_config, progress
+from engine.commands.session import busy, engine_config
 from engine.commands.store_top import owners
 from engine.config import EngineConfig
 from engine.errors import ConfigError
@@ -48,7 +48,7 @@ def open_disk(config: EngineConfig, *, check: bool = False) -> tuple[Path, Tiere
 
 def _compact(args: Namespace, path: Path, _: StoreConfig) -> int:
     _check_there(path)
-    with progress().status(f"compacting {path}"):
+    with busy(f"compacting {path}"):
         before, after = compact(path)
     if args.json:
         print(json.dumps({"path": str(path), "before_bytes": before, "after_bytes": after}))
@@ -99,7 +99,7 @@ def _ago(seconds: float) -> str:
 
 
 def _audit(args: Namespace, path: Path, store: TieredStore) -> int:
-    with progress().status(f"verifying {path}"):
+    with busy(f"verifying {path}"):
         report = store.audit(repair=args.repair)
     if args.json:
         print(json.dumps({"path": str(path), "clean": report.clean} | asdict(report)))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.commands.session import progress
+from engine.commands.session import busy
 from engine.errors import ConfigError
 from kvstore.block import BlockKey, KVBlock
 from kvstore.codecs.known import BY_NAME
@@ -42,7 +42,7 @@ def run(args: Namespace, path: Path, config: StoreConfig) -> int:
     if args.mib < 1:
         raise ConfigError(f"--mib must be 1 or more, got {args.mib}")
     home = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
-    status = progress().status(f"measuring in {home}")
+    status = busy(f"measuring in {home}")
     with tempfile.TemporaryDirectory(dir=home, prefix="bench-") as folder, status:
         speeds = measured(Path(folder, "store"), args.mib << 20, config)
     if args.json:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from engine.commands.session import progress
+from engine.commands.session import busy
 from engine.errors import ConfigError
 from kvstore.codecs.known import BY_NAME
 from kvstore.config import StoreConfig
@@ -30,7 +30,7 @@ def write(args: Namespace, path: Path, config: StoreConfig) -> int:
         key = entry.key
         return key.tenant.hex().startswith(tenant) and key.identity.hex().startswith(model)
 
-    disk, status = _disk(path, config), progress().status(f"writing {args.file}")
+    disk, status = _disk(path, config), busy(f"writing {args.file}")
     with closing(disk), status:
         done = export(disk, Path(args.file), chosen)
     if args.json:
@@ -47,7 +47,7 @@ def write(args: Namespace, path: Path, config: StoreConfig) -> int:
 def read(args: Namespace, path: Path, config: StoreConfig) -> int:
     """Blocks of a file, as far as they are whole; those that are there stay as they are."""
     counts = dict.fromkeys(("stored", "present", "skipped", "damaged"), 0)
-    with open(args.file, "rb") as file, progress().status(f"reading {args.file}"):
+    with open(args.file, "rb") as file, busy(f"reading {args.file}"):
         batches = _batches(imported(file))
         disk = _disk(path, config)
         with TieredStore([disk], policy=config.policy, quotas=config.quotas()) as store:

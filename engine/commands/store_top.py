@@ -55,7 +55,7 @@ def run(args: Namespace, path: Path, config: StoreConfig) -> int:
 
 def watch(args: Namespace, look: Look) -> int:
     """Show what `look` sees."""
-    console = Console(highlight=False, width=None if os.isatty(1) else 120)
+    console = Console(highlight=False, markup=False, width=None if os.isatty(1) else 120)
     if args.once:
         console.print(look())
         return 0

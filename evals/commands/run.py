@@ -170,13 +170,13 @@ def run(args: Namespace) -> int:
 def _engine(settings: RunSettings) -> "Engine":
     import torch
 
-    from engine.commands.session import progress, quiet
+    from engine.commands.session import busy, quiet
     from engine.config import EngineConfig
     from engine.engine import Engine
 
     config = EngineConfig(cache_bytes=settings.cache_bytes, pinned_bytes=settings.pinned_bytes)
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    with progress().status(f"loading {settings.model}"):
+    with busy(f"loading {settings.model}"):
         quiet()
         engine = Engine.from_pretrained(settings.model, config, dtype=dtype, device=settings.device)
     missing = None

@@ -10,6 +10,7 @@ from typing import get_args
 import msgspec
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from engine.errors import ConfigError
 from evals.traces.read import RequestTrace, read_traces
@@ -65,7 +66,7 @@ def run(args: Namespace) -> int:
         raise ConfigError(f"--limit must be 1 request or more, got {args.limit}")
     progress, console = Console(stderr=True), Console(highlight=False)
     for trace in read_traces(args.trace or args.data or _data(), args.limit):
-        with progress.status(f"replaying {trace.name}"):
+        with progress.status(Text(f"replaying {trace.name}")):
             rates = _measure(trace, args.policy, args.capacity, args.admission)
         if args.json:
             print(msgspec.json.encode(rates).decode(), flush=True)

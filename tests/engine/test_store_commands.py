@@ -1,6 +1,7 @@
 """`headrace store`: what it says of a folder and of a server, and files that go elsewhere."""
 
 import json
+import shutil
 
 import pytest
 
@@ -113,6 +114,14 @@ def test_top_shows_a_folder(headrace, store):
     assert OTHERS[0].tenant.hex() in out
     found = json.loads(headrace("top", "--json", "--store", store)[1])
     assert [row["blocks"] for row in found["groups"]] == [5, 2]
+
+
+def test_a_folders_name_may_look_like_markup(headrace, store, tmp_path):
+    name = "a[/b]"
+    shutil.copytree(store, tmp_path / name)
+    for action in (("audit",), ("export", "a[/out]"), ("import", "a[/out]"), ("compact",)):
+        assert headrace(*action, "--store", name)[0] == 0
+    assert headrace("top", "--once", "--store", name)[1].startswith(f"{name}: ")
 
 
 def test_top_shows_a_server(headrace):

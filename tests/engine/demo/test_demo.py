@@ -157,12 +157,12 @@ def test_a_process_that_is_not_cold_does_not_count():
 def test_one_wrong_answer_fails_the_demo(wrong, monkeypatch, capsys):
     def run(job: Job, name: str) -> Outcome:
         cached = 0 if name == "process 1" else 512
-        return outcome(answer(cached_tokens=cached, right=name != wrong, text=" 314150."))
+        return outcome(answer(cached_tokens=cached, right=name != wrong, text=" [/INST] 314150."))
 
     monkeypatch.setattr(command, "run_process", run)
     assert main(["demo"]) == (wrong != "none")
     shown = capsys.readouterr().out
-    assert ("wrong: '314150.'" in shown) == (wrong != "none")
+    assert ("wrong: '[/INST] 314150.'" in shown) == (wrong != "none")
 
 
 def test_a_process_that_dies_is_told_in_one_line(tmp_path, monkeypatch, capsys):
