@@ -28,6 +28,7 @@ from kvstore.errors import StoreError
 from kvstore.summary import rows
 
 TIMEOUT_S = 10.0
+LONGEST_S = 86400.0  # between two looks
 Look: TypeAlias = Callable[[], RenderableType]
 TIER_COLUMNS = (
     "tier", "used", "of", "blocks", "hits", "evicted", "refused", "skipped", "corrupt",
@@ -37,8 +38,10 @@ COLUMNS = ("tenant", "class", "codec", "blocks", "bytes")
 
 def run(args: Namespace, path: Path, config: StoreConfig) -> int:
     """Look again and again until Ctrl-C, or once; with --json, once and all of it."""
-    if args.interval <= 0:
-        raise ConfigError(f"--interval must be more than 0 seconds, got {args.interval}")
+    if not 0 < args.interval <= LONGEST_S:
+        raise ConfigError(
+            f"--interval must be more than 0 seconds and at most {LONGEST_S:g}, got {args.interval}"
+        )
     if args.url is not None and args.json:
         print(msgspec.json.encode(_fetch(args.url, args.key).tiers).decode())
         return 0

@@ -90,6 +90,8 @@ def test_damaged_blocks_are_refused_by_count_and_no_child_comes_alone(headrace, 
         (("top", "--once", "--url", "ftp://x"), "http://"),
         (("top", "--once", "--url", "http://127.0.0.1:9"), "no server at"),
         (("top", "--once", "--interval", "0"), "--interval"),
+        (("top", "--interval", "nan"), "--interval"),
+        (("top", "--interval", "inf"), "--interval"),
         (("bench", "--mib", "0"), "--mib"),
     ],
 )
