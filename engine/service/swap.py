@@ -144,9 +144,15 @@ class Swap:
         together = [*(a + b for a, b in pairwise(sizes)), sizes[-1]]
         at = together.index(min(together))
         pair = parts[at : at + 2]
-        start, stop, last = pair[0].start, pair[-1].stop, len(pair) == 1
+        behind, start, stop, last = parts[at + 2 :], pair[0].start, pair[-1].stop, len(pair) == 1
+        del parts[at:]
         self._below.free(pair)
-        parts[at : at + 2] = [] if last else [self._segment(cache, start, stop)]
+        try:
+            parts += [] if last else [self._segment(cache, start, stop)]
+        except BaseException:  # no memory: what is behind the gap is of no use
+            self._below.free(behind)
+            raise
+        parts += behind
 
     def _segment(self, cache: SlabCache, start: int, stop: int) -> Segment:
         """Tokens of a slab, in host memory that there is room for."""

@@ -202,6 +202,26 @@ def test_without_room_below_it_says_which_setting_and_the_request_still_runs(tmp
         swap.out(second)
 
 
+def test_what_cannot_be_put_together_is_counted_no_more(tmp_path, monkeypatch):
+    with closing(Swap(SHAPE, 1000 * TOKEN)) as swap:
+        cache = filled(10)
+        for more in (10, 10, 10, 10, 10, 10, 50, 10):  # as many copies as there may be
+            swap.out(cache)
+            swap.back(cache).result(60)
+            grow(cache, more)
+        want = held(cache)
+        with monkeypatch.context() as patch:
+            patch.setattr("engine.service.swap.own_pages", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                swap.out(cache)
+        swap.check()
+        swap.out(cache)
+        swap.back(cache).result(60)
+        assert torch.equal(held(cache), want)
+        swap.forget(cache)
+        assert swap.used_bytes == 0
+
+
 def test_without_room_on_disk_it_names_both_settings(small_pieces, tmp_path):
     with closing(Swap(SHAPE, 16 * TOKEN, spill_of(tmp_path, 5))) as swap:
         assert swap.capacity_bytes == 40 * TOKEN
