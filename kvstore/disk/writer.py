@@ -1,5 +1,6 @@
 """Blocks on their way to a slow tier, in a thread of their own."""
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -7,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from kvstore.allowance import Allowance
 from kvstore.errors import StoreError
 from kvstore.tier import Item
+
+_log = logging.getLogger(__name__)
 
 BATCH_BYTES = 64 << 20  # one flush of the device for so much
 QUEUE_BYTES = 256 << 20
@@ -17,7 +20,8 @@ class Writer:
 
     The queue is bounded: `put` waits while it is over `queue_bytes`, for a device that is slow.
     It does not wait for an allowance: what does not fit the queue then is left out. An error of a
-    batch loses that batch, not the thread, and is raised by the next `flush`, once.
+    batch loses that batch, not the thread, and is raised by the next `flush`, once. The log has it
+    at once, as a server may not flush before it ends.
     """
 
     def __init__(
@@ -94,6 +98,8 @@ class Writer:
     def _run(self) -> None:
         while batch := self._next():
             error = self._attempt(batch)
+            if error is not None and self._error is None:
+                _log.warning("%d blocks were not stored: %s", len(batch), error)
             with self._changed:
                 self._error = self._error or error
                 self._done_count += len(batch)

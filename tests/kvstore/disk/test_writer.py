@@ -23,7 +23,7 @@ def path(tmp_path):
     return tmp_path / "store"
 
 
-def test_a_failed_write_is_reported_once_and_reads_go_on(path, monkeypatch):
+def test_a_failed_write_is_reported_once_and_reads_go_on(path, monkeypatch, caplog):
     with TieredStore([DiskTier(path, 100 * COST)]) as store:
         store.put(items(KEYS[:2]))
         store.flush()
@@ -33,7 +33,12 @@ def test_a_failed_write_is_reported_once_and_reads_go_on(path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(Ledger, "add", fail)
-            store.put(items(KEYS[2:]))
+            for keys in (KEYS[2:10], KEYS[10:]):
+                store.put(items(keys))
+                store.settle()
+            [said] = caplog.messages
+            assert "8 blocks were not stored" in said
+            assert "Input/output error" in said
             with pytest.raises(StoreError, match="Input/output error"):
                 store.flush()
         store.flush()
