@@ -181,7 +181,7 @@ class Service:
     def _turn(self) -> bool:
         """One step; False if there was nothing to do, and nobody stirred since."""
         with self._door:
-            self._stirred = False
+            self._stirred, self._started = False, []
         self._sweep()
         with self._door:
             plan = self._scheduler.next(self._start, self._pace.allows())
@@ -203,8 +203,7 @@ class Service:
         """KV leaves the device before any comes, or is made room for."""
         for job in plan.out:
             self._guarded(self._live[job.id], self._carrier.out)
-        started, self._started = self._started, []
-        for live in started:
+        for live in self._started:
             self._guarded(live, lambda live: self._carrier.place(live, self._wake))
         for job in plan.back:
             self._guarded(self._live[job.id], lambda live: self._carrier.back(live, self._wake))

@@ -611,6 +611,27 @@ def test_a_fault_of_the_engine_thread_ends_all_and_serves_the_next(module, monke
         service.close()
 
 
+def test_nobody_who_was_ended_by_a_fault_gets_a_place(module, monkeypatch):
+    settings = config(method=preset("headrace", budget=48), pinned_bytes=300 * TOKEN_BYTES)
+    with Engine(module, config=settings) as engine:
+        service = Service(engine)
+        plan = service._scheduler.next
+
+        def broken(start, beside):
+            if plan(start, beside).prompt:
+                monkeypatch.undo()
+                raise ZeroDivisionError
+            return plan(start, beside)
+
+        monkeypatch.setattr(service._scheduler, "next", broken)
+        first = ask(service, prompt(40).tolist())
+        with pytest.raises(EngineError, match="the engine failed"):
+            first.completion()
+        ask(service, prompt(40).tolist()).completion()
+        empty(service)
+        service.close()
+
+
 def test_a_drain_sees_the_end_of_background_work(module):
     with Engine(module, config=config()) as engine:
         service = Service(engine)
