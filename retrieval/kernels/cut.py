@@ -69,7 +69,7 @@ def choose_cut(
     tally_kernel[cut](keys, lengths, bound, tally, *of, parts, PART=PART, num_warps=8)
     gather_kernel[cut](
         *(keys, lengths, bound, tally, found, *of, parts, room),
-        **dict(PART=PART, PARTS=some, num_warps=8),
+        **dict(PART=PART, PARTS=some, num_warps=WARPS),
     )
     finish_kernel[rows,](
         *(keys, lengths, bound, tally, found, out, *of, parts, room, budget),
@@ -262,6 +262,6 @@ AOT = [
     _build("bound of 4,096 sets", bound_kernel, WARPS, SETS=4096, RUN=4096),
     _build("bound of 16,384 sets", bound_kernel, WARPS, SETS=16384, RUN=RUN),
     _build("tally", tally_kernel, 8, PART=PART),
-    _build("gather of 256 parts", gather_kernel, 8, PART=PART, PARTS=256),
+    _build("gather of 256 parts", gather_kernel, WARPS, PART=PART, PARTS=256),
     _build("finish with 256 parts", finish_kernel, WARPS, RUN=RUN, PARTS=256),
 ]
