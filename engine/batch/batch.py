@@ -13,6 +13,7 @@ from engine.batch.lanes import Lanes, OneLane, TwoStreams
 from engine.batch.layer import Clock, Fresh, RingLayer, Select, SelectedLayer
 from engine.cache import SparseStats
 from engine.errors import EngineError
+from engine.kernels.rotate_rows import rotate_rows
 from engine.method import Method
 from engine.model.pieces import Layer, Model
 from engine.model.rope import Tables
@@ -90,6 +91,7 @@ class DeviceBatch:
         counts[0] = -1
         now = torch.full((), YOUNGEST, dtype=torch.int32, device=where)
         self.clock = Clock(counts[0], counts[1], now)
+        self._steps = torch.zeros(slots, dtype=torch.int64, device=where)  # of each request
         self._blocks = torch.full((slots, blocks), -1, dtype=torch.int32, device=where)
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=where)
         self._logits = torch.empty(slots, s.vocab, dtype=s.dtype, device=where)
@@ -103,7 +105,7 @@ class DeviceBatch:
     @property
     def nbytes(self) -> int:
         """Of everything that the slots take on the device."""
-        own = (*self.clock, self._blocks, self._tokens, self._logits, self._made)
+        own = (*self.clock, self._steps, self._blocks, self._tokens, self._logits, self._made)
         return sum(layer.nbytes for layer in self._layers) + sum(x.nbytes for x in own)
 
     # requests come and go
@@ -135,6 +137,7 @@ class DeviceBatch:
             self._blocks[slot] = -1
             self._blocks[slot, : len(table)] = table.to(self._blocks)
             self.clock.lengths[slot] = cache.length
+            self._steps[slot] = 0
         cache.seated(_Seat(self, slot))
         self._caches[slot] = cache
         return slot
@@ -153,10 +156,10 @@ class DeviceBatch:
     def stats(self, slot: int) -> SparseStats:
         """Of a slot's request so far; waits for the device."""
         layers = [layer for layer in self._layers if isinstance(layer, SelectedLayer)]
-        counts = torch.stack([layer.counts[slot] for layer in layers])
-        (selected, missed), steps = counts[:, :2].sum(0).tolist(), int(counts[0, 2])
+        counts = torch.stack([layer.counts[:, slot] for layer in layers])
+        selected, missed = counts.sum((0, 2)).tolist()
         return SparseStats(
-            steps=steps,
+            steps=int(self._steps[slot]),
             selected=selected,
             hits=selected - missed,
             fetched_bytes=missed * layers[0].row_bytes,
@@ -211,6 +214,7 @@ class DeviceBatch:
         taken = clock.lengths > 0
         clock.positions.copy_(clock.lengths.where(taken, -1))
         clock.lengths.add_(taken)
+        self._steps.add_(taken)
         x = model.embed(self._tokens)
         tables = Tables(clock.positions.clamp_min(0))
         for layer in model.layers:
@@ -270,10 +274,9 @@ class _Seat:
 
 def _fresh(layer: Layer, x: Tensor, tables: Tables) -> Fresh:
     """What a layer makes of the newest tokens, request by request."""
-    q, k, v = layer.qkv(x)
-    turned = layer.rope.rotate(torch.cat([q, k]), tables[layer.rope])
-    parts = (*turned.split([len(q), len(k)]), q, k, v)
-    rotated_q, rotated_k, q, k, v = (part.transpose(0, 1).contiguous() for part in parts)
+    q, k, v = (part.transpose(0, 1).contiguous() for part in layer.qkv(x))
+    cos, sin = tables[layer.rope]
+    rotated_q, rotated_k = rotate_rows(q, k, cos, sin, interleaved=layer.rope.interleaved)
     return Fresh(rotated_q, q, rotated_k, k, v)
 
 

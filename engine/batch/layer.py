@@ -134,7 +134,10 @@ class SelectedLayer:
         if method.keys == "lowrank":
             self._lowrank = BatchFactors(shape, rope, method.rank, slots, capacity)
         self._tail = BatchTail(shape, slots, capacity, spec.softcap) if method.tail else None
-        self.counts = torch.zeros(slots, 3, dtype=torch.int64, device=shape.device)
+        # of every KV head, tokens that were selected, and of these those that were missing
+        self.counts = torch.zeros(
+            (2, slots, shape.num_kv_heads), dtype=torch.int64, device=shape.device
+        )
 
     @property
     def fetches_keys(self) -> bool:
@@ -166,7 +169,7 @@ class SelectedLayer:
         if self._tail is not None:
             assert layer.tail is not None
             self._tail.adopt(slot, layer.tail)
-        self.counts[slot] = 0
+        self.counts[:, slot] = 0
 
     def release(self, slot: int) -> None:
         """The slot is free."""
@@ -194,9 +197,8 @@ class SelectedLayer:
         self._append(fresh, clock, blocks)
         ids = self._ids(fresh, clock.lengths)
         found = self._fetch(ids, clock, blocks)
-        self.counts[:, 0] += (ids >= 0).sum((1, 2))
-        self.counts[:, 1] += found.count.sum(1)
-        self.counts[:, 2] += clock.lengths > 0
+        self.counts[0].add_((ids >= 0).sum(2))
+        self.counts[1].add_(found.count)
         return self._attended(fresh.rotated_q, ids, found.slots, clock.lengths)
 
     def _attended(

@@ -4,11 +4,12 @@ import torch
 from jaxtyping import Float, Float32, Int32, UInt8
 from torch import Tensor
 
+from engine.kernels.append_tail import append_tail
 from engine.kernels.merge_parts import Partials
 from engine.kernels.tail import estimate_tail
 from engine.model.pieces import Shape
 from kvstore.rows import RowLayout
-from retrieval.estimate import CLUSTER_TOKENS, Tail, alone, joined
+from retrieval.estimate import CLUSTER_TOKENS, Tail
 
 PITCH = 16  # numbers: a stride that Triton knows to be a multiple of 16 makes wide loads
 
@@ -25,7 +26,6 @@ class BatchTail:
         self._width, self._softcap = 2 * shape.head_dim + 1, softcap
         pitch = -(-self._width // PITCH) * PITCH
         self._rows = torch.zeros(slots, heads, clusters, pitch, device=shape.device)
-        self._slots = torch.arange(slots, device=shape.device)
 
     @property
     def nbytes(self) -> int:
@@ -47,12 +47,8 @@ class BatchTail:
         v: Float[Tensor, "B Hk D"],
         positions: Int32[Tensor, " B"],
     ) -> None:
-        """The newest token of every slot, rotated; a free slot's lands where nobody reads."""
-        at = positions.clamp_min(0).long()
-        cluster, before = at // CLUSTER_TOKENS, (at % CLUSTER_TOKENS)[:, None, None]
-        newest, begun = alone(k, v), self.summaries[self._slots, :, cluster]
-        row = torch.where(before > 0, joined(begun, before, newest, 1), newest)
-        self.summaries[self._slots, :, cluster] = row
+        """The newest token of every slot, rotated; nothing of a free one."""
+        append_tail(k, v, positions, self.summaries, CLUSTER_TOKENS)
 
     def estimate(
         self,

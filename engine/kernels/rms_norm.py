@@ -18,6 +18,7 @@ from native.library import function, library
 SOURCE = Path(__file__).with_suffix(".c")
 LANES = 16  # of the widest registers
 MOST_VALUES = 1 << 16  # torch's threads win beyond it
+MOST_WIDTH = 1 << 13  # of a row that a GPU's program has in its registers
 ARGUMENTS = [*[c_void_p] * 2, *[c_long] * 2, c_float, *[c_void_p] * 2]
 
 
@@ -29,6 +30,16 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         and weight.is_cpu
         and x.shape[-1] % LANES == 0
         and library(SOURCE) is not None
+    )
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether `norm_rows` can take these tensors, on a GPU."""
+    return (
+        x.is_cuda
+        and weight.dtype == x.dtype
+        and len(weight) <= MOST_WIDTH
+        and not (x.requires_grad and torch.is_grad_enabled())
     )
 
 

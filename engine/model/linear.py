@@ -27,7 +27,7 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """An RMS norm like Llama's whose few rows are normed in compiled code on a CPU.
+    """An RMS norm like Llama's, in compiled code: of few rows on a CPU, of all on a GPU.
 
     Whatever that does not serve is the lender's own business.
     """
@@ -43,6 +43,10 @@ class Norm(nn.Module):
     def forward(self, x: Float[Tensor, "*n I"]) -> Float[Tensor, "*n I"]:
         if rms_norm.serves(x, self.weight):
             return rms_norm.rms_norm_native(x, self.weight, self._eps)
+        if rms_norm.fits(x, self.weight):
+            from engine.kernels.norm_rows import norm_rows  # needs triton: not where no GPU is
+
+            return norm_rows(x, self.weight, self._eps)
         out: Tensor = self._lender[0](x)
         return out
 

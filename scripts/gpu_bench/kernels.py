@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gpu_bench import attending, choosing, rows, scoring
+from gpu_bench import attending, choosing, newest, rows, scoring
 from gpu_bench.timing import Ceilings, free_memory
 from gpu_bench.trial import Case, Sizes, checked, measure, real, toy
 
@@ -30,6 +30,9 @@ CASES: Mapping[str, tuple[str, Case]] = {
     "merge_parts": ("engine.kernels.merge_parts", attending.merged),
     "tail": ("engine.kernels.tail", attending.estimated),
     "attend_runs": ("engine.kernels.attend_runs", attending.scattered),
+    "norm_rows": ("engine.kernels.norm_rows", newest.normed),
+    "rotate_rows": ("engine.kernels.rotate_rows", newest.rotated),
+    "append_tail": ("engine.kernels.append_tail", newest.summarised),
 }
 WITHIN = {"retrieval.kernels.cut": "choose"}  # modules that a line of another measures
 BATCHES = (1, 8)
