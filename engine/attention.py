@@ -1,12 +1,16 @@
 """Grouped-query attention: a chunk of a prompt, or one token over all or a part of its context."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from engine.kernels import attend_past
@@ -16,6 +20,15 @@ from retrieval.capped import capped
 
 FUSED = (torch.bfloat16, torch.float16)  # what FlashAttention takes
 MASK_ELEMENTS = 1 << 24  # a mask of at most 64 MiB in fp32, however long the context
+# All but cuDNN, which torch prefers on Hopper and Blackwell: it compiles for every length that is
+# new, which takes many steps' time, and is wrong on a B200 for few KV heads (pytorch #193893).
+BACKENDS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+    SDPBackend.OVERRIDEABLE,
+]
+_SETTING = threading.Lock()
 
 
 def attend_chunk(
@@ -52,10 +65,20 @@ def attend_chunk_fused(
 ) -> Float[Tensor, "Hq N D"]:
     """`attend_chunk` without a window or softcap, its mask a rule that FlashAttention knows."""
     rule = causal_lower_right(q.shape[1], k.shape[1])
-    out = F.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=rule, scale=spec.scale, enable_gqa=True
-    )
-    return out[0]
+    return sdpa(q[None], k[None], v[None], attn_mask=rule, scale=spec.scale, enable_gqa=True)[0]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
+    """`F.scaled_dot_product_attention`, on a GPU by one of BACKENDS."""
+    with without_cudnn() if q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, **given)
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """One thread at a time: what torch may take is a setting of all, and is given back as it was."""
+    with _SETTING, sdpa_kernel(BACKENDS):
+        yield
 
 
 def attend_chunk_split(
@@ -169,8 +192,7 @@ def attend_token_torch(
     folded = q.unflatten(0, (k.shape[0], -1))  # [Hk, G, D]
     if spec.softcap is not None:
         return _softcapped(folded, k, v, spec, None).flatten(0, 1)
-    out = F.scaled_dot_product_attention(folded[None], k[None], v[None], scale=spec.scale)[0]
-    return out.flatten(0, 1)
+    return sdpa(folded[None], k[None], v[None], scale=spec.scale)[0].flatten(0, 1)
 
 
 def grouped(
@@ -186,9 +208,7 @@ def grouped(
         rows = _softcapped(q.reshape(hk, -1, d), k, v, spec, mask.repeat(hq // hk, 1))
         return rows.reshape(hq, n, d)
     k, v = (x[:, None].expand(-1, hq // hk, -1, -1) for x in (k, v))
-    out = F.scaled_dot_product_attention(
-        q.unflatten(0, (hk, -1)), k, v, attn_mask=mask, scale=spec.scale
-    )
+    out = sdpa(q.unflatten(0, (hk, -1)), k, v, attn_mask=mask, scale=spec.scale)
     return out.flatten(0, 1)
 
 

@@ -1,5 +1,7 @@
 """Dense attention against a softmax written out in float64."""
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
@@ -109,6 +111,35 @@ def test_a_chunk_and_what_is_before_it_are_the_chunk_behind_a_mask(
     exact = reference(*narrow, spec)
     theirs = (attention._attend_run(*narrow, spec, 0, n).double() - exact).norm()
     assert (attend_chunk_split(*narrow, spec).double() - exact).norm() <= 2 * theirs
+
+
+def test_nothing_is_asked_of_cudnn_whoever_else_attends() -> None:
+    begin, seen = threading.Barrier(4), []
+
+    def attends() -> None:
+        begin.wait()
+        for _ in range(200):
+            with attention.without_cudnn():
+                seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+
+    threads = [threading.Thread(target=attends) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [False] * 800
+    assert torch.backends.cuda.cudnn_sdp_enabled()  # others may want it
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_flash_attention_that_answers() -> None:
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(8, 2, 40, 100, 64))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        attend_chunk(q, k, v, AttentionSpec(0.1))
+        torch.cuda.synchronize()
+    names = [event.key.lower() for event in profile.key_averages()]
+    assert any("flash" in name for name in names), names
+    assert not any("cudnn" in name for name in names), names
 
 
 @pytest.mark.gpu
