@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.model.pieces import Model
 from engine.model.rope import Tables
@@ -28,6 +29,19 @@ def sdpa_folded(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(folded, k, v, scale=scale).flatten(1, 2)
 
 
+def by_flash(way: Attention) -> Attention:
+    """A way of SDPA's by FlashAttention, which splits long contexts over processors.
+
+    By itself torch takes cuDNN first, on Hopper.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return way(q, k, v, scale)
+
+    return attend
+
+
 def matmul(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Two batched matrix products."""
     folded = q.unflatten(1, (k.shape[1], -1))
@@ -46,6 +60,8 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 WAYS: Mapping[str, Attention] = {
     "SDPA, groups": sdpa_grouped,
     "SDPA, folded groups": sdpa_folded,
+    "FlashAttention, groups": by_flash(sdpa_grouped),
+    "FlashAttention, folded groups": by_flash(sdpa_folded),
     "grouped matmul": matmul,
     "flash_attn": flash_attn,
 }

@@ -103,5 +103,8 @@ def compared(medians: dict[str, float]) -> dict[str, Any]:
     if not able:
         return {"error": "no dense prefill was measured"}
     best = min(able, key=medians.__getitem__)
-    over = {name: medians[name] / medians[best] for name in SPARSE if name in medians}
-    return {"fastest_dense": best, "over_dense": over}
+    over = {
+        dense: {name: medians[name] / medians[dense] for name in SPARSE if name in medians}
+        for dense in able
+    }
+    return {"fastest_dense": best, "over_dense": over[best], "over_each": over}
