@@ -76,7 +76,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
-    """One thread at a time: what torch may take is a setting of all, and is given back as it was."""
+    """One thread at a time, as what torch may take is a setting of all; given back as it was."""
     with _SETTING, sdpa_kernel(BACKENDS):
         yield
 
