@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
-from engine.serve.refusals import Refusal, too_large, wrong_media_type
+from engine.serve.refusals import Refusal, too_large, wrong_encoding, wrong_media_type
 
 T = TypeVar("T")
 DRAINED = 4  # times the limit: so much of a body that is too long is read, and dropped
@@ -18,7 +18,7 @@ class Gone(Exception):
 
 
 async def read_body(request: Request, limit_bytes: int, timeout_s: float) -> bytes:
-    """The whole body, which is said to be JSON.
+    """The whole body, which is said to be JSON, as it is.
 
     Raises:
         Refusal: 413, 415, or 408 for one that does not arrive in time.
@@ -27,6 +27,8 @@ async def read_body(request: Request, limit_bytes: int, timeout_s: float) -> byt
     given = request.headers.get("content-type", "application/json")
     if given.partition(";")[0].strip().lower() != "application/json":
         raise _closing(wrong_media_type(given))
+    if (encoding := request.headers.get("content-encoding", "identity")).lower() != "identity":
+        raise _closing(wrong_encoding(encoding))
     try:
         async with asyncio.timeout(timeout_s):
             return await _read(request, limit_bytes)

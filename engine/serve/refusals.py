@@ -120,6 +120,13 @@ def wrong_media_type(given: str) -> Refusal:
     return Refusal(415, message, code="unsupported_media_type")
 
 
+def wrong_encoding(given: str) -> Refusal:
+    """415: the body is compressed."""
+    message = f"A body is taken as it is, not in the content encoding {shown(given)}."
+    headers = {"accept-encoding": "identity"}
+    return Refusal(415, message, code="unsupported_media_type", headers=headers)
+
+
 def rate_limited(message: str, retry_after_s: float, *, type: str = "requests") -> Refusal:
     """429: too much at once, or too often. OpenAI's types are "requests" and "tokens"."""
     headers = _later(retry_after_s)

@@ -1,6 +1,7 @@
 """The server as OpenAI's own client sees it."""
 
 import asyncio
+import gzip
 
 import openai
 import pytest
@@ -276,7 +277,11 @@ def test_a_body_must_be_said_to_be_json(server):
         answer = client.post(
             "/v1/completions", content=b"{}", headers={"content-type": "text/plain"}
         )
-    assert answer.status_code == 415
+        packed = gzip.compress(b'{"model": "tiny", "prompt": "a", "max_tokens": 1}')
+        asked = {"content-type": "application/json", "content-encoding": "gzip"}
+        refused = client.post("/v1/completions", content=packed, headers=asked)
+    assert answer.status_code == refused.status_code == 415
+    assert "content encoding 'gzip'" in refused.json()["error"]["message"]
 
 
 def test_a_model_without_a_chat_template_gets_a_plain_one():

@@ -37,6 +37,7 @@ def test_every_kind_has_its_status_and_code():
         (refusals.timed_out("m"), 408, "deadline_exceeded"),
         (refusals.too_large(5), 413, "request_too_large"),
         (refusals.wrong_media_type("text/plain"), 415, "unsupported_media_type"),
+        (refusals.wrong_encoding("gzip"), 415, "unsupported_media_type"),
         (refusals.rate_limited("m", 1.0), 429, "rate_limit_exceeded"),
         (refusals.over_quota("m"), 429, "insufficient_quota"),
         (refusals.crashed(), 500, "internal_error"),
@@ -52,6 +53,7 @@ def test_headers_say_what_to_do():
     assert refusals.rate_limited("m", 0.2).headers == {"retry-after": "1"}
     assert refusals.rate_limited("m", 2.1).headers == {"retry-after": "3"}
     assert refusals.wrong_method("PUT", "/x", "GET, HEAD").headers == {"allow": "GET, HEAD"}
+    assert refusals.wrong_encoding("br").headers == {"accept-encoding": "identity"}
     assert refusals.unauthorized("m").headers == {"www-authenticate": "Bearer"}
 
 
