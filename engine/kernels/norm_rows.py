@@ -14,8 +14,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from engine.kernels.rms_norm import MOST_WIDTH
-from native.gpu import Build
+from engine.kernels.rms_norm import MOST_WIDTH, rms_norm_torch
+from native.gpu import Build, on_gpu
 
 WARP_NUMBERS = 512  # that each of its warps has
 
@@ -23,7 +23,15 @@ WARP_NUMBERS = 512  # that each of its warps has
 def norm_rows(
     x: Float[Tensor, "*n I"], weight: Float[Tensor, " I"], eps: float
 ) -> Float[Tensor, "*n I"]:
-    """The norm of every row, by the kernel: of what `rms_norm.fits` takes."""
+    """The norm of every row, of what `rms_norm.fits` takes on a GPU."""
+    run = norm_rows_triton if on_gpu(x, weight) else rms_norm_torch
+    return run(x, weight, eps)
+
+
+def norm_rows_triton(
+    x: Float[Tensor, "*n I"], weight: Float[Tensor, " I"], eps: float
+) -> Float[Tensor, "*n I"]:
+    """By the kernel."""
     width = len(weight)
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():

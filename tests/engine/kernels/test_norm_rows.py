@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.kernels.norm_rows import norm_rows
+from engine.kernels.norm_rows import norm_rows, norm_rows_triton
 from engine.kernels.rms_norm import MOST_WIDTH, fits, rms_norm_torch
 
 ALLOWED = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # two roundings
@@ -17,7 +17,7 @@ def tensors(shape, dtype, device="cpu"):
 
 
 def check(x, w):
-    got, want = norm_rows(x, w, 1e-5), rms_norm_torch(x, w, 1e-5)
+    got, want = norm_rows_triton(x, w, 1e-5), rms_norm_torch(x, w, 1e-5)
     assert (got.shape, got.dtype) == (x.shape, x.dtype)
     torch.testing.assert_close(got, want, rtol=ALLOWED[x.dtype], atol=1e-6)
     if x.numel() and (x.is_cuda or x.dtype == torch.float16):  # the interpreter cuts bf16 off
@@ -39,12 +39,14 @@ def test_what_is_not_a_number_and_zeros_come_out_as_torch_has_them():
     x, w = tensors((4, 32), torch.float16)
     x[0], x[1, 5], x[2, 7] = 0, torch.nan, torch.inf
     with np.errstate(invalid="ignore"):  # the interpreter's
-        got, want = norm_rows(x, w, 1e-6), rms_norm_torch(x, w, 1e-6)
+        got, want = norm_rows_triton(x, w, 1e-6), rms_norm_torch(x, w, 1e-6)
     torch.testing.assert_close(got, want, equal_nan=True)
 
 
-def test_tensors_of_a_cpu_are_not_for_it():
-    assert not fits(*tensors((3, 64), torch.bfloat16))
+def test_tensors_of_a_cpu_go_to_the_definition():
+    x, w = tensors((3, 64), torch.bfloat16)
+    assert not fits(x, w)
+    assert torch.equal(norm_rows(x, w, 1e-5), rms_norm_torch(x, w, 1e-5))
 
 
 @pytest.mark.gpu
@@ -55,6 +57,7 @@ def test_on_a_gpu_it_equals_its_definition(dtype):
         x, w = tensors(shape, dtype, "cuda")
         assert fits(x, w)
         check(x, w)
+        assert torch.equal(norm_rows(x, w, 1e-5), norm_rows_triton(x, w, 1e-5))
     assert not fits(x.requires_grad_(), w)
     assert not fits(x.detach().double(), w)
     assert not fits(*tensors((1, MOST_WIDTH + 1), dtype, "cuda"))
