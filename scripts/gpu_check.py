@@ -144,7 +144,8 @@ def main() -> int:
     asked, began = options(), time.monotonic()
     dry, out = asked.dry_run, asked.out.absolute()
     os.chdir(ROOT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored by all
+    for end in (signal.SIGINT, signal.SIGTERM):  # a shell's "&" has the first ignored by all
+        signal.signal(end, signal.default_int_handler)  # what was started here ends with it
     facts = {} if dry else origin()
     path = None if dry else place(out, facts)
     modules = kernel_modules(ROOT)

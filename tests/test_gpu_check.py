@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -76,8 +77,10 @@ def test_the_projects_own_python_serves_where_python3_has_no_torch(tree):
 def interruptible():
     """What is started from here hears SIGINT, also where the tests are run in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    end = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGTERM, end)
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -205,7 +208,9 @@ def test_a_record_is_named_by_day_and_commit(check, tmp_path):
     assert path.parent.is_dir()
 
 
-def test_what_there_is_is_written_down_after_every_part(check, monkeypatch, tmp_path):
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_what_there_is_is_written_down_after_every_part(check, monkeypatch, tmp_path, end):
     """What ends the whole, such as a machine that is taken back, costs what was to come."""
     records, facts = [], {"date": "2031-02-03T04:05:06+00:00", "commit": "abc1234"}
     path = check.place(tmp_path, facts)
@@ -213,7 +218,7 @@ def test_what_there_is_is_written_down_after_every_part(check, monkeypatch, tmp_
     def measured(part, limit, dry):
         records.append(json.loads(path.read_text()))
         if part == "copies":
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), end)
         return [{"part": part, "name": "x"}]
 
     monkeypatch.setattr(check, "origin", lambda: facts)
