@@ -26,6 +26,10 @@ from gpu_bench.timing import Ceilings, Times, elapsed, free_memory
 
 GIB = 1 << 30
 STEPS, WARM = 24, 12  # the first ones fill the buffers
+# half the bytes of a row: twice the requests in host memory, and twice the link
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "headrace, int8": ("headrace", {"keys": "int8", "values": "int8"})
+}
 SLACK_BYTES = 3 * GIB // 2  # activations, workspaces, what a graph keeps
 
 
@@ -65,7 +69,9 @@ class Place:
 
 
 def method_of(name: str, device: torch.device, **changes: Any) -> Method:
-    """The preset; on a CPU so small that a toy holds it."""
+    """The preset, or a variant of one; on a CPU so small that a toy holds it."""
+    name, own = VARIANTS.get(name, (name, {}))
+    changes = own | changes
     if device.type == "cuda":
         return preset(name, attend_on="device", **changes)
     small: dict[str, Any] = {"budget": 48, "rank": 16}
@@ -172,9 +178,10 @@ class Plan:
     hits: tuple[float, ...]
 
 
-FULL = Plan((1 << 17, 1 << 15, 1 << 19), ("headrace", "shadowkv", "a2ats"), (0.6, 0.0, 0.8))
-SHORT = Plan((1 << 17,), ("headrace", "shadowkv", "a2ats"), (0.6,))
-TOY = Plan((1024,), ("headrace", "shadowkv", "a2ats"), (0.6,))
+METHODS = ("headrace", "shadowkv", "a2ats", *VARIANTS)
+FULL = Plan((1 << 17, 1 << 15, 1 << 19), METHODS, (0.6, 0.0, 0.8))
+SHORT = Plan((1 << 17,), METHODS, (0.6,))
+TOY = Plan((1024,), METHODS, (0.6,))
 
 
 def lines(where: Place, plan: Plan) -> Iterator[dict[str, Any]]:
