@@ -48,7 +48,7 @@ def attend_chunk(
         return attend_past.attend_past_native(q, k, v, positions, spec)
     n, s = q.shape[1], k.shape[1]
     if spec.softcap is None and (spec.window is None or s <= spec.window):
-        if q.is_cpu:
+        if q.is_cpu and all(x.stride(-1) == 1 for x in (q, k, v)):
             return attend_chunk_split(q, k, v, spec)
         if q.is_cuda and q.dtype in FUSED:
             return attend_chunk_fused(q, k, v, spec)
@@ -90,7 +90,8 @@ def attend_chunk_split(
     """`attend_chunk` without a window or softcap on a CPU: the chunk itself, and what is before it.
 
     Neither needs a mask, and before the chunk the queries of a KV head share its keys. Merged by
-    their sums of exponentials, which torch says only below `F.scaled_dot_product_attention`.
+    their sums of exponentials, which torch says only below `F.scaled_dot_product_attention`; there
+    it takes for granted that numbers of a token lie side by side.
     """
     hk, past = len(k), k.shape[1] - q.shape[1]
     rows, keys, values = q.unflatten(0, (hk, -1)), k[:, None], v[:, None]

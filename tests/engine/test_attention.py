@@ -113,6 +113,14 @@ def test_a_chunk_and_what_is_before_it_are_the_chunk_behind_a_mask(
     assert (attend_chunk_split(*narrow, spec).double() - exact).norm() <= 2 * theirs
 
 
+@pytest.mark.parametrize("apart", range(3))
+def test_numbers_of_a_token_may_lie_apart(apart: int) -> None:
+    q, k, v = tensors(8, 2, 45, 127, 64)
+    given, spec = [q, k, v], AttentionSpec(0.1)
+    given[apart] = given[apart].mT.contiguous().mT
+    torch.testing.assert_close(attend_chunk(*given, spec), attend_chunk(q, k, v, spec))
+
+
 def test_nothing_is_asked_of_cudnn_whoever_else_attends() -> None:
     begin, seen = threading.Barrier(4), []
 
