@@ -37,17 +37,25 @@ class TextStream:
                 return ""
             done = self._border(after)
             after = self._decode(self._context, done)
+        more = self._more(before, after, done)
         self._context, self._done = self._done, done
-        return self._release(after[len(before) :])
+        return self._release(more)
 
     def finish(self) -> str:
         """Everything still held back: no more tokens come."""
         if self.stopped:
             return ""
-        before = self._decode(self._context, self._done)
-        rest = self._release(self._decode(self._context, len(self._tokens))[len(before) :])
+        before, done = self._decode(self._context, self._done), len(self._tokens)
+        rest = self._release(self._more(before, self._decode(self._context, done), done))
         held, self._held = self._held, ""
         return rest + ("" if self.stopped else held)
+
+    def _more(self, before: str, after: str, done: int) -> str:
+        """What is new: behind bytes that were given up it has no neighbours, as they may be read
+        in another way by now, of another length."""
+        if before.endswith("\ufffd") and not after.startswith(before):
+            return self._decode(self._done, done)
+        return after[len(before) :]
 
     def _border(self, text: str) -> int:
         """Where what is held back may be cut: its last tokens may yet become a character."""

@@ -103,3 +103,18 @@ def test_a_blank_behind_a_special_token_stays(special):
         out = TextStream(made)
         text = "".join(map(out.push, ids)) + out.finish()
         assert text == made.decode(ids, skip_special_tokens=True)
+
+
+def test_words_behind_bytes_that_are_no_characters_stay_whole():
+    """Of decoders that take a run of bytes as a whole: one that is wrong spoils all, as Llama 2's.
+
+    Without what was given up before, a run may be right again, and its text shorter.
+    """
+    from tokenizers import Tokenizer, decoders, models
+
+    words = {"<unk>": 0} | {f"<0x{n:02X}>": 1 + n for n in range(256)} | {"hello": 257}
+    tok = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>", byte_fallback=True))
+    tok.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    out = TextStream(PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>"))
+    ids = [1 + byte for byte in b"\xff\x80" + "€😀😀".encode()] + [257]
+    assert ("".join(map(out.push, ids)) + out.finish()).endswith("\ufffdhello")
