@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from engine.kernels import attend_past
@@ -20,14 +19,6 @@ from retrieval.capped import capped
 
 FUSED = (torch.bfloat16, torch.float16)  # what FlashAttention takes
 MASK_ELEMENTS = 1 << 24  # a mask of at most 64 MiB in fp32, however long the context
-# All but cuDNN, which torch prefers on Hopper and Blackwell: it compiles for every length that is
-# new, which takes many steps' time, and is wrong on a B200 for few KV heads (pytorch #193893).
-BACKENDS = [
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-    SDPBackend.OVERRIDEABLE,
-]
 _SETTING = threading.Lock()
 
 
@@ -69,16 +60,26 @@ def attend_chunk_fused(
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
-    """`F.scaled_dot_product_attention`, on a GPU by one of BACKENDS."""
+    """`F.scaled_dot_product_attention`, on a GPU without cuDNN."""
     with without_cudnn() if q.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, **given)
 
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
-    """One thread at a time, as what torch may take is a setting of all; given back as it was."""
-    with _SETTING, sdpa_kernel(BACKENDS):
-        yield
+    """Whatever else torch may take. One thread at a time, as it is a setting of all.
+
+    Torch prefers cuDNN on Hopper and Blackwell. It compiles for every length that is new, which
+    takes many steps' time, and is wrong on a B200 for few KV heads (pytorch #193893).
+    """
+    cuda = torch.backends.cuda
+    with _SETTING:
+        before = cuda.cudnn_sdp_enabled()
+        cuda.enable_cudnn_sdp(False)
+        try:
+            yield
+        finally:
+            cuda.enable_cudnn_sdp(before)
 
 
 def attend_chunk_split(

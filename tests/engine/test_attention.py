@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine import attention
 from engine.attention import attend_chunk, attend_chunk_fused, attend_chunk_split, attend_token
@@ -137,6 +138,12 @@ def test_nothing_is_asked_of_cudnn_whoever_else_attends() -> None:
         thread.join()
     assert seen == [False] * 800
     assert torch.backends.cuda.cudnn_sdp_enabled()  # others may want it
+
+
+def test_what_somebody_forbade_beside_cudnn_stays_forbidden() -> None:
+    with sdpa_kernel(SDPBackend.MATH), attention.without_cudnn():
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.math_sdp_enabled()
 
 
 @pytest.mark.gpu
