@@ -91,14 +91,15 @@ def attend_runs_triton(
     strides = [stride for tensor in (q, k, v) for stride in tensor.stride()[:2]]
     unit = gcd(16, *strides)  # so that the compiler knows which loads may be wide
     tiles = triton.cdiv(n * (hq // hk), constants["ROWS"])
-    _attend_runs[(tiles, hk)](
-        *(q, k, v, positions.contiguous(), out, n, scale),
-        *(stride // unit for stride in strides),
-        UNIT=unit,
-        **constants,
-        num_warps=WARPS,
-        num_stages=2,
-    )
+    with torch.cuda.device_of(q):  # Triton launches on the thread's device, whatever it gets
+        _attend_runs[(tiles, hk)](
+            *(q, k, v, positions.contiguous(), out, n, scale),
+            *(stride // unit for stride in strides),
+            UNIT=unit,
+            **constants,
+            num_warps=WARPS,
+            num_stages=2,
+        )
     return out
 
 

@@ -36,12 +36,13 @@ def norm_rows_triton(
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
         padded = triton.next_power_of_2(width)
-        _norm_rows[(x.numel() // width,)](
-            *(x, weight.contiguous(), out, eps),
-            WIDTH=width,
-            PADDED=padded,
-            num_warps=_warps(padded),
-        )
+        with torch.cuda.device_of(x):  # Triton launches on the thread's device, whatever it gets
+            _norm_rows[(x.numel() // width,)](
+                *(x, weight.contiguous(), out, eps),
+                WIDTH=width,
+                PADDED=padded,
+                num_warps=_warps(padded),
+            )
     return out
 
 

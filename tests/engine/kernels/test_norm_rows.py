@@ -1,5 +1,7 @@
 """The RMS norm of a GPU against its definition, which is that of a CPU."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,15 @@ def test_it_equals_its_definition(shape, dtype):
 def test_a_view_whose_rows_lie_apart_is_taken_too():
     x, w = tensors((4, 3, 64), torch.float32)
     check(x.transpose(0, 1), w)
+
+
+def test_it_is_launched_where_its_tensors_are(monkeypatch):
+    """Threads begin on the first GPU, and Triton launches there, wherever the model is."""
+    (x, w), seen = tensors((3, 64), torch.float32), []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext(seen.append(tensor)))
+    norm_rows_triton(x, w, 1e-5)
+    assert len(seen) == 1
+    assert seen[0] is x
 
 
 def test_what_is_not_a_number_and_zeros_come_out_as_torch_has_them():
