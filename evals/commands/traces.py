@@ -97,10 +97,11 @@ def _measure(
 
 
 def _print(console: Console, rates: Rates) -> None:
-    console.print(
-        f"[bold]{rates.trace}[/]: {rates.requests:,} requests, {rates.blocks:,} blocks, "
+    said = (
+        f": {rates.requests:,} requests, {rates.blocks:,} blocks, "
         f"{rates.distinct:,} of them different, the first {rates.shared:,} of every request"
     )
+    console.print(Text.assemble((rates.trace, "bold"), said))
     table = Table(box=None, pad_edge=False)
     table.add_column("hit rate, %")
     for rate in by_policy(rates)[OPTIMUM]:

@@ -1,6 +1,7 @@
 """`headrace-eval traces`: the table, its numbers, and what is wrong in one line."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,12 @@ def test_the_table_has_policies_down_and_capacities_across(folder, capsys):
     assert [line[0] for line in lines[2:9]] == list(POLICIES)
     assert lines[9] == ["belady", "50.00", "62.50", "62.50", "62.50"]
     assert lines[10] == ["lru,", "without", "shared", "0.00", "50.00", "50.00"]
+
+
+def test_a_traces_name_may_look_like_markup(folder, capsys):
+    Path(folder, "chat.jsonl").rename(Path(folder, "a[bold].jsonl"))
+    assert main(["traces", "--data", folder, "--policy", "lru", "--capacity", "2"]) == 0
+    assert capsys.readouterr().out.startswith("a[bold]: 4 requests, ")
 
 
 def test_json_has_a_line_for_each_trace(folder, capsys, monkeypatch, tmp_path):
