@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_bench.checks import ahead, gpu_tests, interpreter, sanitizer
-from gpu_bench.process import ROOT, bench, driver
+from gpu_bench.process import ROOT, bench, driver, end_all
 from gpu_bench.summary import measured
 from gpu_bench.table import tables
 
@@ -59,7 +59,11 @@ def checks(modules: list[str], parts: Sequence[str], *, dry: bool) -> dict[str, 
     runs = [name for name in parts if name in CHECKS and (name in NEED_NO_GPU or not dry)]
     with ThreadPoolExecutor(1 if dry else len(CHECKS)) as pool:
         futures = {name: pool.submit(CHECKS[name], modules, limit) for name in runs}
-        found = {name: future.result() for name, future in futures.items()}
+        try:
+            found = {name: future.result() for name, future in futures.items()}
+        except KeyboardInterrupt:  # the pool waits for its threads, and they for their processes
+            end_all()
+            raise
     for name, at in found.items():
         for module, said in at.items():
             say(f"{name}: {module}: {said}")

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from itertools import chain
@@ -116,6 +117,24 @@ def test_whoever_runs_too_long_is_asked_to_end_and_leaves_nobody_behind(bench):
             return
         time.sleep(0.05)
     pytest.fail(f"process {pid} is still there")
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_whoever_ends_the_checks_ends_what_they_have_started(check, bench, monkeypatch):
+    process = bench("process")
+    monkeypatch.setattr(process, "_OVER", threading.Event())
+    code = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(600)"
+    ended = []
+
+    def some(modules, limit_s):
+        ended.append(process.run([sys.executable, "-c", code], limit_s))
+        ended.append(process.run(["sleep", "600"], limit_s))  # begun when all is over
+        return {}
+
+    monkeypatch.setattr(check, "CHECKS", {"ahead": some})
+    with pytest.raises(KeyboardInterrupt):
+        check.checks([], ["ahead"], dry=False)
+    assert [done.code for done in ended] == [-signal.SIGKILL] * 2
 
 
 def test_whoever_breaks_the_device_is_left_out_of_the_next_try(bench, monkeypatch):

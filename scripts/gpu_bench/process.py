@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STICKY = ("CUDA error", "AcceleratorError", "illegal memory access", "device-side assert")
 GRACE_S = 10  # for whoever is asked to end
 TAIL = 400  # characters of what a process said last
+_RUNNING = set[subprocess.Popen[str]]()  # what `run` waits for, in any thread
+_OVER = threading.Event()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,9 @@ def run(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = 
         process = subprocess.Popen(
             command, cwd=ROOT, env=given, stdout=out, stderr=err, process_group=0
         )
+        _RUNNING.add(process)
+        if _OVER.is_set():
+            _kill(process)
         code = _waited(process, limit_s)
         out.seek(0)
         err.seek(0)
@@ -63,9 +69,22 @@ def _waited(process: subprocess.Popen[str], limit_s: float) -> int | None:
             process.wait(GRACE_S)
         return None
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
         process.wait()
+        _RUNNING.discard(process)
+
+
+def end_all() -> None:
+    """End what any thread has started by `run`, and at once what one starts from now on."""
+    _OVER.set()
+    for process in list(_RUNNING):
+        _kill(process)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """With all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def bench(part: str, limit_s: float, *, dry: bool) -> list[dict[str, Any]]:
