@@ -65,7 +65,7 @@ class HFModel:
         self._norm = norm_of(self._body.norm, family)
         self._head: Any = borrowed(module.lm_head)
         self._softcap = getattr(self.config, "final_logit_softcapping", None)
-        self.eos = _eos(module)
+        _eos(module)  # refused here, not behind a prompt
         self.streams = Streams(self._body) if family.altup else None
         turns = ropes(self._body, self.config, family)
         owns = ownership(self._body.layers, self.config)
@@ -90,6 +90,11 @@ class HFModel:
         if self.streams is not None:
             return self.streams.tables, self.streams.modules
         return [self._body.embed_tokens], []
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """The tokens that end a text, as the model's `generate()` understands them by now."""
+        return _eos(self.module)
 
     @property
     def static_shapes(self) -> bool:

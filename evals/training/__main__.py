@@ -15,7 +15,7 @@ from evals.training.tasks import TASKS
 
 
 def main(words: list[str] | None = None) -> int:
-    """One JSON line for every length; 1 where it cannot do what was asked."""
+    """One JSON line for every length, of the tasks that it has room for; 1 where it cannot."""
     args = _arguments(words)
     try:
         _check(args)
@@ -23,6 +23,8 @@ def main(words: list[str] | None = None) -> int:
         exam = Exam(corpus, AutoTokenizer.from_pretrained(args.model), tuple(args.tasks))
         for length in args.lengths:
             marks = exam.mark(network, length, args.windows)
+            if not marks:
+                raise ConfigError(f"{length} tokens have no room for an answer: take more")
             print(json.dumps({"length": length, "windows": args.windows} | marks), flush=True)
     except EngineError as error:
         print(f"evals.training: {error}", file=sys.stderr)

@@ -81,6 +81,11 @@ def test_what_it_wrote_can_be_examined_again(out, capsys):
     assert set(line) - {"length", "windows"} == set(marked)
 
 
+def test_windows_without_room_for_an_answer_are_one_line(out, capsys):
+    assert examine([str(out / "model"), "--lengths", "8", "--windows", "1"]) == 1
+    assert capsys.readouterr().err.endswith("8 tokens have no room for an answer: take more\n")
+
+
 def test_examining_no_model_is_one_line(tmp_path, capsys):
     assert examine([str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("evals.training: no model in")
