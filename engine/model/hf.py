@@ -7,6 +7,7 @@ says it in one line each, and `engine.model.check` proves it against the model's
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import repeat
+from numbers import Integral
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -121,9 +122,9 @@ def _eos(module: Any) -> frozenset[int]:
     """The tokens that end a text, as the model's `generate()` understands them."""
     found = module.generation_config.eos_token_id if module.can_generate() else None
     ids = found if isinstance(found, list | tuple) else [] if found is None else [found]
-    if not all(isinstance(token, int) for token in ids):
+    if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
         raise ModelError(f"eos_token_id must be a token id, or a list of them, got {found!r}")
-    return frozenset(ids)
+    return frozenset(map(int, ids))
 
 
 def family_of(config: Any) -> Family:

@@ -106,7 +106,7 @@ def test_a_model_without_positions(folder, positions):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [[5]]}', '{"eos_token_id": 5.5}']
+    "text", ["{", "[]", *(f'{{"eos_token_id": {x}}}' for x in ('"x"', "[[5]]", "5.5", "true"))]
 )
 def test_a_generation_config_that_makes_no_sense(folder, text):
     """Without it, or by such tokens, no answer would ever end."""
