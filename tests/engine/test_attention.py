@@ -1,7 +1,6 @@
 """Dense attention against a softmax written out in float64."""
 
 import threading
-import time
 
 import pytest
 import torch
@@ -124,22 +123,21 @@ def test_numbers_of_a_token_may_lie_apart(apart: int) -> None:
 
 
 def test_nothing_is_asked_of_cudnn_whoever_else_attends() -> None:
-    begin, seen = threading.Barrier(4), []
+    enabled, began, seen = torch.backends.cuda.cudnn_sdp_enabled, threading.Event(), []
 
-    def attends() -> None:
-        begin.wait()
-        for _ in range(20):
-            with attention.without_cudnn():
-                time.sleep(1e-4)  # the others have their turn
-                seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+    def attend() -> None:
+        with attention.without_cudnn():
+            began.set()
+            seen.append(enabled())
 
-    threads = [threading.Thread(target=attends) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert seen == [False] * 80
-    assert torch.backends.cuda.cudnn_sdp_enabled()  # others may want it
+    other = threading.Thread(target=attend)
+    with attention.without_cudnn():
+        other.start()
+        assert not began.wait(0.1)  # else it would find allowed what was given back meanwhile
+        seen.append(enabled())
+    other.join()
+    assert seen == [False] * 2
+    assert enabled()  # others may want it
 
 
 def test_what_somebody_forbade_beside_cudnn_stays_forbidden() -> None:
