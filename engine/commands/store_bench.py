@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 import time
 from argparse import Namespace
@@ -60,7 +61,8 @@ def run(args: Namespace, path: Path, config: StoreConfig) -> int:
 
 
 def measured(folder: Path, nbytes: int, config: StoreConfig) -> Speeds:
-    """Speeds with `nbytes` of blocks, or as much as is put in some seconds."""
+    """Speeds with `nbytes` of blocks, or as much as has room, or is put in some seconds."""
+    nbytes = min(nbytes, shutil.disk_usage(folder.parent).free)
     nbytes = max(nbytes, TOGETHER * TOKENS * TOKEN_BYTES)  # a batch, at least
     tier = DiskTier(folder, 2 * nbytes, BY_NAME[config.codec])
     put, keys = _put(tier, _blocks(nbytes))
