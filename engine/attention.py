@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -94,18 +93,21 @@ def attend_chunk_split(
     their sums of exponentials, which torch says only below `F.scaled_dot_product_attention`; there
     it takes for granted that numbers of a token lie side by side.
     """
-    hk, past = len(k), k.shape[1] - q.shape[1]
-    rows, keys, values = q.unflatten(0, (hk, -1)), k[:, None], v[:, None]
-    attend = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, scale=spec.scale)
-    own = (x[:, :, past:].expand(-1, rows.shape[1], -1, -1) for x in (keys, values))
-    out, lse = attend(rows, *own, is_causal=True)
-    if past:
-        folded = rows.flatten(1, 2)[:, None]
-        old, old_lse = attend(folded, keys[:, :, :past], values[:, :, :past])
-        share = torch.sigmoid(lse - old_lse.view_as(lse))[..., None]
-        old, new = (x.view_as(out).to(lse.dtype) for x in (old, out))
-        out = torch.lerp(old, new, share).to(q.dtype)
-    return out.flatten(0, 1)
+    past, rows = k.shape[1] - q.shape[1], q.unflatten(0, (len(k), -1))
+    keys, values = k[:, None], v[:, None]
+
+    def attend(queries: Tensor, *seen: Tensor, is_causal: bool) -> Partial:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = flash(queries, *seen, is_causal=is_causal, scale=spec.scale)
+        return Partial(out.reshape(q.shape), lse.reshape(q.shape[:2]))
+
+    inside = (x[:, :, past:].expand(-1, rows.shape[1], -1, -1) for x in (keys, values))
+    own = attend(rows, *inside, is_causal=True)
+    if not past:
+        return own.out
+    folded = rows.flatten(1, 2)[:, None]
+    before = attend(folded, keys[:, :, :past], values[:, :, :past], is_causal=False)
+    return merge([own, before]).out
 
 
 def _attend_run(
@@ -168,13 +170,14 @@ def attend_scores(
 
 
 def merge(parts: Sequence[Partial]) -> Partial:
-    """Attention over all tokens from that over disjoint parts of them, on whatever device each was.
+    """Attention over all tokens from that over disjoint parts of them, on whatever device each was,
+    of one query a head or many.
 
     Softmax is a weighted mean, so parts average by their shares of the sum of exponentials.
     """
     lses = torch.stack([part.lse for part in parts])
     lse = lses.logsumexp(0)
-    outs = torch.stack([part.out.float() for part in parts])
+    outs = torch.stack([part.out.to(lse.dtype) for part in parts])
     out = ((lses - lse).exp()[..., None] * outs).sum(0)
     return Partial(out.to(parts[0].out.dtype), lse)
 
