@@ -64,9 +64,11 @@ def run(args: Namespace) -> int:
     """Replay and print, a trace at a time."""
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit must be 1 request or more, got {args.limit}")
-    progress, console = Console(stderr=True), Console(highlight=False)
+    from engine.commands.session import busy
+
+    console = Console(highlight=False)
     for trace in read_traces(args.trace or args.data or _data(), args.limit):
-        with progress.status(Text(f"replaying {trace.name}")):
+        with busy(f"replaying {trace.name}"):
             rates = _measure(trace, args.policy, args.capacity, args.admission)
         if args.json:
             print(msgspec.json.encode(rates).decode(), flush=True)
