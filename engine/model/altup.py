@@ -103,13 +103,18 @@ class Streams:
             *(body.per_layer_model_projection, body.per_layer_projection_norm),
             *(body.altup_projections, body.altup_unembed_projections),
         ]
-        self.tables: list[nn.Module] = [body.embed_tokens, body.embed_tokens_per_layer]
+        self.tables: list[nn.Embedding] = [body.embed_tokens, body.embed_tokens_per_layer]
 
     def begin(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N R"]:
-        """Rows of tokens, as layer 0 takes them."""
+        """Rows of tokens, as layer 0 takes them.
+
+        The table of own inputs may have fewer tokens than there are (no text has the others): the
+        first one's stand for theirs. transformers 5.17 fails at them instead.
+        """
         body, ids = self._body, tokens[None]
         x = body.embed_tokens(ids)
-        own = body.project_per_layer_inputs(x, body.get_per_layer_inputs(ids))
+        told = ids.where(ids < body.embed_tokens_per_layer.num_embeddings, 0)
+        own = body.project_per_layer_inputs(x, body.get_per_layer_inputs(told))
         streams = [x, *(_as_loud(project(x), x) for project in body.altup_projections)]
         return torch.cat([*(stream[0] for stream in streams), own[0].flatten(1)], 1)
 

@@ -83,7 +83,7 @@ class HFModel:
         )
 
     @property
-    def around(self) -> tuple[list[nn.Module], list[nn.Module]]:
+    def around(self) -> tuple[list[nn.Embedding], list[nn.Module]]:
         """Tables of embeddings, and what else computes before the layers or between norm and them.
 
         For the load-time check.

@@ -249,6 +249,19 @@ def test_wrong_ends_are_refused(module):
         check(model)
 
 
+def test_tokens_without_an_own_input_take_that_of_the_first():
+    """By a model that has all own inputs, those from 200 on equal to the first."""
+    fewer, all_of_them = build("gemma3n", vocab_size_per_layer_input=200), build("gemma3n")
+    table, state = "model.embed_tokens_per_layer.weight", all_of_them.state_dict()
+    state[table][200:] = state[table][0]
+    fewer.load_state_dict(state | {table: state[table][:200]})
+    tokens = torch.arange(190, 211)
+    with Engine(fewer) as engine:
+        torch.testing.assert_close(
+            engine.logits(tokens), oracle.logits(all_of_them, tokens), rtol=1e-4, atol=1e-4
+        )
+
+
 def test_layers_that_share_kv_must_attend_to_it_alike():
     module = build("gemma3n")
     module.model.layers[3].self_attn.scaling = 0.5
