@@ -38,8 +38,7 @@ def through_kernels(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("headrace", dict(tail=True)),
-        ("headrace", dict(keys="int8", values="int4", prefetch="layer")),
+        ("headrace", dict(tail=True, keys="int8", values="int4", prefetch="layer")),
         ("shadowkv", {}),
         ("a2ats", {}),
         ("quest", dict(reduce="sum")),
