@@ -34,7 +34,7 @@ def taken(run):
 
 def _allocations(run):
     """Addresses and sizes, negative where freed, in order."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         run()
     found, left = [], list(seen.profiler.kineto_results.experimental_event_tree())
     while left:

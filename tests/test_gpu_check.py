@@ -189,6 +189,21 @@ def test_outcomes_are_counted_by_file(bench, tmp_path):
     assert checks._outcomes(report) == want
 
 
+def test_a_warning_fails_no_test_and_an_error_of_a_thread_does(bench, tmp_path):
+    settings, file = tmp_path / "pyproject.toml", tmp_path / "test_x.py"
+    settings.write_text('[tool.pytest.ini_options]\nfilterwarnings = ["error"]\n')
+    file.write_text(
+        "import threading, warnings\n"
+        "def test_warning(): warnings.warn('of a version', stacklevel=2)\n"
+        "def test_thread():\n"
+        "    thread = threading.Thread(target=lambda: 1 / 0)\n"
+        "    thread.start()\n"
+        "    thread.join()\n"
+    )
+    found, done = bench("checks").pytest([str(file)], 100, "not gpu", {}, 1)
+    assert list(found.values()) == [{"passed": 1, "failed": 1, "skipped": 0}], done.out
+
+
 def test_a_kernel_is_right_when_tests_passed_and_none_failed(check):
     for counts, right in [
         ({"passed": 3, "failed": 0}, True),

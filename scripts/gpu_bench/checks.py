@@ -14,6 +14,13 @@ from xml.etree import ElementTree
 
 from gpu_bench.process import ROOT, Done, parsed, run
 
+# the versions of a machine that is not ours may warn of what others do not; an error of a thread,
+# or of what nobody refers to any more, is one all the same
+WARNINGS = [
+    "default",
+    "error::pytest.PytestUnhandledThreadExceptionWarning",
+    "error::pytest.PytestUnraisableExceptionWarning",
+]
 INTERPRETED = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
@@ -83,6 +90,7 @@ def pytest(
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks]
         command += ["-n", str(workers)] if workers > 1 else []
+        command += [word for line in WARNINGS for word in ("-W", line)]
         done = run([*command, f"--junitxml={report}", *files], limit_s, env)
         return (_outcomes(report) if report.exists() else {}), done
 

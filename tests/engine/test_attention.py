@@ -149,7 +149,8 @@ def test_what_somebody_forbade_beside_cudnn_stays_forbidden() -> None:
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_flash_attention_that_answers() -> None:
     q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(8, 2, 40, 100, 64))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         attend_chunk(q, k, v, AttentionSpec(0.1))
         torch.cuda.synchronize()
     names = [event.key.lower() for event in profile.key_averages()]
