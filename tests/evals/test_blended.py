@@ -20,7 +20,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def sample(engine):
-    return next(SUITE.samples(engine.tokenizer, "single-plain", 700, 1))
+    return next(SUITE.samples(engine.tokenizer, "single-plain", 900, 1))
 
 
 def config(policy="query", share=0.3):
@@ -50,7 +50,7 @@ def test_what_is_reused_makes_a_distance(engine, sample):
 
 
 def test_a_full_prefill_leaves_nothing_to_reuse(engine):
-    sample = next(RagSuite(5).samples(engine.tokenizer, "single-plain", 700, 1))
+    sample = next(RagSuite(5).samples(engine.tokenizer, "single-plain", 900, 1))
     with in_full(engine, sample):
         pass
     cut = segments(engine.tokenizer, sample)
