@@ -82,6 +82,13 @@ def test_a_report_in_which_only_the_floor_has_a_depth_has_no_heat_map(tmp_path):
     assert "cache_bytes is too little" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_name_with_dollars_in_it_is_no_formula(tmp_path):
+    made = [*records("dense", [100.0] * 2, family=r"$\frac{1}$"), *floor(2, family=r"$\frac{1}$")]
+    made += records("quest", [0.0, 100.0], 0.05, family=r"$\frac{1}$")
+    write_report(summarize(load_runs([folder(tmp_path / "run", made)])), tmp_path / "out")
+    assert r"$\frac{1}$" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def page(written):
     checker = Checker()
