@@ -8,6 +8,7 @@ import pytest
 from evals.record import NO_CONTEXT
 from evals.report.drawing import styled
 from evals.report.load import load_runs
+from evals.report.origin import origin
 from evals.report.plots import plots
 from evals.report.style import COLOURS, LOOKS, PAPER
 from evals.report.summary import summarize
@@ -134,6 +135,14 @@ def test_what_records_say_is_text_and_never_markup(written, page):
     assert "&lt;b&gt;no&lt;/b&gt; memory" in text
     assert "b" not in page.found
     assert "<odd>&name" in "".join(page.found and page.words)
+
+
+def test_a_run_that_went_on_at_another_commit_says_so(tmp_path):
+    facts = FACTS | {"starts": [{"commit": "abc1234"}, {"commit": "def5678+"}]}
+    found = origin(summarize(load_runs([folder(tmp_path, records("dense", [100.0]), facts)])))
+    (said,) = (fact.value for fact in found if fact.name == "commit")
+    assert "abc1234" in said
+    assert "def5678+" in said
 
 
 def test_the_page_says_how_it_was_made(page):
