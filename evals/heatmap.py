@@ -100,7 +100,7 @@ def _colours() -> Any:
 def _panel(ax: Any, name: str, grid: Grid, colours: Any) -> Any:
     masked = np.ma.masked_invalid(grid.scores)
     image = ax.imshow(masked, colours, aspect="auto", vmin=0, vmax=100, interpolation="nearest")
-    ax.set_title(name, loc="left", fontsize=10, color=INK)
+    ax.set_title(name, loc="left", fontsize=10, color=INK, parse_math=False)
     ax.set_xlabel("tokens", fontsize=8, color=INK)
     ax.set_ylabel("depth", fontsize=8, color=INK)
     ax.set_xticks(range(len(grid.lengths)), [_tokens(x) for x in grid.lengths], fontsize=8)

@@ -102,7 +102,7 @@ def _records(records: Iterable[Record]) -> Iterator[_Judged]:
             continue
         if record.suite not in suites:
             suites[record.suite] = make_suite(record.suite, RunSettings(suite=(record.suite,)))
-        score = suites[record.suite].score(_sample(record), record.turn, record.prediction)
+        score = suites[record.suite].score(_sample(record), 0, record.prediction)
         for column in _columns(record):
             group = Group(record.suite, column, record.length, record.method, record.budget)
             yield _Judged(group, record.prediction, score)
@@ -123,7 +123,7 @@ def _as_records(path: Path, rows: list[Row]) -> list[Record]:
 
 
 def _sample(record: Record) -> Sample:
-    """What scores are made from: what was asked is not kept, and does not matter."""
+    """What scores are made from, its turn alone: what was asked is not kept, nor does it matter."""
     turn = Turn("", "", record.outputs, 1)
     return Sample(
         id=record.id,
@@ -132,7 +132,7 @@ def _sample(record: Record) -> Sample:
         family=record.family,
         length=record.length,
         context="",
-        turns=(turn,) * (record.turn + 1),
+        turns=(turn,),
         extra=record.extra,
     )
 

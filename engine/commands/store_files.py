@@ -24,6 +24,9 @@ BATCH_BYTES = 64 << 20
 def write(args: Namespace, path: Path, config: StoreConfig) -> int:
     """Blocks of all, or of a tenant or a model, to a file."""
     _check_hex(args)
+    file = Path(args.file)
+    if file.exists() and not file.is_file():  # /dev/null would be replaced
+        raise ConfigError(f"FILE is where the blocks go, got a folder or device: {args.file}")
     tenant, model = args.tenant or "", args.identity or ""
 
     def chosen(entry: Entry) -> bool:
@@ -32,7 +35,7 @@ def write(args: Namespace, path: Path, config: StoreConfig) -> int:
 
     disk, status = _disk(path, config), busy(f"writing {args.file}")
     with closing(disk), status:
-        done = export(disk, Path(args.file), chosen)
+        done = export(disk, file, chosen)
     if args.json:
         print(json.dumps({"path": str(path), "file": args.file} | done._asdict()))
     else:

@@ -59,8 +59,8 @@ def run(args: Namespace) -> int:
 
     if args.count < 1:
         raise ConfigError(f"the count must be at least 1, got {args.count}")
-    if args.out.is_dir():
-        raise ConfigError(f"--out names a file for the prompts, got a folder: {args.out}")
+    if args.out.exists() and not args.out.is_file():  # /dev/null would be replaced
+        raise ConfigError(f"--out names a file for the prompts, got a folder or device: {args.out}")
     length = tokens(args.length)
     tokenizer = load_tokenizer(locate(args.tokenizer))
     if tokenizer is None:

@@ -3,7 +3,7 @@
 import os
 import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.errors import ConfigError
-from evals.traces.read import RequestTrace, read_traces
+from evals.traces.read import read_traces
 from evals.traces.table import OPTIMUM, Rate, Rates, by_policy, measure, outcome
 from kvstore.admission import AdmissionName
 from kvstore.eviction import POLICIES
@@ -67,13 +67,15 @@ def run(args: Namespace) -> int:
     from engine.commands.session import busy
 
     console = Console(highlight=False)
+    names = [name for policy in args.policy for name in policy.split(",") if name]
+    policies, capacities = list(dict.fromkeys(names)), sorted(set(args.capacity))
     for trace in read_traces(args.trace or args.data or _data(), args.limit):
         with busy(f"replaying {trace.name}"):
-            rates = _measure(trace, args.policy, args.capacity, args.admission)
+            rates = measure(trace, policies, capacities, args.admission)
         if args.json:
             print(msgspec.json.encode(rates).decode(), flush=True)
-            if args.trace and len(args.policy) == len(args.capacity) == 1:
-                print(msgspec.json.encode(outcome(rates, args.policy[0])).decode(), flush=True)
+            if args.trace and len(policies) == len(capacities) == 1:
+                print(msgspec.json.encode(outcome(rates, policies[0])).decode(), flush=True)
         else:
             _print(console, rates)
     return 0
@@ -86,16 +88,6 @@ def _data() -> Path:
             "there are no traces: give --trace FILE or --data DIR, or set HEADRACE_DATA"
         )
     return Path(folder, "traces")
-
-
-def _measure(
-    trace: RequestTrace,
-    policies: Sequence[str],
-    capacities: Sequence[int],
-    admission: AdmissionName,
-) -> Rates:
-    names = [name for policy in policies for name in policy.split(",") if name]
-    return measure(trace, list(dict.fromkeys(names)), sorted(set(capacities)), admission)
 
 
 def _print(console: Console, rates: Rates) -> None:

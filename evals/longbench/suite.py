@@ -37,14 +37,17 @@ class LongBenchSuite:
         Of a prompt that would be longer than `length` with its answer, the middle is left out.
 
         Raises:
-            ConfigError: no such data set, bad rows, or the length is too short for its
+            ConfigError: no such data set, no rows or bad ones, or the length is too short for its
                 instructions.
         """
         if task not in self._tasks:
             raise ConfigError(f"there are no rows of {task}, but of {', '.join(self._tasks)}")
         _check_length(tokenizer, task, length)
+        index = None
         for index, row in enumerate(islice(rows_of(self._folder, task), count)):
             yield cut_to_length(tokenizer, _sample(task, length, index, row))
+        if index is None:
+            raise ConfigError(f"there is no row in the data of {task}")
 
     def score(self, sample: Sample, turn: int, prediction: str) -> float:
         """0..100, see `evals.metrics.longbench.longbench_score`."""

@@ -55,6 +55,7 @@ def styled(name: str) -> AbstractContextManager[None]:
         "legend.frameon": False,
         "legend.fontsize": 8,
         "legend.labelcolor": INK.light,
+        "text.parse_math": False,  # a name with dollars in it is a name
         "svg.hashsalt": name,
         "svg.fonttype": "none",
     }

@@ -26,11 +26,11 @@ def markdown(summary: Summary) -> str:
 
 
 def _table(table: Table) -> str:
-    heads = [*table.labels, *table.heads]
+    heads = list(map(_escaped, (*table.labels, *table.heads)))
     rules = ["---"] * len(table.labels) + ["---:"] * len(table.heads)
     rows = [heads, rules, *map(_row, table.rows)]
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"## {table.title}\n\n{lines}"
+    return f"## {_escaped(table.title)}\n\n{lines}"
 
 
 def _row(row: Row) -> list[str]:

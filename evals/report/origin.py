@@ -44,7 +44,7 @@ def _facts(run: Run) -> Iterator[Fact]:
     for start in run.facts.get("starts", ()):
         yield Fact(f"command, {start.get('date', 'no date')}", _text(start.get("command")))
     for name, value in run.facts.items():
-        if name in ("versions", "hardware"):
+        if name in ("versions", "commit", "hardware"):
             later = [start[name] for start in run.facts.get("starts", ()) if name in start]
             for each in dict.fromkeys(map(_text, (value, *later))):
                 yield Fact(name, each)

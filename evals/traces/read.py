@@ -89,7 +89,8 @@ def read_traces(path: Path, limit: int | None = None) -> list[RequestTrace]:
 def _read(path: Path, limit: int | None) -> RequestTrace:
     raw = path.read_bytes()
     try:
-        lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).splitlines()
+        text = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        lines = [line for line in text.splitlines() if line.strip()]
         first: Any = msgspec.json.decode(lines[0]) if lines else {}
         if isinstance(first, dict) and "hash_ids" in first:
             talks = _decoded(lines[:limit], _Conversation)

@@ -10,9 +10,10 @@ from kvstore.policies.leaves import Leaves, Rank
 class SIEVE(Leaves):
     """SIEVE (Zhang et al., NSDI 2024), of leaves.
 
-    A hand goes from the block that came first to the one that came last, and begins again. What was
-    not used since it passed, goes; what was, stays where it is, and its mark is wiped. A leaf
-    stands for the run of blocks above that nothing else rests on: their marks are wiped with
+    A hand goes from the block that came first to the one that came last, and begins again; also
+    where others came since it stood at the last, or it would only look at what is new from there
+    on. What was not used since it passed, goes; what was, stays where it is, and its mark is wiped.
+    A leaf stands for the run of blocks above that nothing else rests on: their marks are wiped with
     its own, as the hand would pass them in the same round. When a leaf goes, the hand looks at its
     parent next, which came earlier.
     """
@@ -21,6 +22,7 @@ class SIEVE(Leaves):
         super().__init__()
         self._used: set[bytes] = set()  # since the hand passed
         self._round = 0
+        self._last = 0  # when the last block came that was here when the hand moved
         self._rounds: dict[bytes, int] = {}  # in which the hand comes to a block next
 
     def add(self, digest: bytes, parent: bytes | None, nbytes: int, depth: int = 0) -> None:
@@ -43,12 +45,17 @@ class SIEVE(Leaves):
     def victims(self, pinned: Container[bytes]) -> Iterator[bytes]:
         """Leaves, and what becomes one, as the hand comes to them; marks are wiped for good."""
         self._open()
+        last, self._last = self._last, self._now
         digest = self._pop()
         while digest is not None:
             freed = None
             if digest not in pinned:
                 self._round = max(self._round, self._rounds.get(digest, 0))
-                if digest in self._used:
+                new, last = self._times[digest] > last, self._now
+                if new:  # when it came, the hand stood at the last one
+                    self._round += 1
+                    self._push(digest)
+                elif digest in self._used:
                     self._pass(digest)
                 else:
                     yield digest

@@ -35,9 +35,9 @@ def interference(record: dict[str, Any]) -> str:
             ratio = f"{at['ratio']:.2f} ×" if phase == "with" else ""
             rows.append(f"| {label} | {x['long_prompts']} | {times} | {ratio} |")
     about = (
-        f"{record['clients']} streams of {record['new_tokens']} tokens, and a prompt of "
-        f"{record['long_tokens']:,} tokens every few seconds; milliseconds per token of a\nrequest "
-        "(TPOT) and from one token to the next (gap). `scripts/bench_serve.py interference`"
+        f"{record['clients']} streams at a time, and a prompt of {record['long_tokens']:,} tokens "
+        "every few seconds; milliseconds per token of a\nrequest (TPOT) and from one token to the "
+        "next (gap). `scripts/bench_serve.py interference`"
     )
     return "\n".join([about, "", *rows])
 

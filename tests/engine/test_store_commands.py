@@ -1,6 +1,7 @@
 """`headrace store`: what it says of a folder and of a server, and files that go elsewhere."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -66,6 +67,13 @@ def test_one_tenants_blocks_may_be_exported(headrace, store):
     done = json.loads(headrace("export", "f", "--store", store, "--identity", model, "--json")[1])
     assert done["blocks"] == 7
     assert json.loads(headrace("import", "some", "--store", "new", "--json")[1])["stored"] == 2
+
+
+def test_what_is_no_file_is_not_replaced_by_one(headrace, store, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    status, _, err = headrace("export", "pipe", "--store", store)
+    assert (status, "got a folder or device: pipe" in err) == (1, True)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_damaged_blocks_are_refused_by_count_and_no_child_comes_alone(headrace, store, tmp_path):

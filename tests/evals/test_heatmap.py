@@ -88,6 +88,10 @@ def test_the_same_scores_make_the_same_file(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_a_name_with_dollars_in_it_is_no_formula(tmp_path):
+    draw_heat_map(tmp_path / "a.png", {r"$\frac{1}$": Grid.of(POINTS)})
+
+
 @pytest.mark.parametrize("panels", [{}, {"one": Grid.of([])}])
 def test_nothing_to_draw_is_an_error(tmp_path, panels):
     with pytest.raises(EngineError, match="needs scores with a depth"):

@@ -147,6 +147,14 @@ def test_what_is_left_is_told(bench):
     assert leaks.compared(clean, replace(clean, rss=2000), None)[1] == []
 
 
+def test_tokens_of_all_streams_are_not_said_to_be_those_of_one(bench):
+    times = {f"{p}_{of}_s": 0.02 for p in ("p50", "p99") for of in ("tpot", "gap")}
+    phase = {"without": times | {"long_prompts": 0}, "with": times | {"long_prompts": 7}}
+    found = {"clients": 8, "new_tokens": 35_950, "long_tokens": 8192, "step_tokens": 512}
+    found |= {"phases": {"chunked": phase | {"ratio": 1.0}}}
+    assert "35950" not in bench("tables").interference(found)
+
+
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     small = ["--model", "needle-tiny", "--clients", "3", "--threads", "1"]
     return subprocess.run(

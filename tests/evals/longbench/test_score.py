@@ -112,9 +112,10 @@ def test_records_of_a_run_are_scored_again_by_their_suite(journal, tmp_path):
     assert found(copy) == expected
 
 
+@pytest.mark.parametrize("turn", [2, 10**12, -1])
 @pytest.mark.parametrize("suite", [x for x in SUITES if not x.startswith("longbench")])
-def test_records_of_every_suite_are_scored_again(tmp_path, suite):
-    made = dict(id="1", suite=suite, task="niah_multivalue", family="f", length=100, turn=2)
+def test_records_of_every_suite_are_scored_again(tmp_path, suite, turn):
+    made = dict(id="1", suite=suite, task="niah_multivalue", family="f", length=100, turn=turn)
     made |= dict(method="dense", budget=None, outputs=("1234567", "7654321"), score=0.0)
     rows = [
         msgspec.to_builtins(Record(**made, prediction="They are 1234567, 7654321.")),

@@ -49,6 +49,11 @@ def test_too_short_a_length_says_what_is_needed(rows, plain):
     assert next(suite.samples(plain, "lcc", 122, 1)).context
 
 
+def test_a_data_set_without_a_row_is_an_error(plain):
+    with pytest.raises(ConfigError, match="no row in the data of lcc"):
+        next(LongBenchSuite({"lcc": []}).samples(plain, "lcc", 2000, 1))
+
+
 def test_real_answers_score_100_beside_themselves():
     folder = real_data("longbench/mini")
     suite, count = LongBenchSuite(folder), 0

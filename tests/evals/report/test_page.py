@@ -8,6 +8,7 @@ import pytest
 from evals.record import NO_CONTEXT
 from evals.report.drawing import styled
 from evals.report.load import load_runs
+from evals.report.origin import origin
 from evals.report.plots import plots
 from evals.report.style import COLOURS, LOOKS, PAPER
 from evals.report.summary import summarize
@@ -82,6 +83,13 @@ def test_a_report_in_which_only_the_floor_has_a_depth_has_no_heat_map(tmp_path):
     assert "cache_bytes is too little" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_name_with_dollars_in_it_is_no_formula(tmp_path):
+    made = [*records("dense", [100.0] * 2, family=r"$\frac{1}$"), *floor(2, family=r"$\frac{1}$")]
+    made += records("quest", [0.0, 100.0], 0.05, family=r"$\frac{1}$")
+    write_report(summarize(load_runs([folder(tmp_path / "run", made)])), tmp_path / "out")
+    assert r"$\frac{1}$" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def page(written):
     checker = Checker()
@@ -127,6 +135,14 @@ def test_what_records_say_is_text_and_never_markup(written, page):
     assert "&lt;b&gt;no&lt;/b&gt; memory" in text
     assert "b" not in page.found
     assert "<odd>&name" in "".join(page.found and page.words)
+
+
+def test_a_run_that_went_on_at_another_commit_says_so(tmp_path):
+    facts = FACTS | {"starts": [{"commit": "abc1234"}, {"commit": "def5678+"}]}
+    found = origin(summarize(load_runs([folder(tmp_path, records("dense", [100.0]), facts)])))
+    (said,) = (fact.value for fact in found if fact.name == "commit")
+    assert "abc1234" in said
+    assert "def5678+" in said
 
 
 def test_the_page_says_how_it_was_made(page):

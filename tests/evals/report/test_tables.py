@@ -139,6 +139,13 @@ def test_markdown_is_tables_of_equal_width_that_no_text_breaks(summary):
     assert "headrace-eval run --suite x" in text
 
 
+def test_markdowns_titles_and_heads_are_text_too(tmp_path):
+    made = [*records("dense", [100.0], family="<i>f"), *records("a|\nb", [0.0], 0.1, family="<i>f")]
+    text = markdown(summarize(load_runs([folder(tmp_path, made)])))
+    assert "## ruler · &lt;i>f" in text
+    assert "| dense | a\\| b |" in text
+
+
 def test_the_terminal_shows_every_number(summary, capsys):
     again = [msgspec.structs.replace(line, length=8192) for line in summary.cells]
     show([tables.listed("Tasks", summary.cells + again)])

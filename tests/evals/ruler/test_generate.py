@@ -1,6 +1,7 @@
 """`headrace-eval generate`: the file it writes, and what it says of wrong options."""
 
 import json
+import os
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -97,3 +98,11 @@ def test_a_folder_is_no_file_to_write(tmp_path, monkeypatch, out):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match="--out names a file for the prompts, got a folder"):
         run(out=out)
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match="got a folder or device"):
+        run(out=pipe)
+    assert pipe.is_fifo()

@@ -61,6 +61,13 @@ def test_json_has_a_line_for_each_trace(folder, capsys, monkeypatch, tmp_path):
     assert [x["policy"] for x in line["rates"]] == ["fifo", "belady", "belady"]
 
 
+@pytest.mark.parametrize(("policies", "lines"), [("lru,", 2), ("lru,fifo", 1), ("lru,lru", 2)])
+def test_policies_may_have_commas_between_them(folder, capsys, policies, lines):
+    options = ["--trace", f"{folder}/chat.jsonl", "--capacity", "2", "--policy", policies, "--json"]
+    assert main(["traces", *options]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == lines
+
+
 @pytest.mark.parametrize(("policy", "hits"), [*dict.fromkeys(POLICIES, 3).items(), ("belady", 4)])
 def test_one_replay_of_one_trace_ends_with_its_rates_alone(folder, capsys, policy, hits):
     options = ["--trace", f"{folder}/chat.jsonl", "--capacity", "2", "--policy", policy, "--json"]

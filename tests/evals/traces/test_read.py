@@ -33,6 +33,12 @@ def test_conversations_keep_their_blocks_and_their_order(tmp_path):
     assert (made.blocks, made.distinct, made.shared) == (8, 5, 1)
 
 
+def test_an_empty_line_is_no_request(tmp_path):
+    (tmp_path / "chat.jsonl").write_text('\n{"hash_ids": [1]}\n \n{"hash_ids": [1, 2]}\n\n')
+    (made,) = read_traces(tmp_path)
+    assert chains(made) == [[0], [0, 1]]
+
+
 def test_sessions_are_rebuilt_from_what_they_share(tmp_path, monkeypatch):
     monkeypatch.setattr(read, "USERS", 1)
     lines = [turn(1, 0, 0, 2), turn(1, 1, 5, 4, 0, 2), turn(1, 2, 9, 3, 0, 1), turn(2, 0, 0, 1)]

@@ -123,6 +123,7 @@ class SIEVE(Model):
     def __init__(self, *args):
         super().__init__(*args)
         self.marked, self.passed = set(), set()  # passed: by the hand, in this round
+        self.seen, self.new = set(), set()  # here when the hand moved before, and not
 
     def used(self, names):
         self.marked.update(names)
@@ -130,6 +131,12 @@ class SIEVE(Model):
     def went(self, name):
         self.marked.discard(name)
         self.passed.discard(name)
+        self.seen.discard(name)
+
+    def victims(self, pinned):
+        self.new = self.times.keys() - self.seen
+        self.seen = set(self.times)
+        yield from super().victims(pinned)
 
     def choose(self, leaves, gone):
         ahead = [x for x in leaves if x not in self.passed]
@@ -137,6 +144,10 @@ class SIEVE(Model):
             self.passed.clear()
             return None
         leaf = min(ahead, key=self.times.get)
+        new, self.new = self.new, set()
+        if leaf in new:  # when it came, the hand stood at the end
+            self.passed.clear()
+            return None
         if leaf not in self.marked:
             return leaf
         for name in self.run(leaf, gone):

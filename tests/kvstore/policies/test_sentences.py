@@ -98,6 +98,14 @@ def test_the_hand_passes_what_was_used_once_and_goes_on_from_there():
     assert evict(sieve, 2) == "ac"
 
 
+def test_the_hand_begins_again_though_another_came_since_the_last_one_went():
+    sieve = filled(SIEVE(), singles("abc"))
+    sieve.touch(singles("ab"))
+    assert evict(sieve) == "c"
+    filled(sieve, [b"d"])
+    assert evict(sieve) == "a"
+
+
 def test_a_chain_that_was_used_is_passed_as_a_whole():
     sieve = filled(SIEVE(), singles("abcx"), CHAIN)
     sieve.touch(singles("abc"))
