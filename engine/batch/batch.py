@@ -90,12 +90,13 @@ class DeviceBatch:
         counts = torch.zeros(2, slots, dtype=torch.int32, device=where)
         counts[0] = -1
         now = torch.full((), YOUNGEST, dtype=torch.int32, device=where)
-        self.clock = Clock(counts[0], counts[1], now)
+        newest = torch.full((slots, s.num_kv_heads, 1), -1, dtype=torch.int32, device=where)
+        self.clock = Clock(counts[0], counts[1], now, newest)
         self._steps = torch.zeros(slots, dtype=torch.int64, device=where)  # of each request
         self._blocks = torch.full((slots, blocks), -1, dtype=torch.int32, device=where)
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=where)
         self._logits = torch.empty(slots, s.vocab, dtype=s.dtype, device=where)
-        size = (s.num_layers, 2, s.num_kv_heads, slots, s.head_dim)
+        size = (s.num_layers, 2, slots, s.num_kv_heads, s.head_dim)
         self._made = torch.zeros(size, dtype=s.dtype, device=where)  # unrotated, for the store
 
     @property
@@ -213,6 +214,7 @@ class DeviceBatch:
         clock.now.add_(1)
         taken = clock.lengths > 0
         clock.positions.copy_(clock.lengths.where(taken, -1))
+        clock.newest.copy_(clock.positions[:, None, None].expand_as(clock.newest))
         clock.lengths.add_(taken)
         self._steps.add_(taken)
         x = model.embed(self._tokens)
@@ -231,7 +233,7 @@ class DeviceBatch:
         """One layer, and beside it what is fetched for the next one."""
         layer, state = self.model.layers[i], self._layers[i]
         fresh = _fresh(layer, x, tables)
-        self._made[i, 0], self._made[i, 1] = fresh.k.transpose(0, 1), fresh.v.transpose(0, 1)
+        torch.stack([fresh.k, fresh.v], out=self._made[i])
         self._lanes.join()
         self._held = x  # the side lane reads it until the next join
         self._ahead(i + 1, x, tables)
@@ -255,7 +257,7 @@ class DeviceBatch:
         """What the step made goes to the requests' recorders, and counts."""
         for slot, cache in enumerate(self._caches):
             if cache is not None:
-                cache.take(self._made[:, :, :, slot])
+                cache.take(self._made[:, :, slot])
 
 
 @dataclass(slots=True)

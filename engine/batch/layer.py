@@ -43,6 +43,7 @@ class Clock(NamedTuple):
     positions: Int32[Tensor, " B"]  # of the newest token; -1: the slot is free
     lengths: Int32[Tensor, " B"]  # tokens there are, the newest included; 0: the slot is free
     now: Int32[Tensor, ""]  # steps done
+    newest: Int32[Tensor, "B Hk 1"]  # `positions`, once for each KV head
 
 
 @runtime_checkable
@@ -196,9 +197,7 @@ class SelectedLayer:
         """Attention of the newest tokens over what their queries select, themselves included."""
         self._append(fresh, clock, blocks)
         ids = self._ids(fresh, clock.lengths)
-        found = self._fetch(ids, clock, blocks)
-        self.counts[0].add_((ids >= 0).sum(2))
-        self.counts[1].add_(found.count)
+        found = self._fetch(ids, clock, blocks, self.counts)
         return self._attended(fresh.rotated_q, ids, found.slots, clock.lengths)
 
     def _attended(
@@ -214,8 +213,7 @@ class SelectedLayer:
         return merge_parts(outs, lses).out
 
     def _append(self, fresh: Fresh, clock: Clock, blocks: Tensor) -> None:
-        newest = clock.positions[:, None, None].expand(-1, self._shape.num_kv_heads, 1)
-        place = resolve(newest.contiguous(), self._there, clock.now).slots[..., 0].contiguous()
+        place = resolve(clock.newest, self._there, clock.now).slots[..., 0]
         append(
             fresh.rotated_k,
             fresh.v,
@@ -261,9 +259,11 @@ class SelectedLayer:
         placed = self._rope.rotate(fresh.q.transpose(0, 1), self._rope.table(at))
         return placed.transpose(0, 1), scale
 
-    def _fetch(self, ids: Tensor, clock: Clock, blocks: Tensor) -> Resolved:
+    def _fetch(
+        self, ids: Tensor, clock: Clock, blocks: Tensor, counts: Tensor | None = None
+    ) -> Resolved:
         """Slots of tokens; what misses comes from the pool."""
-        found = resolve(ids, self._there, clock.now)
+        found = resolve(ids, self._there, clock.now, counts)
         pool = self._pool
         slab = pool.slab(self._number)
         gather(slab, blocks, pool.shape.layout, found, self._hot, self._layout)
