@@ -10,7 +10,6 @@ from engine.batch.factors import BatchFactors
 from engine.batch.indexes import device_index
 from engine.batch.tail import BatchTail
 from engine.kernels.attend_slots import attend_slots
-from engine.kernels.merge_parts import merge_parts
 from engine.method import Method
 from engine.model.pieces import AttentionSpec, Shape
 from engine.model.rope import Rope
@@ -205,12 +204,9 @@ class SelectedLayer:
     ) -> Float[Tensor, "B Hq D"]:
         """What is selected exactly, and with a tail an estimate of all else."""
         scale, softcap = self._spec.scale, self._spec.softcap
-        part = attend_slots(q, self._hot, slots, self._layout, scale, softcap)
         if self._tail is None:
-            return part.out
-        rest = self._tail.estimate(q, lengths, ids, self._hot, slots, self._layout, scale)
-        outs, lses = (torch.stack(pair) for pair in zip(part, rest, strict=True))
-        return merge_parts(outs, lses).out
+            return attend_slots(q, self._hot, slots, self._layout, scale, softcap).out
+        return self._tail.attend(q, lengths, ids, self._hot, slots, self._layout, scale)
 
     def _append(self, fresh: Fresh, clock: Clock, blocks: Tensor) -> None:
         place = resolve(clock.newest, self._there, clock.now).slots[..., 0]

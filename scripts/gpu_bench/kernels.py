@@ -29,6 +29,7 @@ CASES: Mapping[str, tuple[str, Case]] = {
     "attend_slots": ("engine.kernels.attend_slots", attending.chosen),
     "merge_parts": ("engine.kernels.merge_parts", attending.merged),
     "tail": ("engine.kernels.tail", attending.estimated),
+    "tail, with attend_slots": ("engine.kernels.tail", attending.whole),
     "attend_runs": ("engine.kernels.attend_runs", attending.scattered),
     "norm_rows": ("engine.kernels.norm_rows", newest.normed),
     "rotate_rows": ("engine.kernels.rotate_rows", newest.rotated),
