@@ -10,6 +10,7 @@ from engine.batch.factors import BatchFactors
 from engine.batch.indexes import device_index
 from engine.batch.tail import BatchTail
 from engine.kernels.attend_slots import attend_slots
+from engine.kernels.rotate_rows import rotate_rows
 from engine.method import Method
 from engine.model.pieces import AttentionSpec, Shape
 from engine.model.rope import Rope
@@ -134,6 +135,8 @@ class SelectedLayer:
         if method.keys == "lowrank":
             self._lowrank = BatchFactors(shape, rope, method.rank, slots, capacity)
         self._tail = BatchTail(shape, slots, capacity, spec.softcap) if method.tail else None
+        at = torch.full((slots,), method.distance, device=shape.device)
+        self._placed = rope.table(at)  # of windowed indexes
         # of every KV head, tokens that were selected, and of these those that were missing
         self.counts = torch.zeros(
             (2, slots, shape.num_kv_heads), dtype=torch.int64, device=shape.device
@@ -151,7 +154,7 @@ class SelectedLayer:
 
     @property
     def nbytes(self) -> int:
-        tables = sum(x.nbytes for x in (*self._there, self._hot))
+        tables = sum(x.nbytes for x in (*self._there, *self._placed, self._hot))
         parts = (self._index, self._lowrank, self._tail)
         return tables + sum(part.nbytes for part in parts if part is not None)
 
@@ -251,9 +254,8 @@ class SelectedLayer:
         scale = self._spec.scale * unturned(space, self._rope)
         if space == "unrotated":
             return fresh.q, scale
-        at = torch.full((len(fresh.q),), self._method.distance, device=fresh.q.device)
-        placed = self._rope.rotate(fresh.q.transpose(0, 1), self._rope.table(at))
-        return placed.transpose(0, 1), scale
+        turned = rotate_rows(fresh.q, fresh.k, *self._placed, interleaved=self._rope.interleaved)
+        return turned[0], scale
 
     def _fetch(
         self, ids: Tensor, clock: Clock, blocks: Tensor, counts: Tensor | None = None
