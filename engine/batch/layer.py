@@ -21,7 +21,7 @@ from engine.sparse.rows import raw_rows
 from kvstore.block import LayerKV
 from kvstore.kernels.append import append
 from kvstore.kernels.gather import gather
-from kvstore.kernels.resolve import Residency, Resolved, empty, forget, resolve
+from kvstore.kernels.resolve import Residency, Resolved, forget, resolve
 from kvstore.pool.pool import Pool
 from retrieval.kernels.choose import best_tokens
 from retrieval.kernels.scores import Scores
@@ -43,7 +43,6 @@ class Clock(NamedTuple):
     positions: Int32[Tensor, " B"]  # of the newest token; -1: the slot is free
     lengths: Int32[Tensor, " B"]  # tokens there are, the newest included; 0: the slot is free
     now: Int32[Tensor, ""]  # steps done
-    newest: Int32[Tensor, "B Hk 1"]  # `positions`, once for each KV head
 
 
 @runtime_checkable
@@ -103,6 +102,7 @@ class SelectedLayer:
 
     Args:
         number: of the layer in its pool.
+        there: which tokens are in its buffers; says how many slots there are, and of what.
         select: takes the place of the best by the policy.
     """
 
@@ -114,23 +114,20 @@ class SelectedLayer:
         method: Method,
         pool: Pool,
         number: int,
+        there: Residency,
         *,
-        slots: int,
         capacity: int,
         select: Select | None = None,
     ) -> None:
         self._shape, self._spec, self._rope, self._method = shape, spec, rope, method
-        self._pool, self._number, self._select = pool, number, select
+        self._pool, self._number, self._select, self._there = pool, number, select, there
+        slots, _, hot = there.token.shape
         budget = method.tokens(capacity)  # as every request has it: no share of its prompt
         self._policy = method.policy(min(budget, capacity))
         self._layout = raw_rows(shape)
         self._index = device_index(method, shape, slots, capacity, budget)
-        hot = method.hot_slots(budget, shape.max_positions)
         size = (slots, shape.num_kv_heads, hot, self._layout.row_bytes)
         self._hot = torch.zeros(size, dtype=torch.uint8, device=shape.device)
-        self._there: Residency = empty(
-            slots, shape.num_kv_heads, tokens=capacity, slots=hot, device=shape.device
-        )
         self._lowrank: BatchFactors | None = None
         if method.keys == "lowrank":
             self._lowrank = BatchFactors(shape, rope, method.rank, slots, capacity)
@@ -194,10 +191,14 @@ class SelectedLayer:
         self._fetch(self._ids(guess, lengths), clock, blocks)
 
     def attend(
-        self, fresh: Fresh, clock: Clock, blocks: Int32[Tensor, "B N"]
+        self, fresh: Fresh, clock: Clock, blocks: Int32[Tensor, "B N"], place: Int32[Tensor, "B Hk"]
     ) -> Float[Tensor, "B Hq D"]:
-        """Attention of the newest tokens over what their queries select, themselves included."""
-        self._append(fresh, clock, blocks)
+        """Attention of the newest tokens over what their queries select, themselves included.
+
+        Args:
+            place: slots of the hot buffer that are theirs.
+        """
+        self._append(fresh, clock, blocks, place)
         ids = self._ids(fresh, clock.lengths)
         found = self._fetch(ids, clock, blocks, self.counts)
         return self._attended(fresh.rotated_q, ids, found.slots, clock.lengths)
@@ -211,8 +212,7 @@ class SelectedLayer:
             return attend_slots(q, self._hot, slots, self._layout, scale, softcap).out
         return self._tail.attend(q, lengths, ids, self._hot, slots, self._layout, scale)
 
-    def _append(self, fresh: Fresh, clock: Clock, blocks: Tensor) -> None:
-        place = resolve(clock.newest, self._there, clock.now).slots[..., 0]
+    def _append(self, fresh: Fresh, clock: Clock, blocks: Tensor, place: Tensor) -> None:
         append(
             fresh.rotated_k,
             fresh.v,
