@@ -34,6 +34,7 @@ CASES: Mapping[str, tuple[str, Case]] = {
     "norm_rows": ("engine.kernels.norm_rows", newest.normed),
     "rotate_rows": ("engine.kernels.rotate_rows", newest.rotated),
     "append_tail": ("engine.kernels.append_tail", newest.summarised),
+    "append_unit": ("retrieval.kernels.append_unit", newest.landmarked),
 }
 WITHIN = {"retrieval.kernels.cut": "choose"}  # modules that a line of another measures
 BATCHES = (1, 8)
