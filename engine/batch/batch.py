@@ -70,8 +70,8 @@ class DeviceBatch:
         self._caches: list[SparseCache | None] = [None] * slots
         self._numbers = {i: n for n, i in enumerate(sparse_layers(model, method))}
         hot = method.hot_slots(method.tokens(capacity), model.shape.max_positions)
-        sizes = dict(tokens=capacity, slots=hot, device=model.shape.device)
-        self._there = empty(len(self._numbers) * slots, model.shape.num_kv_heads, **sizes)
+        rows = len(self._numbers) * slots, model.shape.num_kv_heads  # of all layers
+        self._there = empty(*rows, tokens=capacity, slots=hot, device=model.shape.device)
         self._layers = [
             SelectedLayer(
                 *(model.shape, layer.attention, layer.rope, method, pool, self._numbers[i]),
