@@ -1,11 +1,12 @@
 """Loop two for many requests at once in static shapes: on a GPU, a step is one CUDA graph."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from engine.batch.capture import capturing, out_of_memory
@@ -18,7 +19,7 @@ from engine.method import Method
 from engine.model.pieces import Layer, Model
 from engine.model.rope import Tables
 from engine.sparse.cache import SparseCache, sparse_layers
-from kvstore.kernels.resolve import MOST_SLOTS
+from kvstore.kernels.resolve import MOST_SLOTS, Residency, empty, resolve
 from kvstore.pool.pool import Pool
 
 log = logging.getLogger(__name__)
@@ -67,15 +68,18 @@ class DeviceBatch:
         self._lanes = lanes or (TwoStreams(model.shape.device) if on_gpu else OneLane())
         self._stream = torch.cuda.Stream(model.shape.device) if on_gpu else None
         self._caches: list[SparseCache | None] = [None] * slots
-        numbers = {i: n for n, i in enumerate(sparse_layers(model, method))}
+        self._numbers = {i: n for n, i in enumerate(sparse_layers(model, method))}
+        hot = method.hot_slots(method.tokens(capacity), model.shape.max_positions)
+        rows = len(self._numbers) * slots, model.shape.num_kv_heads  # of all layers
+        self._there = empty(*rows, tokens=capacity, slots=hot, device=model.shape.device)
         self._layers = [
             SelectedLayer(
-                *(model.shape, layer.attention, layer.rope, method, pool, numbers[i]),
-                slots=slots,
+                *(model.shape, layer.attention, layer.rope, method, pool, self._numbers[i]),
+                Residency(*(table.split(slots)[self._numbers[i]] for table in self._there)),
                 capacity=capacity,
                 select=select,
             )
-            if i in numbers
+            if i in self._numbers
             else RingLayer(model.shape, layer.attention, slots, capacity)
             for i, layer in enumerate(model.layers)
         ]
@@ -91,11 +95,12 @@ class DeviceBatch:
         counts[0] = -1
         now = torch.full((), YOUNGEST, dtype=torch.int32, device=where)
         self.clock = Clock(counts[0], counts[1], now)
+        self._newest = torch.full_like(self._there.token[:, :, :1], -1)  # of each layer and slot
         self._steps = torch.zeros(slots, dtype=torch.int64, device=where)  # of each request
         self._blocks = torch.full((slots, blocks), -1, dtype=torch.int32, device=where)
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=where)
         self._logits = torch.empty(slots, s.vocab, dtype=s.dtype, device=where)
-        size = (s.num_layers, 2, s.num_kv_heads, slots, s.head_dim)
+        size = (s.num_layers, 2, slots, s.num_kv_heads, s.head_dim)
         self._made = torch.zeros(size, dtype=s.dtype, device=where)  # unrotated, for the store
 
     @property
@@ -215,30 +220,40 @@ class DeviceBatch:
         clock.positions.copy_(clock.lengths.where(taken, -1))
         clock.lengths.add_(taken)
         self._steps.add_(taken)
+        places = self._places()
         x = model.embed(self._tokens)
         tables = Tables(clock.positions.clamp_min(0))
         for layer in model.layers:
             tables[layer.rope]  # made before the lanes part: both read it
         try:
             for i in range(len(model.layers)):
-                x = self._through(i, x, tables)
+                x = self._through(i, x, tables, places)
         finally:
             self._lanes.join()  # where a layer fails, too: a capture ends with one stream
             self._held = None
         self._logits.copy_(model.logits(x))
 
-    def _through(self, i: int, x: Tensor, tables: Tables) -> Tensor:
+    def _places(self) -> Sequence[Int32[Tensor, "B Hk"]]:
+        """Slots of the newest tokens in the hot buffers of each layer that has some, in one go."""
+        if not len(self._newest):
+            return []
+        newest = self._newest.unflatten(0, (-1, self.slots))
+        newest.copy_(self.clock.positions[:, None, None].expand_as(newest))
+        found = resolve(self._newest, self._there, self.clock.now)
+        return found.slots[..., 0].split(self.slots)
+
+    def _through(self, i: int, x: Tensor, tables: Tables, places: Sequence[Tensor]) -> Tensor:
         """One layer, and beside it what is fetched for the next one."""
         layer, state = self.model.layers[i], self._layers[i]
         fresh = _fresh(layer, x, tables)
-        self._made[i, 0], self._made[i, 1] = fresh.k.transpose(0, 1), fresh.v.transpose(0, 1)
+        torch.stack([fresh.k, fresh.v], out=self._made[i])
         self._lanes.join()
         self._held = x  # the side lane reads it until the next join
         self._ahead(i + 1, x, tables)
         if isinstance(state, RingLayer):
             heads = state.attend(fresh, self.clock)
         else:
-            heads = state.attend(fresh, self.clock, self._blocks)
+            heads = state.attend(fresh, self.clock, self._blocks, places[self._numbers[i]])
         return layer.finish(x, heads.transpose(0, 1))
 
     def _ahead(self, layer: int, x: Tensor, tables: Tables) -> None:
@@ -255,7 +270,7 @@ class DeviceBatch:
         """What the step made goes to the requests' recorders, and counts."""
         for slot, cache in enumerate(self._caches):
             if cache is not None:
-                cache.take(self._made[:, :, :, slot])
+                cache.take(self._made[:, :, slot])
 
 
 @dataclass(slots=True)

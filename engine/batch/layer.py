@@ -10,7 +10,7 @@ from engine.batch.factors import BatchFactors
 from engine.batch.indexes import device_index
 from engine.batch.tail import BatchTail
 from engine.kernels.attend_slots import attend_slots
-from engine.kernels.merge_parts import merge_parts
+from engine.kernels.rotate_rows import rotate_rows
 from engine.method import Method
 from engine.model.pieces import AttentionSpec, Shape
 from engine.model.rope import Rope
@@ -21,7 +21,7 @@ from engine.sparse.rows import raw_rows
 from kvstore.block import LayerKV
 from kvstore.kernels.append import append
 from kvstore.kernels.gather import gather
-from kvstore.kernels.resolve import Residency, Resolved, empty, forget, resolve
+from kvstore.kernels.resolve import Residency, Resolved, forget, resolve
 from kvstore.pool.pool import Pool
 from retrieval.kernels.choose import best_tokens
 from retrieval.kernels.scores import Scores
@@ -102,6 +102,7 @@ class SelectedLayer:
 
     Args:
         number: of the layer in its pool.
+        there: which tokens are in its buffers; says how many slots there are, and of what.
         select: takes the place of the best by the policy.
     """
 
@@ -113,27 +114,26 @@ class SelectedLayer:
         method: Method,
         pool: Pool,
         number: int,
+        there: Residency,
         *,
-        slots: int,
         capacity: int,
         select: Select | None = None,
     ) -> None:
         self._shape, self._spec, self._rope, self._method = shape, spec, rope, method
-        self._pool, self._number, self._select = pool, number, select
+        self._pool, self._number, self._select, self._there = pool, number, select, there
+        slots, _, hot = there.token.shape
         budget = method.tokens(capacity)  # as every request has it: no share of its prompt
         self._policy = method.policy(min(budget, capacity))
         self._layout = raw_rows(shape)
         self._index = device_index(method, shape, slots, capacity, budget)
-        hot = method.hot_slots(budget, shape.max_positions)
         size = (slots, shape.num_kv_heads, hot, self._layout.row_bytes)
         self._hot = torch.zeros(size, dtype=torch.uint8, device=shape.device)
-        self._there: Residency = empty(
-            slots, shape.num_kv_heads, tokens=capacity, slots=hot, device=shape.device
-        )
         self._lowrank: BatchFactors | None = None
         if method.keys == "lowrank":
             self._lowrank = BatchFactors(shape, rope, method.rank, slots, capacity)
         self._tail = BatchTail(shape, slots, capacity, spec.softcap) if method.tail else None
+        at = torch.full((slots,), method.distance, device=shape.device)
+        self._placed = rope.table(at)  # of windowed indexes
         # of every KV head, tokens that were selected, and of these those that were missing
         self.counts = torch.zeros(
             (2, slots, shape.num_kv_heads), dtype=torch.int64, device=shape.device
@@ -151,7 +151,7 @@ class SelectedLayer:
 
     @property
     def nbytes(self) -> int:
-        tables = sum(x.nbytes for x in (*self._there, self._hot))
+        tables = sum(x.nbytes for x in (*self._there, *self._placed, self._hot))
         parts = (self._index, self._lowrank, self._tail)
         return tables + sum(part.nbytes for part in parts if part is not None)
 
@@ -191,14 +191,16 @@ class SelectedLayer:
         self._fetch(self._ids(guess, lengths), clock, blocks)
 
     def attend(
-        self, fresh: Fresh, clock: Clock, blocks: Int32[Tensor, "B N"]
+        self, fresh: Fresh, clock: Clock, blocks: Int32[Tensor, "B N"], place: Int32[Tensor, "B Hk"]
     ) -> Float[Tensor, "B Hq D"]:
-        """Attention of the newest tokens over what their queries select, themselves included."""
-        self._append(fresh, clock, blocks)
+        """Attention of the newest tokens over what their queries select, themselves included.
+
+        Args:
+            place: slots of the hot buffer that are theirs.
+        """
+        self._append(fresh, clock, blocks, place)
         ids = self._ids(fresh, clock.lengths)
-        found = self._fetch(ids, clock, blocks)
-        self.counts[0].add_((ids >= 0).sum(2))
-        self.counts[1].add_(found.count)
+        found = self._fetch(ids, clock, blocks, self.counts)
         return self._attended(fresh.rotated_q, ids, found.slots, clock.lengths)
 
     def _attended(
@@ -206,16 +208,11 @@ class SelectedLayer:
     ) -> Float[Tensor, "B Hq D"]:
         """What is selected exactly, and with a tail an estimate of all else."""
         scale, softcap = self._spec.scale, self._spec.softcap
-        part = attend_slots(q, self._hot, slots, self._layout, scale, softcap)
         if self._tail is None:
-            return part.out
-        rest = self._tail.estimate(q, lengths, ids, self._hot, slots, self._layout, scale)
-        outs, lses = (torch.stack(pair) for pair in zip(part, rest, strict=True))
-        return merge_parts(outs, lses).out
+            return attend_slots(q, self._hot, slots, self._layout, scale, softcap).out
+        return self._tail.attend(q, lengths, ids, self._hot, slots, self._layout, scale)
 
-    def _append(self, fresh: Fresh, clock: Clock, blocks: Tensor) -> None:
-        newest = clock.positions[:, None, None].expand(-1, self._shape.num_kv_heads, 1)
-        place = resolve(newest.contiguous(), self._there, clock.now).slots[..., 0].contiguous()
+    def _append(self, fresh: Fresh, clock: Clock, blocks: Tensor, place: Tensor) -> None:
         append(
             fresh.rotated_k,
             fresh.v,
@@ -257,13 +254,14 @@ class SelectedLayer:
         scale = self._spec.scale * unturned(space, self._rope)
         if space == "unrotated":
             return fresh.q, scale
-        at = torch.full((len(fresh.q),), self._method.distance, device=fresh.q.device)
-        placed = self._rope.rotate(fresh.q.transpose(0, 1), self._rope.table(at))
-        return placed.transpose(0, 1), scale
+        turned = rotate_rows(fresh.q, fresh.k, *self._placed, interleaved=self._rope.interleaved)
+        return turned[0], scale
 
-    def _fetch(self, ids: Tensor, clock: Clock, blocks: Tensor) -> Resolved:
+    def _fetch(
+        self, ids: Tensor, clock: Clock, blocks: Tensor, counts: Tensor | None = None
+    ) -> Resolved:
         """Slots of tokens; what misses comes from the pool."""
-        found = resolve(ids, self._there, clock.now)
+        found = resolve(ids, self._there, clock.now, counts)
         pool = self._pool
         slab = pool.slab(self._number)
         gather(slab, blocks, pool.shape.layout, found, self._hot, self._layout)

@@ -5,8 +5,7 @@ from jaxtyping import Float, Float32, Int32, UInt8
 from torch import Tensor
 
 from engine.kernels.append_tail import append_tail
-from engine.kernels.merge_parts import Partials
-from engine.kernels.tail import estimate_tail
+from engine.kernels.attend_whole import attend_whole
 from engine.model.pieces import Shape
 from kvstore.rows import RowLayout
 from retrieval.estimate import CLUSTER_TOKENS, Tail
@@ -50,7 +49,7 @@ class BatchTail:
         """The newest token of every slot, rotated; nothing of a free one."""
         append_tail(k, v, positions, self.summaries, CLUSTER_TOKENS)
 
-    def estimate(
+    def attend(
         self,
         q: Float[Tensor, "B Hq D"],
         lengths: Int32[Tensor, " B"],
@@ -59,9 +58,9 @@ class BatchTail:
         slots: Int32[Tensor, "B Hk K"],
         layout: RowLayout,
         scale: float,
-    ) -> Partials:
-        """Attention over every token but `ids`, whose rows are in `slots`, estimated."""
-        return estimate_tail(
+    ) -> Float[Tensor, "B Hq D"]:
+        """Attention over `ids`, whose rows are in `slots`; every other token is estimated."""
+        return attend_whole(
             *(q, self.summaries, lengths, ids, hot, slots, layout),
             *(CLUSTER_TOKENS, scale, self._softcap),
-        )
+        ).out

@@ -123,10 +123,29 @@ def attend_slots_triton(
     softcap: float | None = None,
 ) -> Partials:
     """The same by a kernel, and by another where the chosen are cut into parts."""
+    made = empty_parts(q, parts_of(slots)[0])
+    attend_parts(q, hot, slots, layout, scale, softcap, made)
+    return merged(made, q.dtype)
+
+
+def parts_of(slots: Int32[Tensor, "B Hk K"]) -> tuple[int, int]:
+    """Into how many parts the chosen are cut, and how many slots a part has."""
+    batch, heads, count = slots.shape
+    return cut(count, batch * heads, BLOCK)
+
+
+def attend_parts(
+    q: Float[Tensor, "B Hq D"],
+    hot: UInt8[Tensor, "B Hk S row"],
+    slots: Int32[Tensor, "B Hk K"],
+    layout: RowLayout,
+    scale: float,
+    softcap: float | None,
+    made: Partials,
+) -> None:
+    """Attention over each part by itself, written to `made` [parts, B, Hq, ...]."""
     (rows, k_at, v_at), (batch, heads, count) = numbers(hot, layout, q.dtype), slots.shape
-    block = rows_at_once(layout.head_dim, q.dtype)
-    parts, part = cut(count, batch * heads, BLOCK)
-    made = empty_parts(q, parts)
+    block, (parts, part) = rows_at_once(layout.head_dim, q.dtype), parts_of(slots)
     _attend_part[(parts, batch * heads)](
         *(q.contiguous(), rows, slots.contiguous(), made.out, made.lse),
         *(count, rows.shape[2], part, scale),
@@ -134,7 +153,6 @@ def attend_slots_triton(
         **{"K_AT": k_at, "V_AT": v_at, "ROW": rows.shape[3], "SOFTCAP": softcap, "BLOCK": block},
         LOOK=LOOKED_AT if part >= TRIMMED else None,
     )
-    return merged(made, q.dtype)
 
 
 def rows_at_once(dim: int, dtype: torch.dtype) -> int:

@@ -120,10 +120,34 @@ def estimate_tail_triton(
     softcap: float | None = None,
 ) -> Partials:
     """The same by a kernel, and by another that merges parts."""
+    made = empty_parts(q, parts_of(summaries)[0])
+    estimate_parts(q, summaries, lengths, ids, hot, slots, layout, cluster, scale, softcap, made)
+    return merged(made, q.dtype)
+
+
+def parts_of(summaries: Float32[Tensor, "B Hk C F"]) -> tuple[int, int]:
+    """Into how many parts the clusters are cut, and how many a part has."""
+    batch, heads, clusters = summaries.shape[:3]
+    return cut(clusters, batch * heads, CLUSTERS)
+
+
+def estimate_parts(
+    q: Float[Tensor, "B Hq D"],
+    summaries: Float32[Tensor, "B Hk C F"],
+    lengths: Int32[Tensor, " B"],
+    ids: Int32[Tensor, "B Hk K"],
+    hot: UInt8[Tensor, "B Hk S row"],
+    slots: Int32[Tensor, "B Hk K"],
+    layout: RowLayout,
+    cluster: int,
+    scale: float,
+    softcap: float | None,
+    made: Partials,
+) -> None:
+    """The estimate of each part by itself, written to `made` [parts, B, Hq, ...]."""
     rows, k_at, v_at = numbers(hot, layout, q.dtype)
     (batch, heads, clusters), count = summaries.shape[:3], ids.shape[2]
-    parts, part = cut(clusters, batch * heads, CLUSTERS)
-    made = empty_parts(q, parts)
+    parts, part = parts_of(summaries)
     summaries = summaries if summaries.stride(3) == 1 else summaries.contiguous()
     _estimate[(parts, batch * heads)](
         *(q.contiguous(), summaries, lengths, ids.contiguous(), rows, slots.contiguous()),
@@ -133,7 +157,6 @@ def estimate_tail_triton(
         **{"K_AT": k_at, "V_AT": v_at, "ROW": rows.shape[3], "SOFTCAP": softcap},
         num_warps=_warps(q.dtype),
     )
-    return merged(made, q.dtype)
 
 
 def _warps(dtype: torch.dtype) -> int:

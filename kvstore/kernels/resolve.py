@@ -20,7 +20,7 @@ from typing import NamedTuple, no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Int16, Int32
+from jaxtyping import Int16, Int32, Int64
 from torch import Tensor
 
 from kvstore.kernels.put import put
@@ -77,7 +77,12 @@ def pin(residency: Residency, slots: Int32[Tensor, "B Hk N"]) -> None:
     _put(residency.used, slots, torch.full_like(slots, PINNED))
 
 
-def resolve(ids: Int32[Tensor, "B Hk K"], residency: Residency, now: Int32[Tensor, ""]) -> Resolved:
+def resolve(
+    ids: Int32[Tensor, "B Hk K"],
+    residency: Residency,
+    now: Int32[Tensor, ""],
+    counts: Int64[Tensor, "2 B Hk"] | None = None,
+) -> Resolved:
     """Find tokens; give those that are missing slots, which are theirs from now on.
 
     Mutates the tables. The caller writes the rows of what was missing before anybody reads them.
@@ -87,6 +92,7 @@ def resolve(ids: Int32[Tensor, "B Hk K"], residency: Residency, now: Int32[Tenso
     Args:
         ids: each once a row; -1, at the end, where there are fewer.
         now: the step, from 0 up; what was used at this step does not leave.
+        counts: of every row, how many tokens were asked for and how many listed, added to it.
     Raises:
         ValueError: if a row asks for more tokens than it has slots, or tables are not contiguous.
     """
@@ -97,12 +103,15 @@ def resolve(ids: Int32[Tensor, "B Hk K"], residency: Residency, now: Int32[Tenso
         )
     if not all(table.is_contiguous() for table in residency):
         raise ValueError(f"tables must be contiguous: {[x.stride() for x in residency]}")
-    run = resolve_triton if on_gpu(ids, *residency, now) else resolve_torch
-    return run(ids, residency, now)
+    run = resolve_triton if on_gpu(ids, *residency, now, counts) else resolve_torch
+    return run(ids, residency, now, counts)
 
 
 def resolve_torch(
-    ids: Int32[Tensor, "B Hk K"], residency: Residency, now: Int32[Tensor, ""]
+    ids: Int32[Tensor, "B Hk K"],
+    residency: Residency,
+    now: Int32[Tensor, ""],
+    counts: Int64[Tensor, "2 B Hk"] | None = None,
 ) -> Resolved:
     """The definition."""
     slot, token, used = residency
@@ -121,7 +130,10 @@ def resolve_torch(
     _put(slot, missing, target)
     _put(token, target, missing)
     _put(used, target, now.expand_as(target))
-    return Resolved(slots, missing, target, listed.sum(2, dtype=torch.int32))
+    count = listed.sum(2, dtype=torch.int32)
+    if counts is not None:
+        counts.add_(torch.stack([asked.sum(2), count]))
+    return Resolved(slots, missing, target, count)
 
 
 def _victims(
@@ -147,16 +159,20 @@ def _put(table: Tensor, at: Tensor, values: Tensor) -> None:
 
 
 def resolve_triton(
-    ids: Int32[Tensor, "B Hk K"], residency: Residency, now: Int32[Tensor, ""]
+    ids: Int32[Tensor, "B Hk K"],
+    residency: Residency,
+    now: Int32[Tensor, ""],
+    counts: Int64[Tensor, "2 B Hk"] | None = None,
 ) -> Resolved:
     """By the kernel."""
+    assert counts is None or counts.is_contiguous(), "rows lie side by side"
     batch, heads, most = ids.shape
     slots, missing, target = (torch.empty_like(ids, memory_format=torch.contiguous_format)
                               for _ in range(3))  # fmt: skip
     found = Resolved(slots, missing, target, ids.new_empty(batch, heads))
     sizes = most, residency.token.shape[2], residency.slot.shape[2]
     _resolve[(batch * heads,)](
-        ids.contiguous(), *residency, now, *found, *sizes,
+        ids.contiguous(), *residency, now, *found, counts, *sizes,
         OLDEST=OLDEST, BLOCK=BLOCK, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     return found
@@ -165,7 +181,7 @@ def resolve_triton(
 @triton.jit
 @no_type_check
 def _resolve(
-    ids, slot, token, used, now, slots, missing, target, count, K, S, T,
+    ids, slot, token, used, now, slots, missing, target, count, counts, K, S, T,
     OLDEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -176,13 +192,17 @@ def _resolve(
     missing += row * K
     target += row * K
     time = tl.load(now)
-    need = _find(ids + row * K, slot, used, time, slots, missing, target, K, BLOCK)
+    asked, need = _find(ids + row * K, slot, used, time, slots, missing, target, K, BLOCK)
     given = tl.full((), 0, tl.int32)
     tl.debug_barrier()  # uses and lists are read by other threads than wrote them
     if need > 0:
         last, ties, given = _last_to_leave(used, time, need, S, OLDEST, BLOCK)
         _give(slot, token, used, time, slots, missing, target, last, ties, S, OLDEST, BLOCK)
     tl.store(count + row, given)
+    if counts is not None:
+        listed = counts + tl.num_programs(0) + row
+        tl.store(counts + row, tl.load(counts + row) + asked)
+        tl.store(listed, tl.load(listed) + given)
     for first in range(0, K, BLOCK):
         at = first + tl.arange(0, BLOCK)
         behind = (at >= given) & (at < K)
@@ -194,7 +214,7 @@ def _resolve(
 @no_type_check
 def _find(ids, slot, used, time, slots, missing, target, K, BLOCK: tl.constexpr):
     """Touch what is there, list what is not; `target` says meanwhile which of ids it was."""
-    need = tl.full((), 0, tl.int32)
+    count, need = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     for first in range(0, K, BLOCK):
         at = first + tl.arange(0, BLOCK)
         token = tl.load(ids + at, mask=at < K, other=-1)
@@ -206,8 +226,9 @@ def _find(ids, slot, used, time, slots, missing, target, K, BLOCK: tl.constexpr)
         nth = need + tl.cumsum(miss, 0) - 1
         tl.store(missing + nth, token, mask=miss > 0)
         tl.store(target + nth, at, mask=miss > 0)
+        count += tl.sum(asked.to(tl.int32), 0)
         need += tl.sum(miss, 0)
-    return need
+    return count, need
 
 
 @triton.jit
@@ -264,17 +285,14 @@ def _give(
         before += tl.sum(mine, 0)
 
 
-AOT = [
-    Build(
-        "resolve",
-        _resolve,
-        dict.fromkeys(("ids", "token", "used", "now"), "*i32")
-        | dict.fromkeys(("slots", "missing", "target", "count"), "*i32")
-        | {"slot": "*i16", "K": "i32", "S": "i32", "T": "i32"}
-        | {"OLDEST": "constexpr", "BLOCK": "constexpr"},
-        {"OLDEST": OLDEST, "BLOCK": BLOCK},
-        num_warps=WARPS,
-        num_stages=1,
-        spills="four numbers, on sm_100: so many warps leave a thread 64 registers",
-    )
-]
+def _build(name: str, *, counted: bool) -> Build:
+    constants = {"OLDEST": OLDEST, "BLOCK": BLOCK} | ({} if counted else {"counts": None})
+    signature = dict.fromkeys(("ids", "token", "used", "now"), "*i32")
+    signature |= dict.fromkeys(("slots", "missing", "target", "count"), "*i32")
+    signature |= {"slot": "*i16", "counts": "*i64", "K": "i32", "S": "i32", "T": "i32"}
+    signature |= dict.fromkeys(constants, "constexpr")
+    spills = "a few numbers, on sm_100: so many warps leave a thread 64 registers"
+    return Build(name, _resolve, signature, constants, WARPS, 1, spills)
+
+
+AOT = [_build("resolve", counted=False), _build("resolve, counted", counted=True)]

@@ -4,21 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32, Int32, Int64
+from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
 from retrieval.exact import Exact
 from retrieval.index import KeySpace, KVIndex
+from retrieval.kernels.append_unit import Form, append_unit, summarised
 from retrieval.kernels.score_rows import score_rows
 from retrieval.kernels.scores import Scores
 from retrieval.landmarks import Landmarks
 from retrieval.quest import Quest
-
-# The keys of a unit, of which the first `count[b]` are there, and their row.
-Summarise = Callable[
-    [Float[Tensor, "B Hk N D"], Int64[Tensor, " B"]],
-    Float[Tensor, "B Hk E"],
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,30 +30,8 @@ class Kind:
     index: type[Landmarks] | type[Quest] | type[Exact]
     rows: str
     width: int
-    summarise: Summarise
+    form: Form
     query: Callable[[Float32[Tensor, "B Hq D"]], Float32[Tensor, "B Hq E"]]
-
-
-def _mean(keys: Float[Tensor, "B Hk N D"], count: Int64[Tensor, " B"]) -> Float[Tensor, "B Hk D"]:
-    """Summed in fp32 and rounded once, as `landmarks.means` does."""
-    total = keys.float().where(_there(keys, count), 0.0).sum(2)
-    return (total / count[:, None, None]).to(keys.dtype)
-
-
-def _bounds(keys: Float[Tensor, "B Hk N D"], count: Int64[Tensor, " B"]) -> Float[Tensor, "B Hk E"]:
-    """All maxima, then all minima, as `quest.bounds` does."""
-    there = _there(keys, count)
-    high = keys.where(there, -torch.inf).amax(2)
-    return torch.cat([high, keys.where(there, torch.inf).amin(2)], -1)
-
-
-def _only(keys: Float[Tensor, "B Hk N D"], count: Int64[Tensor, " B"]) -> Float[Tensor, "B Hk D"]:
-    """The key of a unit of one."""
-    return keys[:, :, 0]
-
-
-def _there(keys: Tensor, count: Tensor) -> Tensor:
-    return (torch.arange(keys.shape[2], device=keys.device) < count[:, None])[:, None, :, None]
 
 
 def _same(query: Float32[Tensor, "B Hq D"]) -> Float32[Tensor, "B Hq D"]:
@@ -70,9 +43,9 @@ def _signs(query: Float32[Tensor, "B Hq D"]) -> Float32[Tensor, "B Hq E"]:
     return torch.cat([query.clamp(min=0), query.clamp(max=0)], -1)
 
 
-LANDMARKS = Kind(Landmarks, "summaries", 1, _mean, _same)
-BOUNDS = Kind(Quest, "summaries", 2, _bounds, _signs)
-KEYS = Kind(Exact, "keys", 1, _only, _same)
+LANDMARKS = Kind(Landmarks, "summaries", 1, "mean", _same)
+BOUNDS = Kind(Quest, "summaries", 2, "bounds", _signs)
+KEYS = Kind(Exact, "keys", 1, "key", _same)
 
 
 class DeviceRows:
@@ -126,12 +99,11 @@ class DeviceRows:
         self._skipped = torch.zeros(
             (*heads, units if kind is LANDMARKS else 0), dtype=torch.bool, device=device
         )
-        self._slot = torch.arange(slots, device=device)
 
     @property
     def nbytes(self) -> int:
         """Of all tensors, whether slots are free or not."""
-        held = (self._rows, self._open, self._outliers, self._skipped, self._slot)
+        held = (self._rows, self._open, self._outliers, self._skipped)
         return sum(x.nbytes for x in held)
 
     @property
@@ -152,7 +124,7 @@ class DeviceRows:
         if left is not None and left.shape[1]:
             self._open[slot, :, : left.shape[1]] = left
             count = torch.full((1,), left.shape[1], device=self._open.device)
-            row = self._kind.summarise(self._open[slot : slot + 1], count)[0]
+            row = summarised(self._open[slot : slot + 1], count, self._kind.form)[0]
             self._rows[slot, :, full.shape[1]] = row
         if self._kind is LANDMARKS:
             self._skipped[slot].scatter_(1, state["chosen"].to(self._skipped.device), True)
@@ -168,12 +140,7 @@ class DeviceRows:
 
         The tokens before it must be there.
         """
-        there = (positions >= 0)[:, None, None]
-        position = positions.clamp(min=0).long()
-        unit, place = position // self.unit_tokens, position % self.unit_tokens
-        self._open[self._slot, :, place] = keys.where(there, self._open[self._slot, :, place])
-        row = self._kind.summarise(self._open, place + 1)
-        self._rows[self._slot, :, unit] = row.where(there, self._rows[self._slot, :, unit])
+        append_unit(keys, positions, self._open, self._rows, self._kind.form)
 
     def score(
         self, query: Float[Tensor, "B Hq D"], lengths: Int32[Tensor, " B"], scale: float

@@ -4,10 +4,11 @@
     least = the k-th largest key of the row
     taken: the keys above `least`, and of those that equal it the last ones, k in all
 
-`least` is made bit by bit from the highest: a bit stays if k keys reach the number with it. Where
-exactly k keys reach a number, the rest of its bits does not matter. A count is a comparison and an
-addition for a key that is in a register; `tl.histogram` of 256 bins, which would find 8 bits at a
-time, asks each warp for 8 votes and 8 counts of bits to every 32 keys, and does not cost less.
+`least` is made two bits at a time from the highest: the largest digit stays with which k keys reach
+the number. Where exactly k keys reach it, the rest of its bits does not matter. Counts are three
+comparisons and additions for a key that is in a register; `tl.histogram` of 256 bins, which would
+find 8 bits at a time, asks each warp for 8 votes and 8 counts of bits to every 32 keys, and does
+not cost less.
 
     keys [B, Hk, T]     ids [B, Hk, K]  written once
 

@@ -38,6 +38,8 @@ WARPS = 16  # of a search
 PART = 4096
 SETS = 2048  # at least, so that there are programs enough
 ROOM = 4  # for what is gathered, times the number of sets
+WIDE = tl.constexpr(21)  # bits of a count: of less than 2 million tokens
+WIDE_MASK = tl.constexpr((1 << 21) - 1)
 DEPTH, WIDTH = 16, 128  # keys of so many sets that a program reads at once
 
 
@@ -52,6 +54,7 @@ def choose_cut(
     """`choose.choose`, with many programs for each row; five launches."""
     assert keys.is_contiguous(), "rows lie side by side"
     batch, heads, capacity = keys.shape
+    assert capacity < 1 << WIDE.value, "counts have so many bits"
     rows, parts, sets = batch * heads, triton.cdiv(capacity, PART), sets_of(budget)
     room = min(ROOM * sets, capacity)
     peaks, bound, tally, found, out = (
@@ -94,22 +97,44 @@ def some_keys(row, i, length, capacity):
 def least_of(row, length, capacity, k, RUN: tl.constexpr):
     """An integer that k keys reach, so that no more do or the next larger has fewer; how many do.
 
-    Made from its highest bit on: a bit stays if k keys reach the number with it.
+    Made from its highest bits on, two at a time: of four digits the largest with which k keys reach
+    it. The counts of three are one number of 64 bits, as its sum over a program is what takes time.
     """
     run = tl.arange(0, RUN)
     first = some_keys(row, run, length, capacity)
     least, one = tl.full([], LOWEST, tl.int32), tl.full([], 1, tl.int32)
-    count, bit = length, one * 31
+    count, bit = length, one * 30
     while (bit >= 0) & (count > k):
-        trial = least ^ (one << bit)
-        reach = (first >= trial).to(tl.int32)
+        reach = _reaching(first, least, bit)
         for start in range(RUN, length, RUN):
-            reach += (some_keys(row, start + run, length, capacity) >= trial).to(tl.int32)
-        reached = tl.sum(reach, 0)
-        stays = reached >= k
-        least, count = tl.where(stays, trial, least), tl.where(stays, reached, count)
-        bit -= 1
+            reach += _reaching(some_keys(row, start + run, length, capacity), least, bit)
+        reached, below = _summed(reach), least
+        for digit in tl.static_range(1, 4):
+            some = ((reached >> (digit - 1) * WIDE) & WIDE_MASK).to(tl.int32)
+            stays = some >= k  # of no digit behind one with which fewer reach it
+            least = tl.where(stays, below ^ (one * digit << bit), least)
+            count = tl.where(stays, some, count)
+        bit -= 2
     return least, count
+
+
+@triton.jit
+@no_type_check
+def _reaching(key, least, bit):
+    """Whether keys reach `least` with each of the digits 1, 2 and 3 at a place: counts, 10 bits."""
+    one = tl.full([], 1, tl.int32)
+    found = (key >= (least ^ (one << bit))).to(tl.int32)
+    found += (key >= (least ^ (one * 2 << bit))).to(tl.int32) << 10
+    return found + ((key >= (least ^ (one * 3 << bit))).to(tl.int32) << 20)
+
+
+@triton.jit
+@no_type_check
+def _summed(reach):
+    """Three counts of a program, of WIDE bits each, in one sum."""
+    wide = (reach & 1023).to(tl.int64)
+    wide += ((reach >> 10) & 1023).to(tl.int64) << WIDE
+    return tl.sum(wide + ((reach >> 20).to(tl.int64) << 2 * WIDE), 0)
 
 
 @triton.jit

@@ -1,11 +1,13 @@
 """Trials of the kernels that attend: to chosen rows, to parts, from scattered tokens."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from engine.batch.tail import PITCH
-from engine.kernels import attend_runs, attend_slots, merge_parts, tail
+from engine.kernels import attend_runs, attend_slots, attend_whole, merge_parts, tail
 from gpu_bench.choosing import HOT
 from gpu_bench.rows import finite, layout_of, some
 from gpu_bench.trial import ROUNDED, Sizes, Trial, size
@@ -52,6 +54,28 @@ def merged(sizes: Sizes) -> Trial:
 
 def estimated(sizes: Sizes) -> Trial:
     """The tail of what is not selected, by clusters."""
+    asked, moved = _tail(sizes)
+    return Trial(
+        run=lambda: tail.estimate_tail(*asked),
+        define=lambda: tail.estimate_tail_torch(*asked),
+        moved=moved,
+        tolerance=ROUNDED[sizes.dtype],
+    )
+
+
+def whole(sizes: Sizes) -> Trial:
+    """What is selected, and the tail; each selected row is read for both."""
+    asked, moved = _tail(sizes)
+    return Trial(
+        run=lambda: attend_whole.attend_whole(*asked),
+        define=lambda: attend_whole.attend_whole_torch(*asked),
+        moved=moved,
+        tolerance=ROUNDED[sizes.dtype],
+    )
+
+
+def _tail(sizes: Sizes) -> tuple[tuple[Any, ...], int]:
+    """What an estimate takes, and the bytes that it moves."""
     layout, slots = layout_of(sizes), round(HOT * sizes.budget) + 16
     q = sizes.randn(sizes.batch, sizes.query_heads, sizes.dim)
     width = 2 * sizes.dim + 1
@@ -62,12 +86,7 @@ def estimated(sizes: Sizes) -> Trial:
     hot = finite(sizes, sizes.batch, sizes.heads, slots, layout.row_bytes)
     ids, at = some(sizes, sizes.tokens), some(sizes, slots)
     asked = q, summaries, sizes.full(), ids, hot, at, layout, CLUSTER_TOKENS, sizes.dim**-0.5
-    return Trial(
-        run=lambda: tail.estimate_tail(*asked),
-        define=lambda: tail.estimate_tail_torch(*asked),
-        moved=summaries.nbytes + ids.numel() * (layout.row_bytes + 8) + 2 * q.nbytes,
-        tolerance=ROUNDED[sizes.dtype],
-    )
+    return asked, summaries.nbytes + ids.numel() * (layout.row_bytes + 8) + 2 * q.nbytes
 
 
 def scattered(sizes: Sizes) -> Trial:

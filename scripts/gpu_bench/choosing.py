@@ -70,6 +70,8 @@ class Walk:
             device=sizes.device,
         )
         self.now = torch.zeros((), dtype=torch.int32, device=sizes.device)
+        size = 2, sizes.batch, sizes.heads
+        self.counts = torch.zeros(size, dtype=torch.int64, device=sizes.device)
         rows = sizes.batch, sizes.heads, sizes.tokens
         self._order = torch.rand(rows, device=sizes.device).argsort(-1).int()
         self._start, self._sizes = 0, sizes
@@ -90,15 +92,16 @@ def walk(sizes: Sizes) -> Walk:
 def resolved(sizes: Sizes) -> Trial:
     """Which of a step's tokens are in the hot buffer, and who leaves for the others."""
     path = walk(sizes)
-    ids, tables, now = path.ids(), path.tables, path.now
+    ids, tables, now, counts = path.ids(), path.tables, path.now, path.counts
 
     def run() -> list[Tensor]:
         now.add_(1)
-        return [*resolve.resolve(ids, tables, now), *tables]
+        return [*resolve.resolve(ids, tables, now, counts), *tables, counts]
 
     def define() -> list[Tensor]:
         own = resolve.Residency(*(x.clone() for x in tables))
-        return [*resolve.resolve_torch(ids, own, now + 1), *own]
+        all_counts = counts.clone()
+        return [*resolve.resolve_torch(ids, own, now + 1, all_counts), *own, all_counts]
 
     read = 2 * ids.nbytes + 2 * size(tables[1:])  # of `slot` only what is asked for
     return Trial(run, define, read + 3 * ids.nbytes)

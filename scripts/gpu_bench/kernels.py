@@ -29,10 +29,12 @@ CASES: Mapping[str, tuple[str, Case]] = {
     "attend_slots": ("engine.kernels.attend_slots", attending.chosen),
     "merge_parts": ("engine.kernels.merge_parts", attending.merged),
     "tail": ("engine.kernels.tail", attending.estimated),
+    "tail, with attend_slots": ("engine.kernels.tail", attending.whole),
     "attend_runs": ("engine.kernels.attend_runs", attending.scattered),
     "norm_rows": ("engine.kernels.norm_rows", newest.normed),
     "rotate_rows": ("engine.kernels.rotate_rows", newest.rotated),
     "append_tail": ("engine.kernels.append_tail", newest.summarised),
+    "append_unit": ("retrieval.kernels.append_unit", newest.landmarked),
 }
 WITHIN = {"retrieval.kernels.cut": "choose"}  # modules that a line of another measures
 BATCHES = (1, 8)

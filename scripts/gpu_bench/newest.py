@@ -5,8 +5,10 @@ from torch import Tensor
 
 from engine.batch.tail import PITCH
 from engine.kernels import append_tail, norm_rows, rms_norm, rotate_rows
+from gpu_bench.scoring import CHUNK
 from gpu_bench.trial import ROUNDED, Sizes, Trial, size
 from retrieval.estimate import CLUSTER_TOKENS
+from retrieval.kernels import append_unit
 
 EPS = 1e-5
 
@@ -55,3 +57,22 @@ def summarised(sizes: Sizes) -> Trial:
         return [own]
 
     return Trial(run, define, size((k, v)) + 2 * 4 * width * sizes.batch * sizes.heads)
+
+
+def landmarked(sizes: Sizes) -> Trial:
+    """Landmarks that have half of their tokens."""
+    heads = sizes.batch, sizes.heads
+    rows = sizes.randn(*heads, sizes.tokens // CHUNK, sizes.dim)
+    waiting, keys = sizes.randn(*heads, CHUNK, sizes.dim), sizes.randn(*heads, sizes.dim)
+    at = sizes.full() - CHUNK // 2
+
+    def run() -> list[Tensor]:
+        append_unit.append_unit(keys, at, waiting, rows, "mean")
+        return [waiting, rows]
+
+    def define() -> list[Tensor]:
+        own = waiting.clone(), rows.clone()
+        append_unit.append_unit_torch(keys, at, *own, "mean")
+        return [*own]
+
+    return Trial(run, define, 3 * keys.nbytes + waiting.nbytes // 2)

@@ -126,8 +126,8 @@ def batch_of(monkeypatch):
         self.ids = choose(self, fresh, lengths)
         return self.ids
 
-    def followed(self, fresh, clock, blocks):
-        heads = attend(self, fresh, clock, blocks)
+    def followed(self, fresh, clock, *where):
+        heads = attend(self, fresh, clock, *where)
         made[-1].follow(self._number, fresh, clock, self.ids, heads)
         return heads
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import engine.batch.layer as batch_layer
-from engine.kernels import rms_norm
+from engine.kernels import attend_whole, rms_norm
 from kvstore.kernels.append import append_triton
 from kvstore.kernels.gather import gather_triton
 from native.gpu import interpreted, kernel_modules
@@ -28,6 +28,7 @@ def through_kernels(monkeypatch):
             module = importlib.import_module(name)
             if hasattr(module, "on_gpu"):
                 monkeypatch.setattr(module, "on_gpu", lambda *_: True)
+        monkeypatch.setattr(attend_whole, "on_gpu", lambda *_: True)
         monkeypatch.setattr(batch_layer, "gather", gather_triton)
         monkeypatch.setattr(batch_layer, "append", append_triton)
         monkeypatch.setattr(rms_norm, "fits", lambda *_: True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine.kernels import merge_parts as merging
+from engine.kernels.attend_whole import attend_whole, attend_whole_torch, attend_whole_triton
 from engine.kernels.tail import estimate_tail, estimate_tail_torch, estimate_tail_triton
 from retrieval.estimate import Tail
 from tests.engine.kernels.rows import DTYPES, HEADS, contexts, placed, queries, some_ids
@@ -131,6 +132,31 @@ def test_slots_behind_the_last_id_mean_nothing(estimate):
     assert_alike(got, by_request(given, tails, k, v), torch.float32)
 
 
+@pytest.mark.parametrize("attend", [attend_whole_torch, attend_whole_triton])
+@pytest.mark.parametrize("programs", [1, 40])
+def test_what_is_selected_and_the_tail_are_all_there_is(attend, programs, monkeypatch):
+    """Clusters of one token estimate nothing: it is dense attention, whatever is selected."""
+    monkeypatch.setattr(merging, "PROGRAMS", programs)
+    given, _, k, v = case((4, 2), 64, torch.float32, 1, 70)
+    q, scale = given[0], given[-1]
+    got = attend(*given)
+    assert got.out[0].eq(0).all()
+    assert got.lse[0].isneginf().all()
+    for b, length in enumerate(LENGTHS[1:], 1):
+        scores = q[b].unflatten(0, (2, 2)) @ k[b, :, :length].mT * scale
+        want = (scores.softmax(-1) @ v[b, :, :length]).flatten(0, 1)
+        torch.testing.assert_close(got.out[b], want, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(got.lse[b], scores.logsumexp(-1).flatten(), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_the_kernels_merge_all_parts_at_once(softcap):
+    given, *_ = case((4, 2), 80, torch.float16, 32, pitch=3)
+    want = attend_whole_torch(*given, softcap)
+    assert_alike(attend_whole_triton(*given, softcap), want, torch.float16)
+    assert_alike(attend_whole(*given, softcap), want, torch.float16)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("cluster", [1, 32])
@@ -140,5 +166,9 @@ def test_on_a_gpu_it_equals_its_definition(dtype, cluster):
     for heads, dim in zip([*HEADS, (8, 8), (32, 8)], cycle((64, 80, 128))):
         given, *_ = case(heads, dim, dtype, cluster, 500, [0, 1, 4000, 900], pitch=15)
         moved = [x.cuda() if isinstance(x, torch.Tensor) else x for x in given]
-        got, want = estimate_tail(*moved), estimate_tail_torch(*given)
-        assert_alike(type(got)(*(x.cpu() for x in got)), want, dtype)
+        for ours, theirs in (
+            (estimate_tail, estimate_tail_torch),
+            (attend_whole, attend_whole_torch),
+        ):
+            got = ours(*moved)
+            assert_alike(type(got)(*(x.cpu() for x in got)), theirs(*given), dtype)

@@ -187,6 +187,16 @@ def test_what_is_used_now_or_pinned_never_leaves_and_the_rest_goes_without(way):
 
 
 @pytest.mark.parametrize("way", WAYS, ids=["torch", "triton"])
+def test_what_is_asked_for_and_listed_is_counted_row_by_row(way):
+    residency = empty(2, 1, tokens=50, slots=3, device="cpu")
+    counts = torch.full((2, 2, 1), 1 << 40)
+    for now, ids in ((1, [[[1, 2]], [[]]]), (2, [[[2, 3, 4]], [[9]]])):
+        way(padded(ids, 3), residency, step(now), counts)
+    way(padded([[[5, 6]], [[9]]], 3), residency, step(2), counts)  # nothing of the first may leave
+    assert (counts - (1 << 40)).squeeze(2).tolist() == [[7, 2], [4, 1]]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["torch", "triton"])
 def test_rows_that_ask_for_nothing_change_nothing(way):
     residency = empty(2, 2, tokens=9, slots=4, device="cpu")
     way(padded([[[1, 2], [3]], [[4], []]], 2), residency, step(1))
@@ -215,7 +225,8 @@ def test_definitions_do_not_look_at_data():
     """On tensors without data: what would wait for a GPU, or cannot be captured, raises."""
     residency = empty(2, 3, tokens=99, slots=9, device="meta")
     ids = torch.empty(2, 3, 5, dtype=torch.int32, device="meta")
-    found = resolve_torch(ids, residency, torch.empty((), dtype=torch.int32, device="meta"))
+    counts = torch.empty(2, 2, 3, dtype=torch.int64, device="meta")
+    found = resolve_torch(ids, residency, torch.empty((), dtype=torch.int32, device="meta"), counts)
     pin(residency, found.slots)
     layout = RowLayout(Int8(), Int4(), 64, torch.float16)
     blocks, hot = (torch.empty(2, 7, device="meta").int(), hot_rows(layout))
@@ -247,15 +258,17 @@ def test_a_gpu_resolves_large_tables_as_the_definition_does():
     batch, heads, most, slots, tokens = 3, 8, 2048, 5000, 20000
     here = empty(batch, heads, tokens=tokens, slots=slots, device="cpu")
     there = empty(batch, heads, tokens=tokens, slots=slots, device="cuda")
+    counts = torch.zeros(2, batch, heads, dtype=torch.int64)
+    counted = counts.cuda()
     for now in (1, 2, 3, 4, 300, 301, 302):
         # a third of all tokens, most of them asked for again and again; the last request ragged
         score = torch.rand(batch, heads, tokens, generator=generator) + torch.rand(tokens)
         ids = score.topk(most, 2).indices.int()
         ids[-1, :, int(torch.randint(most, (), generator=generator)) :] = -1
-        want = resolve_torch(ids, here, step(now))
-        got = resolve(ids.cuda(), there, step(now).cuda())
+        want = resolve_torch(ids, here, step(now), counts)
+        got = resolve(ids.cuda(), there, step(now).cuda(), counted)
         if now == 2:
             pin(here, want.slots[..., :64].contiguous())
             pin(there, got.slots[..., :64].contiguous())
-        for one, other in zip((*got, *there), (*want, *here)):
+        for one, other in zip((*got, *there, counted), (*want, *here, counts)):
             assert torch.equal(one.cpu(), other)
