@@ -342,13 +342,14 @@ LINES = [
     {"part": "kernels", "name": "gather", "batch": 8, "error": "differs"},
     *(
         {"part": "decode", "name": name, "tokens": 1 << 17, "largest": largest, "batch": n}
-        | ({"hits": 0.6, "share_of_bound": 0.7} if name == "headrace" else {})
+        | ({"hits": 0.6, "share_of_bound": 0.7} if name != "dense" else {})
         | {"tokens_per_s": rate, "median_s": n / rate, "cap_bytes": 40 << 30}
         for name, largest, n, rate in [
             ("dense", False, 1, 50),
             ("dense", True, 1, 50),
             ("headrace", False, 1, 80),
             ("headrace", True, 7, 250),
+            ("headrace, int8", True, 11, 400),
         ]
     ),
     {"part": "prefill", "name": "compared", "over_dense": {"headrace": 1.05}},
@@ -371,10 +372,11 @@ def test_figures_come_from_lines_and_what_is_lacking_has_a_reason(bench):
     }
     assert (figures["scoring_share_of_copy"], figures["exposed_copies"]) == (0.9, 0.1)
     assert figures["prefill_over_dense"] == {"headrace": 1.05}
-    lacking = {"gather_share_of_copy", "attend_share_of_copy", "blend_faster"}
+    lacking = {"gather_share_of_copy", "attend_share_of_copy", "blend_faster", "decode_128k_int8"}
     assert {name for name, value in figures.items() if value is None} == lacking == set(reasons)
     assert "differs" in reasons["gather_share_of_copy"]
     assert "not reached" in reasons["attend_share_of_copy"]
+    assert "not reached" in reasons["decode_128k_int8"]
     assert "out of memory" in reasons["blend_faster"]
 
 

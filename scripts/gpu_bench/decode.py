@@ -178,10 +178,10 @@ class Plan:
     hits: tuple[float, ...]
 
 
-METHODS = ("headrace", "shadowkv", "a2ats")
-FULL = Plan((1 << 17, 1 << 15, 1 << 19), (*METHODS, *VARIANTS), (0.6, 0.0, 0.8))
+METHODS = ("headrace", *VARIANTS, "shadowkv", "a2ats")
+FULL = Plan((1 << 17, 1 << 15, 1 << 19), METHODS, (0.6, 0.0, 0.8))
 SHORT = Plan((1 << 17,), METHODS, (0.6,))
-TOY = Plan((1024,), (*METHODS, *VARIANTS), (0.6,))
+TOY = Plan((1024,), METHODS, (0.6,))
 
 
 def lines(where: Place, plan: Plan) -> Iterator[dict[str, Any]]:

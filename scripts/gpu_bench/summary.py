@@ -1,6 +1,7 @@
 """The figures that matter, out of the lines that were measured; None, with a reason, for others."""
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 Line = dict[str, Any]
@@ -54,17 +55,17 @@ def share(kernel: str) -> Callable[[Sequence[Line]], float]:
     return find
 
 
-def decode(lines: Sequence[Line]) -> dict[str, float | None]:
-    """Ours against dense at 128k: throughput and batch at the largest of each, and alone.
+def decode(lines: Sequence[Line], name: str) -> dict[str, float | None]:
+    """A method against dense at 128k: throughput and batch at the largest of each, and alone.
 
     The largest batches follow from the cap on memory: dense is held by it, ours by the host's.
     """
     facts = {"tokens": CONTEXT, "largest": True}
     wanted = ["tokens_per_s", "batch", "median_s", "cap_bytes"]
     theirs = one(lines, "decode", wanted, name="dense", **facts)
-    ours = one(lines, "decode", [*wanted, "share_of_bound"], name="headrace", hits=HITS, **facts)
+    ours = one(lines, "decode", [*wanted, "share_of_bound"], name=name, hits=HITS, **facts)
     alone = facts | {"largest": False}
-    single = one(lines, "decode", wanted, name="headrace", hits=HITS, **alone)
+    single = one(lines, "decode", wanted, name=name, hits=HITS, **alone)
     dense = one(lines, "decode", wanted, name="dense", **alone)
     return {
         "throughput_over_dense": ours["tokens_per_s"] / theirs["tokens_per_s"],
@@ -101,7 +102,8 @@ FIGURES: dict[str, tuple[str, Callable[[Sequence[Line]], Any]]] = {
     "scoring_share_of_copy": ("kernels", share("score_codes")),
     "gather_share_of_copy": ("kernels", share("gather")),
     "attend_share_of_copy": ("kernels", share("attend_slots")),
-    "decode_128k": ("decode", decode),
+    "decode_128k": ("decode", partial(decode, name="headrace")),
+    "decode_128k_int8": ("decode", partial(decode, name="headrace, int8")),
     "prefill_over_dense": ("prefill", prefill),
     "blend_faster": ("blend", blend),
     "exposed_copies": ("copies", exposed),
