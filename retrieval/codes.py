@@ -34,7 +34,8 @@ class Codes:
         device: torch.device | str = "cpu",
     ) -> None:
         self.length = 0
-        self._packed = Rows(num_kv_heads, (subspaces, BLOCK // 2), torch.uint8, device)
+        shape = (subspaces, BLOCK // 2)
+        self._packed = Rows(num_kv_heads, shape, torch.uint8, device, least=1)
         self._scales = Rows(num_kv_heads, (), torch.float16, device) if scaled else None
 
     @classmethod

@@ -21,6 +21,7 @@ class Rows:
 
     Args:
         shape: of one row: (D,) for keys, (M,) for codes, () for one number.
+        least: rows that a full buffer grows by at least.
     """
 
     def __init__(
@@ -29,8 +30,11 @@ class Rows:
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        *,
+        least: int = LEAST_ROWS,
     ) -> None:
         self.length = 0
+        self._least = least
         self._shared = 0  # rows that are not ours to overwrite
         self._buffer = torch.empty((num_kv_heads, 0, *shape), dtype=dtype, device=device)
 
@@ -80,7 +84,7 @@ class Rows:
     def _make_room(self, length: int) -> None:
         capacity = self._buffer.shape[1]
         if length > capacity or self.length < self._shared:
-            self._move(max(length, capacity + max(LEAST_ROWS, capacity // GROWTH)))
+            self._move(max(length, capacity + max(self._least, capacity // GROWTH)))
 
     def _move(self, capacity: int) -> None:
         old = self.view

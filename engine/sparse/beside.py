@@ -8,6 +8,7 @@ from engine.model.pieces import Shape
 from engine.model.rope import FarTable
 from engine.sparse.indexes import make_index
 from engine.sparse.rows import raw_rows
+from retrieval.codes import BLOCK
 from retrieval.estimate import CLUSTER_TOKENS
 from retrieval.pending import GROWTH, LEAST_ROWS
 
@@ -31,7 +32,8 @@ def beside(shape: Shape, method: Method, prompt_tokens: int) -> Beside:
     budget = method.tokens(prompt_tokens)
     spec = make_index(method, shape, budget).spec
     token = heads * spec.bytes_per_token
-    fixed = heads * spec.shared_bytes + LEAST_ROWS * spec.unit_tokens * token
+    spare = max(LEAST_ROWS * spec.unit_tokens, BLOCK)  # tokens: codes of 4 bits come in blocks
+    fixed = heads * spec.shared_bytes + spare * token
     if method.index == "vq":  # calibrated on the prompt's queries: two matrices a head
         fixed += heads * 2 * dim * dim * 4
     if method.tail:

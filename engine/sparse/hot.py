@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from kvstore.rows import RowLayout, TokenKV
+from retrieval.pending import GROWTH
 
 FREE = -1
 PINNED = 1 << 62  # a use that never grows old
@@ -133,9 +134,9 @@ class HotBuffer:
         return slots
 
     def _reserve(self, tokens: int) -> None:
-        """Room in the table of tokens; grows by a sixteenth."""
+        """Room in the table of tokens; it grows as indexes do."""
         have = self._slot.shape[1]
         if tokens > have:
-            more = max(tokens, have + have // 16) - have
+            more = max(tokens, have + have // GROWTH) - have
             fresh = self._slot.new_full((len(self._slot), more), FREE)
             self._slot = torch.cat([self._slot, fresh], 1)

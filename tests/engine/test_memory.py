@@ -122,6 +122,31 @@ def test_what_indexes_and_buffers_take_is_counted(family, name, changes):
         run.release()
 
 
+@pytest.mark.parametrize("tokens", [2, 130, 960])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("headrace", {}),
+        ("headrace", {"attend_on": "device", "hot": 1.0}),
+        ("headrace", {"options": {"bits": 4}}),
+        ("shadowkv", {"rank": 4}),
+    ],
+)
+def test_what_grows_with_an_answer_is_counted(tokens, name, changes):
+    method = preset(name, **({"budget": 64} | changes))
+    config = EngineConfig(block_tokens=BLOCK, store=STORE, method=method, pinned_bytes=8 << 20)
+    with Engine(build("llama"), None, config) as engine:
+        run = engine.accept(prompt(tokens).tolist(), 60, Sampling(), ())
+        each, layers = (
+            beside(engine.model.shape, method, tokens),
+            engine.memory.pool.shape.num_layers,
+        )
+        for _ in engine._steps([run]):
+            if run.cache is not None:
+                counted = run.capacity * each.token + each.fixed
+                assert run.cache.device_bytes <= layers * counted
+
+
 def test_a_batch_has_room_for_its_indexes_from_the_start(monkeypatch):
     """They count once: a GPU's requests would have to wait for room that they do not take."""
     with engine(build("llama"), 1 << 20) as made:
