@@ -115,7 +115,8 @@ class Catalogue:
     def _catch_up(self, file: BinaryIO) -> None:
         head = file.readline()
         generation = self._head(head).generation
-        if generation != self._generation:
+        cut = file.seek(0, os.SEEK_END) < self._read  # by who could not write all of a line, or so
+        if cut or generation != self._generation:
             self._forget()
             self._generation, self._read = generation, len(head)
         file.seek(self._read)

@@ -199,7 +199,19 @@ def test_a_damaged_file_is_refused(path, damage, said):
         Catalogue(path)
 
 
+def test_a_file_that_is_cut_while_it_is_open_is_read_anew_and_not_filled_up(path):
+    catalogue = filled(path)
+    path.write_bytes(path.read_bytes()[:-40])
+    catalogue.refresh()
+    assert list(catalogue.documents) == ["one"]
+    path.write_bytes(path.read_bytes()[:-40])
+    catalogue.add([document("three", "d")], HERE)
+    assert state(catalogue) == state(Catalogue(path))
+    assert list(catalogue.documents) == ["one", "three"]
+
+
 def test_a_folder_that_cannot_be_used_is_told(tmp_path):
+
     (tmp_path / "file").write_text("")
     with pytest.raises(CatalogueError, match=r"cannot read .*Not a directory"):
         Catalogue(tmp_path / "file" / "rag.jsonl")
