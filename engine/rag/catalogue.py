@@ -210,9 +210,12 @@ class Catalogue:
         try:
             with _alone(self._path):
                 self.refresh()
-                yield
+                try:
+                    yield
+                except BaseException:
+                    self._forget()  # what was not written is not so
+                    raise
         except OSError as error:
-            self._forget()  # what could not be written is not so
             raise CatalogueError(f"cannot write {self._path}: {error.strerror}") from error
 
     def _append(self, rows: Sequence[Row]) -> None:

@@ -231,7 +231,23 @@ def test_what_could_not_be_written_is_not_known(path, monkeypatch):
     assert catalogue.documents["one"] == document("one", "ab")
 
 
+def test_a_change_that_is_interrupted_was_none(path, monkeypatch):
+    catalogue = filled(path)
+
+    def interrupted(*paths):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            catalogue.remove(["one"])
+    catalogue.refresh()
+    assert state(catalogue) == state(Catalogue(path))
+    assert "one" in catalogue.documents
+
+
 def test_threads_with_catalogues_of_their_own_lose_nothing(path):
+
     def work(number):
         catalogue = Catalogue(path)
         for i in range(15):
