@@ -265,8 +265,13 @@ class Catalogue:
 
 
 def catalogues(folder: Path) -> list[Path]:
-    """The files of all catalogues in a folder, of every tenant and model."""
-    return sorted(folder.glob(FILE.format("*")))
+    """The files of all catalogues in a folder, of every tenant and model.
+
+    Of one whose first documents were being written when its process was killed, only what
+    `discard` deletes beside it is there.
+    """
+    unfinished = [new.with_suffix(".jsonl") for new in folder.glob("rag-*.new")]
+    return sorted({*folder.glob(FILE.format("*")), *unfinished})
 
 
 def discard(path: Path) -> None:

@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from engine.rag.catalogue import Catalogue, CatalogueError, Chunk, Document, Origin, Trace
+from engine.rag.catalogue import (
+    Catalogue,
+    CatalogueError,
+    Chunk,
+    Document,
+    Origin,
+    Trace,
+    catalogues,
+    discard,
+)
 
 ROOT = Path(__file__).parents[3]
 HERE = Origin((1, 2), 64)
@@ -95,8 +104,19 @@ def test_no_text_of_a_removed_document_stays_in_the_folder(path):
     assert "beta" in left["rag.jsonl"]
 
 
+def test_all_catalogues_of_a_folder_are_found_and_discarded_whole(tmp_path):
+    filled(tmp_path / "rag-1.jsonl")
+    (tmp_path / "rag-2.new").write_text("alpha, of a process that was killed")
+    found = catalogues(tmp_path)
+    assert found == [tmp_path / "rag-1.jsonl", tmp_path / "rag-2.jsonl"]
+    for path in found:
+        discard(path)
+    assert {file.suffix for file in tmp_path.iterdir()} == {".lock"}
+
+
 @IN_MEMORY_AND_ON_DISK
 def test_a_document_takes_the_place_of_the_one_with_its_id(path, kept):
+
     catalogue = filled(path if kept else None)
     catalogue.add([document("one", "bd"), document("three", "c")], HERE)
     assert catalogue.documents["one"] == document("one", "bd")
