@@ -193,8 +193,11 @@ class Catalogue:
             own = {chunk.id: chunk for chunk in document.chunks} if document else {}
             for chunk in own.values():
                 left = tuple(owner for owner in self.owners.pop(chunk.id) if owner != id_)
-                if left:
+                if left:  # the chunk in their words: tokenizers may make the same tokens of others
                     self.owners[chunk.id] = left
+                    theirs = self.documents[left[0]].chunks
+                    self.chunks[chunk.id] = next(one for one in theirs if one.id == chunk.id)
+
                 else:
                     del self.chunks[chunk.id]
                     self.doomed[chunk.id] = Doomed(chunk.id, chunk.tokens)

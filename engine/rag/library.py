@@ -67,7 +67,7 @@ class Library:
                 f"question, the model has {positions}: choose a number from 1 up that fits"
             )
         self._engine, self._retriever, self._chunk_tokens = engine, retriever, chunk_tokens
-        self._indexed: set[str] = set()
+        self._indexed: dict[str, tuple[str, str]] = {}  # title and text, as the retriever has them
         self._origin = Origin(prefix, engine.config.block_tokens)
         self._reading: Counter[Origin] = Counter()  # by prompts that run
         self._lock = threading.RLock()  # guards all others; not held while the engine computes
@@ -229,18 +229,23 @@ class Library:
     def _index(self) -> None:
         """Tell the retriever what came and what went."""
         self._catalogue.refresh()
-        known = self._catalogue.chunks
-        if gone := self._indexed - known.keys():
+        chunks = self._catalogue.chunks
+        known = {id_: (self._title(id_), chunk.text) for id_, chunk in chunks.items()}
+        if gone := [id_ for id_, said in self._indexed.items() if known.get(id_) != said]:
             self._retriever.remove(sorted(gone))
-            self._indexed -= gone
-        if new := [id_ for id_ in known if id_ not in self._indexed]:
-            self._indexed.update(new)  # some of them may be, whatever goes wrong
+            self._leave_out(gone)
+        if new := {id_: said for id_, said in known.items() if id_ not in self._indexed}:
+            self._indexed |= new  # some of them may be, whatever goes wrong
             try:
-                self._retriever.add(new, [f"{self._title(id_)}\n{known[id_].text}" for id_ in new])
+                self._retriever.add(list(new), ["\n".join(said) for said in new.values()])
             except BaseException:
-                self._retriever.remove(new)
-                self._indexed.difference_update(new)
+                self._retriever.remove(list(new))
+                self._leave_out(new)
                 raise
+
+    def _leave_out(self, ids: Iterable[str]) -> None:
+        for id_ in ids:
+            del self._indexed[id_]
 
 
 def catalogue_file(engine: Engine, folder: str | Path | None) -> Path | None:

@@ -1,15 +1,18 @@
 """A deleted document is gone: its text, its chunks' KV, and the prompts that rested on them."""
 
 import threading
+from copy import deepcopy
 
 import pytest
+from tokenizers.normalizers import NFD, Sequence, StripAccents
 
-from engine import BlendConfig, PromptError
+from engine import BlendConfig, Engine, EngineConfig, PromptError
 from engine.perfmodel import Decision
 from engine.rag import Rag
 from engine.rag import forget as module
 from engine.rag.catalogue import Catalogue
 from engine.rag.library import catalogue_file
+from kvstore.config import StoreConfig
 from kvstore.errors import StoreError
 from tests.engine.rag.corpus import FACTS, PAGES, Parts, blocks, documents
 
@@ -72,6 +75,21 @@ def test_a_chunk_that_another_document_has_stays(parts, path):
         assert rag.ask(FACTS[0].question, **SHORT).citations[0].documents == ("copy",)
         assert rag.delete("copy") > 0
         assert blocks(engine) == {0}
+
+
+def test_a_chunk_that_stays_is_in_the_words_of_those_who_have_it(parts, path):
+    plain = deepcopy(parts.tokenizer)
+    plain.backend_tokenizer.normalizer = Sequence([NFD(), StripAccents()])
+    store = StoreConfig(disk_path=str(path))
+    with Engine(parts.module, plain, EngineConfig(store=store)) as engine:
+        rag = Rag(engine, 128)
+        texts = {"ours": "The name is Ros\u00e9.", "theirs": "The name is Rose."}
+        rag.add([{"id": id_, "title": text, "text": text} for id_, text in texts.items()])
+        assert len(rag.search("Ros\u00e9", 1)) == 1
+        rag.delete("ours")
+        assert rag.search("Ros\u00e9", 1) == []
+        [cited] = rag.ask("Rose", max_new_tokens=1).citations
+        assert (cited.text, cited.title) == (texts["theirs"], texts["theirs"])
 
 
 def test_an_unknown_document_is_refused_and_nothing_is_deleted(parts):
