@@ -157,15 +157,22 @@ class Catalogue:
                 self._append(new)
 
     def settle(
-        self, doomed: Iterable[str], traces: Iterable[Trace], origins: Iterable[Origin] = ()
+        self,
+        doomed: Iterable[str] = (),
+        traces: Iterable[Trace] = (),
+        *,
+        evicted: Iterable[Trace] = (),
+        origins: Iterable[Origin] = (),
     ) -> None:
-        """Forget doomed chunks, traces and origins: their KV is deleted."""
+        """Forget doomed chunks and their traces, as their KV is deleted; but no trace of a chunk
+        that came again meanwhile, whose prompts may be stored again. And all traces and origins
+        of which nothing is stored any more."""
         with self._changing():
             for origin in origins:
                 self.origins.pop(origin, None)
             for id_ in doomed:
                 self.doomed.pop(id_, None)
-            for trace in traces:
+            for trace in (*(t for t in traces if t.chunk not in self.chunks), *evicted):
                 self.traces.pop(trace, None)
             self._rewrite()
 

@@ -38,9 +38,9 @@ class Forgetting:
 
     def gone(self, doomed: Doomed) -> None:
         """Their KV is deleted."""
-        traces = [*doomed.traces, *self._stale()]
-        if traces or doomed.chunks:
-            self._catalogue.settle(doomed.chunks, traces)
+        stale = self._stale()
+        if doomed.chunks or doomed.traces or stale:
+            self._catalogue.settle(doomed.chunks, doomed.traces, evicted=stale)
 
     def after(self, chunks: Mapping[str, Sequence[int]]) -> None:
         """Of chunks whose KV was just stored, delete what was deleted in the meantime."""
@@ -94,7 +94,7 @@ class Forgetting:
         stale = [origin for origin in origins - needed if not self._stored(origin)]
         self._enough_origins = len(origins) - len(stale) + ORIGINS
         self._seen = {origin: key for origin, key in self._seen.items() if origin not in stale}
-        self._catalogue.settle((), (), stale)
+        self._catalogue.settle(origins=stale)
 
     def _stored(self, origin: Origin) -> bool:
         """Whether any chunk has KV behind a prefix. Only of the first such chunk all are tried."""

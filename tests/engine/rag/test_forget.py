@@ -193,7 +193,31 @@ def test_a_document_deleted_while_it_is_added_leaves_nothing(parts, path):
         assert blocks(engine) == {0}
 
 
+def test_a_document_that_comes_again_while_it_is_deleted_can_be_deleted_again(
+    parts, path, monkeypatch
+):
+    with parts.engine(path) as engine:
+        rag, other = Rag(engine, 128), Rag(engine, 128)
+        rag.add(documents()[0])
+        compute_everything(engine, monkeypatch)
+        rag.ask(FACTS[0].question, **SHORT)
+        delete = engine.store.delete
+
+        def come_again(names):
+            monkeypatch.setattr(engine.store, "delete", delete)
+            delete(names)
+            other.add(documents()[0])
+            other.ask(FACTS[0].question, **SHORT)
+
+        monkeypatch.setattr(engine.store, "delete", come_again)
+        rag.delete(PAGES[0])
+        assert blocks(engine) != {0}
+        rag.delete(PAGES[0])
+        assert blocks(engine) == {0}
+
+
 def test_a_deletion_that_was_interrupted_is_finished_by_the_next_process(parts, path, monkeypatch):
+
     with parts.engine(path) as engine:
         rag = Rag(engine, 128)
         rag.add(documents())
