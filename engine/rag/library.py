@@ -178,6 +178,7 @@ class Library:
         """
         with self._lock:
             origin = self._behind(prefix)
+            self._catalogue.refresh()
             self._catalogue.remember(origin)
             self._forgetting.prune({self._origin, origin, *self._reading})
             self._reading[origin] += 1
@@ -190,7 +191,7 @@ class Library:
     def stored(self, chunks: Mapping[str, Sequence[int]]) -> None:
         """KV of chunks was stored: delete what was deleted in the meantime."""
         with self._lock:
-            self._catalogue.refresh()
+            self._put_behind(self._origin)
             self._forgetting.after(chunks)
 
     def asked(
@@ -202,13 +203,20 @@ class Library:
     ) -> None:
         """A prompt of chunks has ended, and may have left KV: see `Forgetting.note`."""
         with self._lock:
-            self._read_no_more(self._behind(segments.prefix))
-            self._catalogue.refresh()
+            origin = self._behind(segments.prefix)
+            self._read_no_more(origin)
+            self._put_behind(origin)
             self._forgetting.note(segments, ids, generated, done)
             pairs = zip(ids, segments.chunks, strict=True)
             self._forgetting.after({id_: chunk for id_, chunk in pairs if id_ is not None})
 
+    def _put_behind(self, origin: Origin) -> None:
+        """KV was stored behind it, which other processes did not see coming when they pruned."""
+        self._catalogue.refresh()
+        self._catalogue.remember(origin)
+
     def _read_no_more(self, origin: Origin) -> None:
+
         self._reading[origin] -= 1
         self._reading += Counter()  # without those that nobody reads
 
