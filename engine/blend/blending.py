@@ -30,7 +30,7 @@ from engine.request import Running
 from engine.slices import Slices, Watch, drained, finished
 from engine.sparse.cache import SparseCache
 from engine.staging import Placed
-from kvstore.block import BlockKey, Kind
+from kvstore.block import BlockKey, Kind, Precision
 from kvstore.identity import ModelIdentity
 from kvstore.layout import layer_groups
 from kvstore.store import TieredStore
@@ -107,6 +107,12 @@ class Blending:
         for done, made in enumerate(self.chunks.complete(prefix, once, self._precision), 1):
             progress(done, len(once))
             yield sum(key.num_tokens for key in made)
+
+    def order(self, segments: Segments, precision: Precision) -> tuple[int, ...]:
+        """The chunks' numbers, in the order in which more of the prompt is stored exactly."""
+        return best_order(
+            segments, lambda t: self._store.lookup(self._plain.keys(t, precision=precision))
+        )
 
     def prefill(self, run: Running) -> Float[Tensor, " vocab"]:
         """Logits after the prompt of `run`, whose chunks are reused as its settings say."""
@@ -290,10 +296,8 @@ class Blending:
     def _reorder(self, run: Running, report: BlendReport) -> None:
         """Change the order of the chunks where more of the prompt is then stored exactly."""
         assert run.segments is not None
-        report.order = best_order(
-            run.segments,
-            lambda t: self._store.lookup(self._plain.keys(t, precision=run.precision)),
-        )
+        report.order = self.order(run.segments, run.precision)
+
         run.segments = run.segments.ordered(report.order)
         run.request = replace(run.request, prompt=run.segments.tokens)
 

@@ -161,6 +161,27 @@ def test_a_cancelled_request_leaves_nothing_of_a_deleted_document(parts, path, m
         assert blocks(engine) == {0}
 
 
+def test_a_cancelled_request_whose_chunks_were_reordered_leaves_nothing(parts, path, monkeypatch):
+    with parts.engine(path, block_tokens=16, blend=BlendConfig(reorder=True)) as engine:
+        rag = Rag(engine, 128)
+        rag.add(documents())
+        compute_everything(engine, monkeypatch)
+        blending = engine.blending
+        monkeypatch.setattr(blending, "_lossless", lambda found: blending.speeds.decide(found))
+        first, second, third, last = (document.chunks[0].id for document in rag.documents())
+        rag.ask(FACTS[0].question, [third, second], **SHORT)
+        steps = rag.stream(FACTS[0].question, [last, first, second, third], max_new_tokens=40)
+        next(steps)
+        steps.close()
+        read = rag.prompt(FACTS[0].question, [third, second, last, first])
+        keys = engine.plain.keys(read.tokens)
+        assert all(key in engine.store for key in keys)
+        rag.delete(PAGES[3])
+        assert sum(key in engine.store for key in keys) == read.spans[2].start // 16
+        rag.delete([document.id for document in rag.documents()])
+        assert blocks(engine) == {0}
+
+
 @pytest.mark.parametrize("compute", [False, True])
 def test_what_a_request_stores_after_the_deletion_goes_when_it_ends(
     parts, path, monkeypatch, compute
