@@ -51,6 +51,13 @@ class Found:
     computed: Computed  # of these, what needs no load
     reuse: Reuse
 
+    @property
+    def made_tokens(self) -> int:
+        """Tokens of the prompt whose KV was in no store, but computed for it, chunk by chunk."""
+        done = sum(key.num_tokens for key in self.start)
+        made = [block for block in self.placed if block.key in self.computed]
+        return sum(b.key.num_tokens - max(0, done - b.start) for b in made)
+
 
 class Blending:
     """Serves prompts of segments from one store. Thread-safe.
@@ -218,7 +225,7 @@ class Blending:
         report.charged, reuse = budget.charged, found.reuse
         report.exact_tokens, report.fresh_tokens = reuse.count(EXACT), reuse.count(FRESH)
         report.reused_tokens = reuse.reusable
-        run.stats.cached_tokens = report.exact_tokens + report.reused_tokens
+        run.stats.cached_tokens = report.exact_tokens + report.reused_tokens - found.made_tokens
         self._learn(report, work)
         return logits
 

@@ -101,8 +101,7 @@ def _cite(answer: "Answer") -> None:
     for citation in answer.citations:
         said = f"{citation.chunk}  {citation.documents[0]}"
         progress().print(said, style="dim", soft_wrap=True)
-    report = answer.report
-    reused = report.reused_tokens + report.exact_tokens
+    report, reused = answer.report, answer.stats.cached_tokens
     progress().print(
         f"{report.prompt_tokens:,} prompt tokens, {reused:,} of them reused and "
         f"{report.charged:.0%} of the moved ones computed afresh; first token after "
