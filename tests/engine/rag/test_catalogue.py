@@ -119,7 +119,6 @@ def test_all_catalogues_of_a_folder_are_found_and_discarded_whole(tmp_path):
 
 @IN_MEMORY_AND_ON_DISK
 def test_a_document_takes_the_place_of_the_one_with_its_id(path, kept):
-
     catalogue = filled(path if kept else None)
     catalogue.add([document("one", "bd"), document("three", "c")], HERE)
     assert catalogue.documents["one"] == document("one", "bd")
@@ -234,7 +233,6 @@ def test_a_file_that_is_cut_while_it_is_open_is_read_anew_and_not_filled_up(path
 
 
 def test_a_folder_that_cannot_be_used_is_told(tmp_path):
-
     (tmp_path / "file").write_text("")
     with pytest.raises(CatalogueError, match=r"cannot read .*Not a directory"):
         Catalogue(tmp_path / "file" / "rag.jsonl")
@@ -270,7 +268,6 @@ def test_a_change_that_is_interrupted_was_none(path, monkeypatch):
 
 
 def test_threads_with_catalogues_of_their_own_lose_nothing(path):
-
     def work(number):
         catalogue = Catalogue(path)
         for i in range(15):

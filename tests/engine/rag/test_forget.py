@@ -238,7 +238,6 @@ def test_a_document_that_comes_again_while_it_is_deleted_can_be_deleted_again(
 
 
 def test_a_deletion_that_was_interrupted_is_finished_by_the_next_process(parts, path, monkeypatch):
-
     with parts.engine(path) as engine:
         rag = Rag(engine, 128)
         rag.add(documents())

@@ -234,7 +234,6 @@ def test_a_prefix_that_others_forget_before_its_kv_is_stored_is_on_record_again(
 
 
 def test_prefixes_of_which_something_is_stored_are_not_searched_again(engine, monkeypatch):
-
     monkeypatch.setattr(forget, "ORIGINS", 0)
     library = shelf(engine)
     documents_ = add(engine, library, documents())
