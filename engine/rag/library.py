@@ -154,11 +154,12 @@ class Library:
                 )
             return [self._cited(*hit) for hit in hits]
 
-    def named(self, ids: Iterable[str]) -> list[Cited]:
-        """Chunks by their ids. PromptError for an unknown one, or none at all."""
+    def named(self, ids: str | Iterable[str]) -> list[Cited]:
+        """Chunks by their ids, or one. PromptError for an unknown one, or none at all."""
         with self._lock:
             self._catalogue.refresh()
-            if found := [self._cited(id_, None) for id_ in ids]:
+            named = [ids] if isinstance(ids, str) else ids
+            if found := [self._cited(id_, None) for id_ in named]:
                 return found
         raise PromptError("chunks is empty: name at least one, or leave it out for a search")
 
