@@ -235,7 +235,7 @@ class Blending:
         """The policy asked for, or what stands in for it, of which the report then tells."""
         asked = settings.chosen(self._model.shape.num_layers)
         policy = affordable(self._model, reuse, asked, budget)
-        if policy is not asked:
+        if policy is not asked and reuse.reusable:
             report.policy = "boundary"
             report.reason += (
                 f"; boundaries instead of {settings.policy}: its probe of "
