@@ -234,12 +234,16 @@ class Catalogue:
                 self._take(row)
             self._rewrite()
             return
-        with self._path.open("r+b") as file:
-            file.truncate(self._read)  # what a killed process left of a line
-            file.seek(self._read)
-            file.write(_lines(rows))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self._path.open("r+b") as file:
+                file.truncate(self._read)  # what a killed process left of a line
+                file.seek(self._read)
+                file.write(_lines(rows))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            os.truncate(self._path, self._read)
+            raise
         self.refresh()
 
     def _rewrite(self) -> None:
@@ -251,11 +255,15 @@ class Catalogue:
         lines = _lines([head, *self.origins, *documents, *doomed, *self.traces])
         new = self._path.with_suffix(".new")  # a killed one is overwritten, so its text goes, too
         new.unlink(missing_ok=True)
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self._path)
+        try:
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, self._path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
         sync_folder(self._path.parent)
         self._generation, self._read = head.generation, len(lines)
 

@@ -244,9 +244,13 @@ def test_what_could_not_be_written_is_not_known(path, monkeypatch):
     def full(handle):
         raise OSError(28, "No space left on device")
 
+    before = path.read_bytes()
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CatalogueError, match=r"cannot write .*No space left"):
-        catalogue.add([document("one", "cd")], HERE)
+    for new in (document("one", "cd"), document("three", "d")):
+        with pytest.raises(CatalogueError, match=r"cannot write .*No space left"):
+            catalogue.add([new], HERE)
+        left = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+        assert left == {"rag.jsonl": before, "rag.lock": b""}  # nothing that fills the disk
     monkeypatch.undo()
     catalogue.refresh()
     assert catalogue.documents["one"] == document("one", "ab")
