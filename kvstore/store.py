@@ -238,8 +238,9 @@ class TieredStore:
     def delete(self, keys: Sequence[BlockKey | bytes]) -> int:
         """Delete blocks (or digests) from every tier, pinned or not; how many copies there were.
 
-        What rests on them goes, too. A request that is reading one computes it instead.
-        Memory of other processes is theirs: what they hold goes when they end or evict it.
+        What rests on them goes, too; of a server, what of that is here. A request that is reading
+        one computes it instead. Memory of other processes is theirs: what they hold goes when they
+        end or evict it.
 
         Raises:
             StoreError: the device failed.
@@ -249,7 +250,7 @@ class TieredStore:
         with self._passage.deleting(digests):
             self.settle()  # what others had put on its way by then
             try:  # first, or a reader would bring back from there what is gone here
-                count = 0 if self._remote is None else self._remote.delete(keys)
+                count = 0 if self._remote is None else self._delete_there(self._remote, digests)
             finally:
                 here = self._delete_here(digests)
         return count + here
@@ -288,6 +289,12 @@ class TieredStore:
             if parent in known or any(parent in level.tier for level in self._levels):
                 known.add(key.digest)
         return [item for item in blocks if item[0].digest in known]
+
+    def _delete_there(self, remote: RemoteTier, digests: Sequence[bytes]) -> int:
+        """Of a server, also what rests on them as far as it is here: a server does not know."""
+        count, known = remote.delete(digests), resting_on(digests, self._residents())
+        remote.delete(known[len(set(digests)) :])
+        return count
 
     def _delete_here(self, digests: Sequence[bytes]) -> int:
         rest = resting_on(digests, self._residents())

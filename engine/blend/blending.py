@@ -30,7 +30,7 @@ from engine.request import Running
 from engine.slices import Slices, Watch, drained, finished
 from engine.sparse.cache import SparseCache
 from engine.staging import Placed
-from kvstore.block import BlockKey, Kind
+from kvstore.block import BlockKey, Kind, Precision
 from kvstore.identity import ModelIdentity
 from kvstore.layout import layer_groups
 from kvstore.store import TieredStore
@@ -50,6 +50,13 @@ class Found:
     placed: Sequence[Placed]  # all blocks to load
     computed: Computed  # of these, what needs no load
     reuse: Reuse
+
+    @property
+    def made_tokens(self) -> int:
+        """Tokens of the prompt whose KV was in no store, but computed for it, chunk by chunk."""
+        done = sum(key.num_tokens for key in self.start)
+        made = [block for block in self.placed if block.key in self.computed]
+        return sum(b.key.num_tokens - max(0, done - b.start) for b in made)
 
 
 class Blending:
@@ -107,6 +114,12 @@ class Blending:
         for done, made in enumerate(self.chunks.complete(prefix, once, self._precision), 1):
             progress(done, len(once))
             yield sum(key.num_tokens for key in made)
+
+    def order(self, segments: Segments, precision: Precision) -> tuple[int, ...]:
+        """The chunks' numbers, in the order in which more of the prompt is stored exactly."""
+        return best_order(
+            segments, lambda t: self._store.lookup(self._plain.keys(t, precision=precision))
+        )
 
     def prefill(self, run: Running) -> Float[Tensor, " vocab"]:
         """Logits after the prompt of `run`, whose chunks are reused as its settings say."""
@@ -212,7 +225,7 @@ class Blending:
         report.charged, reuse = budget.charged, found.reuse
         report.exact_tokens, report.fresh_tokens = reuse.count(EXACT), reuse.count(FRESH)
         report.reused_tokens = reuse.reusable
-        run.stats.cached_tokens = report.exact_tokens + report.reused_tokens
+        run.stats.cached_tokens = report.exact_tokens + report.reused_tokens - found.made_tokens
         self._learn(report, work)
         return logits
 
@@ -222,7 +235,7 @@ class Blending:
         """The policy asked for, or what stands in for it, of which the report then tells."""
         asked = settings.chosen(self._model.shape.num_layers)
         policy = affordable(self._model, reuse, asked, budget)
-        if policy is not asked:
+        if policy is not asked and reuse.reusable:
             report.policy = "boundary"
             report.reason += (
                 f"; boundaries instead of {settings.policy}: its probe of "
@@ -290,10 +303,8 @@ class Blending:
     def _reorder(self, run: Running, report: BlendReport) -> None:
         """Change the order of the chunks where more of the prompt is then stored exactly."""
         assert run.segments is not None
-        report.order = best_order(
-            run.segments,
-            lambda t: self._store.lookup(self._plain.keys(t, precision=run.precision)),
-        )
+        report.order = self.order(run.segments, run.precision)
+
         run.segments = run.segments.ordered(report.order)
         run.request = replace(run.request, prompt=run.segments.tokens)
 

@@ -75,6 +75,8 @@ def _ask(args: Namespace, rag: "Rag") -> None:
     options = {name: getattr(args, name) for name in names}
     if args.top_k:
         raise ConfigError("rag ask has no --top-k: use --top-p, or --chunks for how many are read")
+    if args.chunks is not None and args.chunks < 1:
+        raise ConfigError(f"--chunks is a number from 1 up, got {args.chunks}")
     answer = _shown(rag.stream(question, args.chunk, top_k=args.chunks, **options), args.json)
     if args.json:
         print(json.dumps(asdict(answer) | {"ttft_s": answer.ttft_s}), flush=True)
@@ -101,8 +103,7 @@ def _cite(answer: "Answer") -> None:
     for citation in answer.citations:
         said = f"{citation.chunk}  {citation.documents[0]}"
         progress().print(said, style="dim", soft_wrap=True)
-    report = answer.report
-    reused = report.reused_tokens + report.exact_tokens
+    report, reused = answer.report, answer.stats.cached_tokens
     progress().print(
         f"{report.prompt_tokens:,} prompt tokens, {reused:,} of them reused and "
         f"{report.charged:.0%} of the moved ones computed afresh; first token after "
@@ -125,7 +126,8 @@ def _list(args: Namespace, rag: "Rag") -> None:
 
 def _delete(args: Namespace, rag: "Rag") -> None:
     known = {document.id for document in rag.documents()}
-    ids = [id_ if id_ in known else str(Path(id_).resolve()) for id_ in args.ids]
+    named = [id_ if id_ in known else str(Path(id_).resolve()) for id_ in args.ids]
+    ids = list(dict.fromkeys(named))
     chunks = rag.delete(ids)
     if args.json:
         print(json.dumps({"documents": ids, "chunks": chunks}))

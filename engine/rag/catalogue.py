@@ -115,7 +115,8 @@ class Catalogue:
     def _catch_up(self, file: BinaryIO) -> None:
         head = file.readline()
         generation = self._head(head).generation
-        if generation != self._generation:
+        cut = file.seek(0, os.SEEK_END) < self._read  # by who could not write all of a line, or so
+        if cut or generation != self._generation:
             self._forget()
             self._generation, self._read = generation, len(head)
         file.seek(self._read)
@@ -156,15 +157,22 @@ class Catalogue:
                 self._append(new)
 
     def settle(
-        self, doomed: Iterable[str], traces: Iterable[Trace], origins: Iterable[Origin] = ()
+        self,
+        doomed: Iterable[str] = (),
+        traces: Iterable[Trace] = (),
+        *,
+        evicted: Iterable[Trace] = (),
+        origins: Iterable[Origin] = (),
     ) -> None:
-        """Forget doomed chunks, traces and origins: their KV is deleted."""
+        """Forget doomed chunks and their traces, as their KV is deleted; but no trace of a chunk
+        that came again meanwhile, whose prompts may be stored again. And all traces and origins
+        of which nothing is stored any more."""
         with self._changing():
             for origin in origins:
                 self.origins.pop(origin, None)
             for id_ in doomed:
                 self.doomed.pop(id_, None)
-            for trace in traces:
+            for trace in (*(t for t in traces if t.chunk not in self.chunks), *evicted):
                 self.traces.pop(trace, None)
             self._rewrite()
 
@@ -192,8 +200,11 @@ class Catalogue:
             own = {chunk.id: chunk for chunk in document.chunks} if document else {}
             for chunk in own.values():
                 left = tuple(owner for owner in self.owners.pop(chunk.id) if owner != id_)
-                if left:
+                if left:  # the chunk in their words: tokenizers may make the same tokens of others
                     self.owners[chunk.id] = left
+                    theirs = self.documents[left[0]].chunks
+                    self.chunks[chunk.id] = next(one for one in theirs if one.id == chunk.id)
+
                 else:
                     del self.chunks[chunk.id]
                     self.doomed[chunk.id] = Doomed(chunk.id, chunk.tokens)
@@ -209,9 +220,12 @@ class Catalogue:
         try:
             with _alone(self._path):
                 self.refresh()
-                yield
+                try:
+                    yield
+                except BaseException:
+                    self._forget()  # what was not written is not so
+                    raise
         except OSError as error:
-            self._forget()  # what could not be written is not so
             raise CatalogueError(f"cannot write {self._path}: {error.strerror}") from error
 
     def _append(self, rows: Sequence[Row]) -> None:
@@ -220,12 +234,16 @@ class Catalogue:
                 self._take(row)
             self._rewrite()
             return
-        with self._path.open("r+b") as file:
-            file.truncate(self._read)  # what a killed process left of a line
-            file.seek(self._read)
-            file.write(_lines(rows))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self._path.open("r+b") as file:
+                file.truncate(self._read)  # what a killed process left of a line
+                file.seek(self._read)
+                file.write(_lines(rows))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            os.truncate(self._path, self._read)
+            raise
         self.refresh()
 
     def _rewrite(self) -> None:
@@ -237,11 +255,15 @@ class Catalogue:
         lines = _lines([head, *self.origins, *documents, *doomed, *self.traces])
         new = self._path.with_suffix(".new")  # a killed one is overwritten, so its text goes, too
         new.unlink(missing_ok=True)
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self._path)
+        try:
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, self._path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
         sync_folder(self._path.parent)
         self._generation, self._read = head.generation, len(lines)
 
@@ -261,8 +283,13 @@ class Catalogue:
 
 
 def catalogues(folder: Path) -> list[Path]:
-    """The files of all catalogues in a folder, of every tenant and model."""
-    return sorted(folder.glob(FILE.format("*")))
+    """The files of all catalogues in a folder, of every tenant and model.
+
+    Of one whose first documents were being written when its process was killed, only what
+    `discard` deletes beside it is there.
+    """
+    unfinished = [new.with_suffix(".jsonl") for new in folder.glob("rag-*.new")]
+    return sorted({*folder.glob(FILE.format("*")), *unfinished})
 
 
 def discard(path: Path) -> None:

@@ -1,6 +1,6 @@
 """Deleting KV that belongs to no document any more, wherever prompts have put it."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from engine.blend.segments import Segments, digest
@@ -38,9 +38,9 @@ class Forgetting:
 
     def gone(self, doomed: Doomed) -> None:
         """Their KV is deleted."""
-        traces = [*doomed.traces, *self._stale()]
-        if traces or doomed.chunks:
-            self._catalogue.settle(doomed.chunks, traces)
+        stale = self._stale()
+        if doomed.chunks or doomed.traces or stale:
+            self._catalogue.settle(doomed.chunks, doomed.traces, evicted=stale)
 
     def after(self, chunks: Mapping[str, Sequence[int]]) -> None:
         """Of chunks whose KV was just stored, delete what was deleted in the meantime."""
@@ -67,20 +67,36 @@ class Forgetting:
         report = None if done is None else done.stats.blend
         if report is not None and report.loaded:
             return  # what is blended is not stored
-        if report is not None and report.order:
-            segments = segments.ordered(report.order)
-            ids = [ids[number] for number in report.order]
-        size = self._engine.config.block_tokens
-        tokens = [*segments.tokens, *generated]
-        asked = {Precision.EXACT, self._engine.config.store.precision}  # one of them
-        chains = [self._keys(tokens, size, precision=precision) for precision in asked]
-        starts = [(id_, span.start // size) for id_, span in zip(ids, segments.spans, strict=True)]
+        orders = self._orders(segments) if report is None else {report.order}
         self._catalogue.note(
-            Trace(id_, keys[at].digest.hex())
-            for keys in chains
-            for id_, at in starts
-            if id_ is not None and at < len(keys)
+            trace
+            for order in orders
+            for trace in self._traces(
+                segments.ordered(order), [ids[number] for number in order], generated
+            )
         )
+
+    def _orders(self, segments: Segments) -> set[tuple[int, ...]]:
+        """In which a prompt that was cancelled may have been read: the one asked for, and that in
+        which most of it is stored now."""
+        changed = self._precisions if self._engine.config.blend.reorder else ()
+        asked = tuple(range(len(segments.chunks)))
+        return {asked, *(self._engine.blending.order(segments, p) for p in changed)}
+
+    def _traces(
+        self, segments: Segments, ids: Sequence[str | None], generated: Sequence[int]
+    ) -> Iterator[Trace]:
+        size = self._engine.config.block_tokens
+        for precision in self._precisions:
+            keys = self._keys([*segments.tokens, *generated], size, precision=precision)
+            for id_, span in zip(ids, segments.spans, strict=True):
+                if id_ is not None and span.start // size < len(keys):
+                    yield Trace(id_, keys[span.start // size].digest.hex())
+
+    @property
+    def _precisions(self) -> set[Precision]:
+        """Of which KV of a prompt may be."""
+        return {Precision.EXACT, self._engine.config.store.precision}
 
     def prune(self, needed: Set[Origin]) -> None:
         """Forget the prefixes of which no chunk's KV is left, if there are too many.
@@ -94,7 +110,7 @@ class Forgetting:
         stale = [origin for origin in origins - needed if not self._stored(origin)]
         self._enough_origins = len(origins) - len(stale) + ORIGINS
         self._seen = {origin: key for origin, key in self._seen.items() if origin not in stale}
-        self._catalogue.settle((), (), stale)
+        self._catalogue.settle(origins=stale)
 
     def _stored(self, origin: Origin) -> bool:
         """Whether any chunk has KV behind a prefix. Only of the first such chunk all are tried."""

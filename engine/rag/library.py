@@ -67,7 +67,7 @@ class Library:
                 f"question, the model has {positions}: choose a number from 1 up that fits"
             )
         self._engine, self._retriever, self._chunk_tokens = engine, retriever, chunk_tokens
-        self._indexed: set[str] = set()
+        self._indexed: dict[str, tuple[str, str]] = {}  # title and text, as the retriever has them
         self._origin = Origin(prefix, engine.config.block_tokens)
         self._reading: Counter[Origin] = Counter()  # by prompts that run
         self._lock = threading.RLock()  # guards all others; not held while the engine computes
@@ -154,11 +154,12 @@ class Library:
                 )
             return [self._cited(*hit) for hit in hits]
 
-    def named(self, ids: Iterable[str]) -> list[Cited]:
-        """Chunks by their ids. PromptError for an unknown one, or none at all."""
+    def named(self, ids: str | Iterable[str]) -> list[Cited]:
+        """Chunks by their ids, or one. PromptError for an unknown one, or none at all."""
         with self._lock:
             self._catalogue.refresh()
-            if found := [self._cited(id_, None) for id_ in ids]:
+            named = [ids] if isinstance(ids, str) else ids
+            if found := [self._cited(id_, None) for id_ in named]:
                 return found
         raise PromptError("chunks is empty: name at least one, or leave it out for a search")
 
@@ -178,6 +179,7 @@ class Library:
         """
         with self._lock:
             origin = self._behind(prefix)
+            self._catalogue.refresh()
             self._catalogue.remember(origin)
             self._forgetting.prune({self._origin, origin, *self._reading})
             self._reading[origin] += 1
@@ -190,7 +192,7 @@ class Library:
     def stored(self, chunks: Mapping[str, Sequence[int]]) -> None:
         """KV of chunks was stored: delete what was deleted in the meantime."""
         with self._lock:
-            self._catalogue.refresh()
+            self._put_behind(self._origin)
             self._forgetting.after(chunks)
 
     def asked(
@@ -202,13 +204,20 @@ class Library:
     ) -> None:
         """A prompt of chunks has ended, and may have left KV: see `Forgetting.note`."""
         with self._lock:
-            self._read_no_more(self._behind(segments.prefix))
-            self._catalogue.refresh()
+            origin = self._behind(segments.prefix)
+            self._read_no_more(origin)
+            self._put_behind(origin)
             self._forgetting.note(segments, ids, generated, done)
             pairs = zip(ids, segments.chunks, strict=True)
             self._forgetting.after({id_: chunk for id_, chunk in pairs if id_ is not None})
 
+    def _put_behind(self, origin: Origin) -> None:
+        """KV was stored behind it, which other processes did not see coming when they pruned."""
+        self._catalogue.refresh()
+        self._catalogue.remember(origin)
+
     def _read_no_more(self, origin: Origin) -> None:
+
         self._reading[origin] -= 1
         self._reading += Counter()  # without those that nobody reads
 
@@ -229,18 +238,23 @@ class Library:
     def _index(self) -> None:
         """Tell the retriever what came and what went."""
         self._catalogue.refresh()
-        known = self._catalogue.chunks
-        if gone := self._indexed - known.keys():
+        chunks = self._catalogue.chunks
+        known = {id_: (self._title(id_), chunk.text) for id_, chunk in chunks.items()}
+        if gone := [id_ for id_, said in self._indexed.items() if known.get(id_) != said]:
             self._retriever.remove(sorted(gone))
-            self._indexed -= gone
-        if new := [id_ for id_ in known if id_ not in self._indexed]:
-            self._indexed.update(new)  # some of them may be, whatever goes wrong
+            self._leave_out(gone)
+        if new := {id_: said for id_, said in known.items() if id_ not in self._indexed}:
+            self._indexed |= new  # some of them may be, whatever goes wrong
             try:
-                self._retriever.add(new, [f"{self._title(id_)}\n{known[id_].text}" for id_ in new])
+                self._retriever.add(list(new), ["\n".join(said) for said in new.values()])
             except BaseException:
-                self._retriever.remove(new)
-                self._indexed.difference_update(new)
+                self._retriever.remove(list(new))
+                self._leave_out(new)
                 raise
+
+    def _leave_out(self, ids: Iterable[str]) -> None:
+        for id_ in ids:
+            del self._indexed[id_]
 
 
 def catalogue_file(engine: Engine, folder: str | Path | None) -> Path | None:

@@ -116,7 +116,9 @@ class Rag:
         """The ids of the chunks that the retriever finds, best first."""
         return self._library.search(question, top_k)
 
-    def ask(self, question: str, chunks: Sequence[str] | None = None, **options: Any) -> Answer:
+    def ask(
+        self, question: str, chunks: str | Sequence[str] | None = None, **options: Any
+    ) -> Answer:
         """The answer to a question. As `stream`, which lists the options."""
         with closing(self.stream(question, chunks, **options)) as steps:
             [answer] = [step.answer for step in steps if step.answer is not None]
@@ -125,7 +127,7 @@ class Rag:
     def stream(
         self,
         question: str,
-        chunks: Sequence[str] | None = None,
+        chunks: str | Sequence[str] | None = None,
         *,
         top_k: int | None = None,
         max_new_tokens: int = 128,
@@ -137,7 +139,7 @@ class Rag:
         """Token by token; the last step has the answer. Closing it cancels the request.
 
         Args:
-            chunks: ids, in the order in which the model reads them; instead of a search.
+            chunks: ids, in the order in which the model reads them, or one; instead of a search.
             top_k: how many chunks the retriever chooses; 5 if nothing is said.
         Raises:
             PromptError: no such chunk, none that fits the question, or no room for all of it.
@@ -161,13 +163,13 @@ class Rag:
         )
         return self._steps(segments, cited, events)
 
-    def prompt(self, question: str, chunks: Sequence[str]) -> Segments:
+    def prompt(self, question: str, chunks: str | Sequence[str]) -> Segments:
         """What the engine is given for a question and chunks by their ids."""
         behind = self._behind(question)
         return self._segments(self._library.named(chunks), behind)
 
     async def aask(
-        self, question: str, chunks: Sequence[str] | None = None, **options: Any
+        self, question: str, chunks: str | Sequence[str] | None = None, **options: Any
     ) -> Answer:
         """As `ask`, while the event loop goes on. Cancelling it frees the request."""
         async with aclosing(self.astream(question, chunks, **options)) as steps:
@@ -175,7 +177,7 @@ class Rag:
             return answer
 
     def astream(
-        self, question: str, chunks: Sequence[str] | None = None, **options: Any
+        self, question: str, chunks: str | Sequence[str] | None = None, **options: Any
     ) -> AsyncGenerator[Step]:
         """As `stream`, from a thread of its own. Leaving it frees the request."""
         return in_thread(lambda: self.stream(question, chunks, **options))

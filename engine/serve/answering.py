@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from engine.rag.shelf import Reading
 from engine.request import Completion, Event
+from engine.serve.faults import UNNOTED, logged
 from engine.service.ask import Ask, Failure, Ticket
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Answering:
             self._ticket, self._reading = ticket, reading
             late = self._closed
         if late:  # nobody else will
-            self._settle()
+            logged(self._settle, UNNOTED)
 
     async def some(self, timeout_s: float | None = None) -> list[Event]:
         """What came since the last call, at least one event; none where the time was over.
@@ -113,7 +114,7 @@ class Answering:
             started = self._ticket is not None and not self._closed
             self._closed = True
         if started:
-            self._threads.submit(self._settle)
+            self._threads.submit(logged, self._settle, UNNOTED)
 
     def _settle(self) -> None:
         """Note what was read, if it is over; else cancel it, and do so then."""
@@ -135,7 +136,7 @@ class Answering:
             self._over = isinstance(event, Failure) or event.completion is not None
             last = self._over and self._closed and self._reading is not None
         if last:  # nobody else will
-            self._threads.submit(self._settle)
+            self._threads.submit(logged, self._settle, UNNOTED)
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._take, time.perf_counter_ns(), event)
 

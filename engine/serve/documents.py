@@ -19,6 +19,7 @@ from engine.rag.shelf import Shelf
 from engine.serve.body import read_body, unless_gone
 from engine.serve.call import CALL, Call
 from engine.serve.desk import Desk
+from engine.serve.faults import logged
 from engine.serve.limits import Place
 from engine.serve.refusals import Refusal, no_document, over_quota
 from engine.serve.tenants import Tenant
@@ -35,6 +36,7 @@ from engine.service.spans import span
 from engine.slices import Slices
 
 T = TypeVar("T")
+UNDELETED = "what was deleted while documents were added may have left KV"
 
 
 class Documents:
@@ -133,14 +135,17 @@ class Adding:
     async def _compute(self, documents: Sequence[Document], chunks: Sequence[Tokens]) -> None:
         left = threading.Event()
         engine, prefix, owner = self._tenant.engine, self._shelf.prefix, self._tenant.name
-        service, recorders, stored = self._desk.service, self._desk.recorders, self._shelf.stored
+        service, recorders = self._desk.service, self._desk.recorders
+
+        def noted() -> None:
+            self._shelf.stored(documents)
 
         def work() -> Slices[None]:
             return _until(left, lambda: engine.precompute_slices(chunks, prefix))
 
         def begin() -> "Future[None]":
             future = service.background(work, owner)
-            future.add_done_callback(lambda _: recorders.submit(stored, documents))
+            future.add_done_callback(lambda _: recorders.submit(logged, noted, UNDELETED))
             return future
 
         try:

@@ -1,6 +1,7 @@
 """Answers for errors of the server's parts, and the log of what was its own fault."""
 
 import logging
+from collections.abc import Callable
 
 from engine.errors import EngineError
 from engine.rag.library import Unknown
@@ -10,6 +11,15 @@ from engine.serve.refusals import Refusal, rate_limited
 from kvstore.errors import StoreError
 
 log = logging.getLogger(__name__)
+UNNOTED = "where an answer has put KV is not on record: deletions will not find it"
+
+
+def logged(work: Callable[[], object], said: str) -> None:
+    """Do what nobody waits for: the log is told if it goes wrong."""
+    try:
+        work()
+    except Exception:
+        log.exception("%s", said)
 
 
 def refusal_of(error: Exception) -> Refusal:

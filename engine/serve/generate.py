@@ -16,7 +16,7 @@ from engine.serve.asks import ask_of, refuse_hopeless
 from engine.serve.body import read_body, unless_gone
 from engine.serve.call import CALL, Call
 from engine.serve.desk import Desk
-from engine.serve.faults import refusal_of
+from engine.serve.faults import UNNOTED, refusal_of
 from engine.serve.limits import Place
 from engine.serve.prompts import Prompted, prompted
 from engine.serve.replies import Head, body_of, head_of, stream_of
@@ -121,7 +121,7 @@ class Job:
         try:
             await self._answering.settled()
         except (EngineError, StoreError):
-            log.exception("where an answer has put KV is not on record: deletions will not find it")
+            log.exception(UNNOTED)
 
     async def _made(self, events: list[Event]) -> bytes:
         def make() -> bytes:

@@ -175,7 +175,7 @@ class RemoteTier:
     def delete(self, keys: Sequence[BlockKey | bytes]) -> int:
         """Delete blocks there, and what waits to be sent of them; how many there were.
 
-        What rests on them stays until its time is over: nothing can reach it.
+        What rests on them stays, if it is not given, until its time is over: nothing can reach it.
 
         Raises:
             Unreachable: the server may have them still.

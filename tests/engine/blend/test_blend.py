@@ -230,6 +230,8 @@ def test_where_nothing_is_to_repair_nothing_is_charged(engine, policy):
     asked = Segments(made.prefix, made.chunks[:1], made.question)
     got = blended(engine, asked, policy=policy, share=0.5)
     assert (got.report.reused_tokens, got.report.charged) == (0, 0)
+    assert got.report.policy == policy
+    assert got.report.reason == "load: all that is stored is in its place"
     torch.testing.assert_close(got.logits, full(engine, asked).logits, **CLOSE)
 
 

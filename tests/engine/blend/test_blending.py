@@ -48,9 +48,11 @@ def test_plain_prompts_and_segments_are_answered_in_one_batch(engine, module):
         oracle.assert_same_answer(module, text, one.tokens, want)
     assert done[0].stats.blend is None
     assert done[1].stats.blend.charged == 1
-    assert done[1].stats.cached_tokens == done[1].stats.prompt_tokens - 22  # prefix and question
+    assert done[1].stats.cached_tokens == 0  # its chunks were computed for it
     events = list(engine.stream(asked, max_new_tokens=12, blend=WHOLE))
     assert [event.token for event in events] == done[1].tokens
+    stats = events[-1].completion.stats
+    assert stats.cached_tokens == stats.prompt_tokens - 22  # prefix and question
 
 
 def test_chunks_are_computed_once_and_found_by_another_process(module, tmp_path):
@@ -79,6 +81,19 @@ def test_a_missing_chunk_is_computed_stored_and_reused(engine):
     again = blended(engine, asked, policy="boundary")
     assert again.report.missed == 0
     torch.testing.assert_close(again.logits, got.logits)
+
+
+def test_what_was_computed_for_a_prompt_did_not_come_from_the_store(engine):
+    asked, always = segments(), BlendConfig(controller=False)
+    start = list(asked.tokens[:64])
+    engine.generate([start], max_new_tokens=1)  # ends within the second chunk
+    engine.precompute([asked.chunks[0], asked.chunks[3]], asked.prefix)
+    cached = [
+        engine.generate(asked, max_new_tokens=1, blend=always)[0].stats.cached_tokens
+        for _ in range(2)
+    ]
+    missing = asked.spans[2].stop - len(start)
+    assert cached == [cached[1] - missing, asked.spans[3].stop]
 
 
 def test_a_store_without_room_for_the_chunks_changes_nothing_but_the_time(module, engine):

@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from engine.rag.catalogue import Catalogue, CatalogueError, Chunk, Document, Origin, Trace
+from engine.rag.catalogue import (
+    Catalogue,
+    CatalogueError,
+    Chunk,
+    Document,
+    Origin,
+    Trace,
+    catalogues,
+    discard,
+)
 
 ROOT = Path(__file__).parents[3]
 HERE = Origin((1, 2), 64)
@@ -69,7 +78,7 @@ def test_a_removed_documents_own_chunks_are_doomed_until_they_are_settled(path, 
     assert list(catalogue.documents) == ["two"]
     assert list(catalogue.chunks) == ["b", "c"]
     assert [doomed.tokens for doomed in catalogue.doomed.values()] == [tuple(b"a")]
-    catalogue.settle(["a"], [])
+    catalogue.settle(["a"])
     assert not catalogue.doomed
 
 
@@ -80,8 +89,11 @@ def test_traces_are_kept_until_they_are_settled(path, kept):
     size = path.stat().st_size if kept else 0
     catalogue.note([first])
     assert not kept or path.stat().st_size == size
-    catalogue.settle([], [first])
+    catalogue.settle(traces=[second])  # the chunk is there: it may have come again
+    assert list(catalogue.traces) == [first, second]
+    catalogue.settle(evicted=[first])
     assert list(catalogue.traces) == [second]
+
     assert not kept or state(Catalogue(path)) == state(catalogue)
 
 
@@ -93,6 +105,16 @@ def test_no_text_of_a_removed_document_stays_in_the_folder(path):
     assert left.keys() == {"rag.jsonl", "rag.lock"}
     assert "alpha" not in "".join(left.values())
     assert "beta" in left["rag.jsonl"]
+
+
+def test_all_catalogues_of_a_folder_are_found_and_discarded_whole(tmp_path):
+    filled(tmp_path / "rag-1.jsonl")
+    (tmp_path / "rag-2.new").write_text("alpha, of a process that was killed")
+    found = catalogues(tmp_path)
+    assert found == [tmp_path / "rag-1.jsonl", tmp_path / "rag-2.jsonl"]
+    for path in found:
+        discard(path)
+    assert {file.suffix for file in tmp_path.iterdir()} == {".lock"}
 
 
 @IN_MEMORY_AND_ON_DISK
@@ -199,6 +221,17 @@ def test_a_damaged_file_is_refused(path, damage, said):
         Catalogue(path)
 
 
+def test_a_file_that_is_cut_while_it_is_open_is_read_anew_and_not_filled_up(path):
+    catalogue = filled(path)
+    path.write_bytes(path.read_bytes()[:-40])
+    catalogue.refresh()
+    assert list(catalogue.documents) == ["one"]
+    path.write_bytes(path.read_bytes()[:-40])
+    catalogue.add([document("three", "d")], HERE)
+    assert state(catalogue) == state(Catalogue(path))
+    assert list(catalogue.documents) == ["one", "three"]
+
+
 def test_a_folder_that_cannot_be_used_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CatalogueError, match=r"cannot read .*Not a directory"):
@@ -211,12 +244,31 @@ def test_what_could_not_be_written_is_not_known(path, monkeypatch):
     def full(handle):
         raise OSError(28, "No space left on device")
 
+    before = path.read_bytes()
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CatalogueError, match=r"cannot write .*No space left"):
-        catalogue.add([document("one", "cd")], HERE)
+    for new in (document("one", "cd"), document("three", "d")):
+        with pytest.raises(CatalogueError, match=r"cannot write .*No space left"):
+            catalogue.add([new], HERE)
+        left = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+        assert left == {"rag.jsonl": before, "rag.lock": b""}  # nothing that fills the disk
     monkeypatch.undo()
     catalogue.refresh()
     assert catalogue.documents["one"] == document("one", "ab")
+
+
+def test_a_change_that_is_interrupted_was_none(path, monkeypatch):
+    catalogue = filled(path)
+
+    def interrupted(*paths):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            catalogue.remove(["one"])
+    catalogue.refresh()
+    assert state(catalogue) == state(Catalogue(path))
+    assert "one" in catalogue.documents
 
 
 def test_threads_with_catalogues_of_their_own_lose_nothing(path):

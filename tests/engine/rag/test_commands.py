@@ -75,7 +75,8 @@ def test_documents_are_added_asked_listed_and_deleted(rag, notes):
     assert [line.split("  ")[0] for line in out.splitlines()] == [
         str(notes / "assert.txt"), str(notes / "del.txt"),
     ]  # fmt: skip
-    assert rag("delete", "notes/del.txt")[:2] == (0, "1 documents and 1 chunks deleted\n")
+    twice = ("notes/del.txt", notes / "del.txt")
+    assert rag("delete", *twice)[:2] == (0, "1 documents and 1 chunks deleted\n")
     assert len(rag("list")[1].splitlines()) == 1
 
 
@@ -110,6 +111,7 @@ def test_json_is_lines_of_json(rag):
         (["ask", "What?"], 1, "there are no documents yet: add some"),
         (["ask", "What?", "--chunk", "nobody"], 1, "there is no chunk 'nobody'"),
         (["ask", "What?", "--top-k", "3"], 1, "use --top-p, or --chunks"),
+        (["ask", "What?", "--chunks", "0"], 1, "--chunks is a number from 1 up, got 0"),
         (["ask", "What?", "--policy", "best"], 1, "policy must be one of"),
         (["ask", "What?", "--chunks", "2", "--chunk", "x"], 2, "not allowed with"),
         (["delete", "nobody"], 1, "there is no document"),

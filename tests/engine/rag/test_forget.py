@@ -1,15 +1,18 @@
 """A deleted document is gone: its text, its chunks' KV, and the prompts that rested on them."""
 
 import threading
+from copy import deepcopy
 
 import pytest
+from tokenizers.normalizers import NFD, Sequence, StripAccents
 
-from engine import BlendConfig, PromptError
+from engine import BlendConfig, Engine, EngineConfig, PromptError
 from engine.perfmodel import Decision
 from engine.rag import Rag
 from engine.rag import forget as module
 from engine.rag.catalogue import Catalogue
 from engine.rag.library import catalogue_file
+from kvstore.config import StoreConfig
 from kvstore.errors import StoreError
 from tests.engine.rag.corpus import FACTS, PAGES, Parts, blocks, documents
 
@@ -72,6 +75,21 @@ def test_a_chunk_that_another_document_has_stays(parts, path):
         assert rag.ask(FACTS[0].question, **SHORT).citations[0].documents == ("copy",)
         assert rag.delete("copy") > 0
         assert blocks(engine) == {0}
+
+
+def test_a_chunk_that_stays_is_in_the_words_of_those_who_have_it(parts, path):
+    plain = deepcopy(parts.tokenizer)
+    plain.backend_tokenizer.normalizer = Sequence([NFD(), StripAccents()])
+    store = StoreConfig(disk_path=str(path))
+    with Engine(parts.module, plain, EngineConfig(store=store)) as engine:
+        rag = Rag(engine, 128)
+        texts = {"ours": "The name is Ros\u00e9.", "theirs": "The name is Rose."}
+        rag.add([{"id": id_, "title": text, "text": text} for id_, text in texts.items()])
+        assert len(rag.search("Ros\u00e9", 1)) == 1
+        rag.delete("ours")
+        assert rag.search("Ros\u00e9", 1) == []
+        [cited] = rag.ask("Rose", max_new_tokens=1).citations
+        assert (cited.text, cited.title) == (texts["theirs"], texts["theirs"])
 
 
 def test_an_unknown_document_is_refused_and_nothing_is_deleted(parts):
@@ -143,6 +161,27 @@ def test_a_cancelled_request_leaves_nothing_of_a_deleted_document(parts, path, m
         assert blocks(engine) == {0}
 
 
+def test_a_cancelled_request_whose_chunks_were_reordered_leaves_nothing(parts, path, monkeypatch):
+    with parts.engine(path, block_tokens=16, blend=BlendConfig(reorder=True)) as engine:
+        rag = Rag(engine, 128)
+        rag.add(documents())
+        compute_everything(engine, monkeypatch)
+        blending = engine.blending
+        monkeypatch.setattr(blending, "_lossless", lambda found: blending.speeds.decide(found))
+        first, second, third, last = (document.chunks[0].id for document in rag.documents())
+        rag.ask(FACTS[0].question, [third, second], **SHORT)
+        steps = rag.stream(FACTS[0].question, [last, first, second, third], max_new_tokens=40)
+        next(steps)
+        steps.close()
+        read = rag.prompt(FACTS[0].question, [third, second, last, first])
+        keys = engine.plain.keys(read.tokens)
+        assert all(key in engine.store for key in keys)
+        rag.delete(PAGES[3])
+        assert sum(key in engine.store for key in keys) == read.spans[2].start // 16
+        rag.delete([document.id for document in rag.documents()])
+        assert blocks(engine) == {0}
+
+
 @pytest.mark.parametrize("compute", [False, True])
 def test_what_a_request_stores_after_the_deletion_goes_when_it_ends(
     parts, path, monkeypatch, compute
@@ -172,6 +211,29 @@ def test_a_document_deleted_while_it_is_added_leaves_nothing(parts, path):
 
         rag.add(documents()[0], progress=progress)
         assert rag.documents() == []
+        assert blocks(engine) == {0}
+
+
+def test_a_document_that_comes_again_while_it_is_deleted_can_be_deleted_again(
+    parts, path, monkeypatch
+):
+    with parts.engine(path) as engine:
+        rag, other = Rag(engine, 128), Rag(engine, 128)
+        rag.add(documents()[0])
+        compute_everything(engine, monkeypatch)
+        rag.ask(FACTS[0].question, **SHORT)
+        delete = engine.store.delete
+
+        def come_again(names):
+            monkeypatch.setattr(engine.store, "delete", delete)
+            delete(names)
+            other.add(documents()[0])
+            other.ask(FACTS[0].question, **SHORT)
+
+        monkeypatch.setattr(engine.store, "delete", come_again)
+        rag.delete(PAGES[0])
+        assert blocks(engine) != {0}
+        rag.delete(PAGES[0])
         assert blocks(engine) == {0}
 
 

@@ -70,6 +70,7 @@ def test_chunks_may_be_named_and_are_read_in_that_order(rag):
         assert [citation.chunk for citation in answer.citations] == order
         assert answer.citations[0].score is None
         assert FACTS[0].answered_by(answer.text)
+    assert [citation.chunk for citation in rag.ask("What?", ids[0], **SHORT).citations] == ids[:1]
 
 
 @pytest.mark.parametrize("policy", ["reposition", "boundary", "deviation", "query", "union"])

@@ -202,6 +202,37 @@ def test_prefixes_of_which_nothing_is_stored_are_forgotten(engine, monkeypatch):
     library.delete(document.id)
 
 
+@pytest.mark.parametrize("read", [False, True])
+def test_a_prefix_that_others_forget_before_its_kv_is_stored_is_on_record_again(
+    parts, tmp_path, monkeypatch, read
+):
+    monkeypatch.setattr(forget, "ORIGINS", 1)
+
+    def saying(system: str):
+        return around_chat(engine, [{"role": "system", "content": system}, *user("What?")])
+
+    with parts.engine(tmp_path / "store", block_tokens=16) as engine:
+        ours, theirs = shelf(engine), Shelf(engine, saying("Theirs.").before)
+        documents_ = ours.read(documents()[:1])
+        chunks, id_ = ours.add(documents_), documents_[0].id
+        reading = ours.reading(saying("Ours."), [id_])
+        if read:
+            reading.begin()
+        for number in range(3):
+            other = theirs.reading(saying(f"It is {number} o'clock."), [id_])
+            other.begin()
+            other.end([], None)
+        if read:
+            [done] = engine.generate(reading.segments, max_new_tokens=1)
+            reading.end(done.tokens, done)
+        else:
+            engine.precompute(chunks, ours.prefix)
+            ours.stored(documents_)
+        assert blocks(engine) != {0}
+        theirs.delete(id_)
+        assert blocks(engine) == {0}
+
+
 def test_prefixes_of_which_something_is_stored_are_not_searched_again(engine, monkeypatch):
     monkeypatch.setattr(forget, "ORIGINS", 0)
     library = shelf(engine)

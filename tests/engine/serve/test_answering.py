@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from engine.errors import Busy, Cancelled
+from engine.rag.catalogue import CatalogueError
 from engine.rag.shelf import Reading
 from engine.request import Completion, Event, RequestStats
 from engine.serve.answering import Answering
@@ -113,6 +114,26 @@ def test_a_reading_ends_once_with_all_tokens_of_an_answer(threads):
         threads.submit(lambda: None).result(LIMIT_S)
         assert reading.said == ["begun", [1, 2], DONE]
         assert service.cancelled.empty()
+
+    answering(threads, act)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_reading_that_cannot_end_behind_its_clients_back_is_in_the_log(threads, caplog, late):
+    def full(*_):
+        raise CatalogueError("no space left")
+
+    async def act(made, service, reading):
+        reading.end = full
+        made.start(ASK, reading)
+        if late:
+            made.close()
+        service.say(Failure(Cancelled("it was")))
+        made.close()
+        threads.shutdown()
+        [said] = [record for record in caplog.records if record.levelname == "ERROR"]
+        assert "deletions will not find it" in said.getMessage()
+        assert "no space left" in str(said.exc_info)
 
     answering(threads, act)
 

@@ -207,6 +207,15 @@ def test_a_deleted_block_is_gone_with_all_its_values(server):
         assert store.lookup(KEYS[1:]) == 2
 
 
+def test_what_rests_on_a_deleted_block_goes_as_far_as_it_is_known_here(server):
+    with opened(server) as store, server.client() as client:
+        store.put(items(KEYS))
+        assert remote_of(store).drain(WAIT_S)
+        assert store.delete([KEYS[2], KEYS[2]]) == 2  # here, and there
+        assert store.resting(KEYS) == ["host"] * 2 + [None] * 8
+        assert client.dbsize() == 2 * 2
+
+
 def test_a_server_that_is_full_takes_no_blocks_and_gives_those_it_has(server, caplog):
     shared(server)
     with opened(server) as store, server.client() as client:
