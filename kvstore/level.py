@@ -1,7 +1,7 @@
 """A tier under its policy: what goes in, what has to go for it, and what may not."""
 
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -15,7 +15,7 @@ from kvstore.quotas import Lack, Quotas
 from kvstore.ranks import Ranks
 from kvstore.stats import TierStats
 from kvstore.tally import of_tenants
-from kvstore.tier import Item, Resident, Tier, needed
+from kvstore.tier import Item, Resident, Tier, needed, resting_on
 
 
 class Level:
@@ -132,14 +132,16 @@ class Level:
             rest: what rests on them in other tiers, where those between may be.
         """
         with self._inserting:
-            going = resting_on([*digests, *rest], self.tier.residents())
-            there = [
-                digest for digest, size in zip(going, self.tier.sizes(going), strict=True) if size
-            ]
-            if there:
-                self.tier.delete(there)
-                self._seed()
-            return len(set(there).intersection(digests))
+            going = list(dict.fromkeys([*digests, *rest]))
+            if not self.tier.durable:  # which finds itself what rests on them
+                going = resting_on(going, self.tier.residents())
+            sizes = self.tier.sizes(going)
+            if any(sizes):
+                gone = self.tier.delete(going)
+                with self._lock:
+                    for digest in gone:
+                        self._ranks.remove(digest)
+            return sum(size > 0 for size in sizes[: len(set(digests))])
 
     def clear(self) -> None:
         with self._inserting:
@@ -256,17 +258,6 @@ class Level:
         residents = list(self.tier.residents())
         with self._lock:
             self._ranks.learn(residents)
-
-
-def resting_on(digests: Sequence[bytes], residents: Iterable[Resident]) -> list[bytes]:
-    """Blocks, and all of the residents that rest on them."""
-    rests_on: dict[bytes | None, list[bytes]] = defaultdict(list)
-    for resident in residents:
-        rests_on[resident.parent].append(resident.digest)
-    found = list(digests)
-    for digest in found:
-        found += rests_on.pop(digest, ())
-    return list(dict.fromkeys(found))
 
 
 def _resident(key: BlockKey, nbytes: int) -> Resident:

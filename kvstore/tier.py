@@ -1,7 +1,7 @@
 """One place where blocks rest."""
 
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -39,7 +39,8 @@ class Tier(Protocol):
     get, read: None if absent, or if there is any doubt about the bytes. Read-only: the tensor may
         be the tier's own. With `out`, they are copied there, and None leaves `out` undefined.
     read_many: as read for each key, into the rows of `out`; False leaves its row undefined.
-    delete: blocks with all that the tier knows to rest on them; unknown keys are fine.
+    delete: blocks with all that the tier knows to rest on them, whose digests it returns; unknown
+        keys are fine.
     cost: what a block takes here, at most.
     sizes: what present blocks take; 0 for absent ones.
     held: which of the keys are present. Reads no data. `in` also takes a digest alone.
@@ -71,7 +72,7 @@ class Tier(Protocol):
     def read_many(
         self, keys: Sequence[BlockKey], layers: range, out: Float[Tensor, "B n 2 Hk P D"]
     ) -> list[bool]: ...
-    def delete(self, keys: Sequence[BlockKey | bytes]) -> None: ...
+    def delete(self, keys: Sequence[BlockKey | bytes]) -> list[bytes]: ...
     def held(self, keys: Sequence[BlockKey]) -> list[bool]: ...
     def touched(self, digests: Sequence[bytes]) -> None: ...
     def residents(self) -> Iterator[Resident]: ...
@@ -147,10 +148,12 @@ class HostTier:
         pairs = zip(keys, out, strict=True)
         return [self.read(key, layers, row) is not None for key, row in pairs]
 
-    def delete(self, keys: Sequence[BlockKey | bytes]) -> None:
+    def delete(self, keys: Sequence[BlockKey | bytes]) -> list[bytes]:
+        digests = [key if isinstance(key, bytes) else key.digest for key in keys]
         with self._lock:
-            for key in keys:
-                self._drop(key if isinstance(key, bytes) else key.digest)
+            for digest in digests:
+                self._drop(digest)
+        return digests
 
     def held(self, keys: Sequence[BlockKey]) -> list[bool]:
         return [key.digest in self._blocks for key in keys]
@@ -207,6 +210,17 @@ class HostTier:
 
 def _group(key: BlockKey) -> Group:
     return Group(key.tenant, key.kind, RAW.code)
+
+
+def resting_on(digests: Sequence[bytes], residents: Iterable[Resident]) -> list[bytes]:
+    """Blocks, and all of the residents that rest on them."""
+    rests_on: dict[bytes | None, list[bytes]] = defaultdict(list)
+    for resident in residents:
+        rests_on[resident.parent].append(resident.digest)
+    found = list(digests)
+    for digest in found:
+        found += rests_on.pop(digest, ())
+    return list(dict.fromkeys(found))
 
 
 def check_layers(layers: range, num_layers: int) -> None:

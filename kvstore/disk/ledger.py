@@ -154,10 +154,10 @@ class Ledger:
             raise full(tier, lack)
         return gone
 
-    def remove_trees(self, txn: lmdb.Transaction, digests: Sequence[bytes]) -> None:
-        """Delete blocks with all that rests on them, however damaged their books are."""
+    def remove_trees(self, txn: lmdb.Transaction, digests: Sequence[bytes]) -> list[bytes]:
+        """Delete blocks with all that rests on them, however damaged their books are; which."""
         if not digests:
-            return
+            return []
         known = {entry.key.digest: entry for entry in self.entries(txn)}
         rests_on: dict[bytes | None, list[bytes]] = defaultdict(list)
         for entry in known.values():
@@ -167,11 +167,12 @@ class Ledger:
         for digest in queue:
             queue += [child for child in rests_on[digest] if child not in doomed]
             doomed |= dict.fromkeys(rests_on[digest])
-        there = [digest for digest in doomed if txn.delete(digest, db=self.env.entries)]
-        parents = {known[d].key.parent for d in doomed if d in known}
-        if not known.keys() >= set(there):  # a damaged entry does not say what it rested on
-            parents = set(known)
-        self.recount(txn, parents - doomed.keys())
+        for digest in doomed.keys() & known.keys():
+            self._remove(txn, known[digest])
+        damaged = [digest for digest in doomed if txn.delete(digest, db=self.env.entries)]
+        if damaged:  # which do not say what they rested on, and took
+            self.recount(txn, known)
+        return list(doomed)
 
     def recount(self, txn: lmdb.Transaction, parents: Iterable[bytes | None]) -> None:
         """Set anew: used bytes, in all and by group, free pages, and the children of `parents`."""
