@@ -100,10 +100,8 @@ class Level:
         """
         with self._inserting:
             blocks = self._admitted(self._absent(blocks), below)
-            if not self._fits(blocks):
-                self._seed()  # other processes may have put blocks we can evict, or evicted ours
-                if not self._fits(blocks):
-                    self._put_singly(blocks)
+            if not (self._fits(blocks) or (self._renewed() and self._fits(blocks))):
+                self._put_singly(blocks)
             return sum(self.tier.held([key for key, _ in blocks]))
 
     def room(self, pinned: Iterable[bytes], tenant: bytes) -> int:
@@ -252,6 +250,14 @@ class Level:
                     self._ranks.add(_resident(key, size))
                 self.stats.bytes_written += block.nbytes
             self.stats.evictions += evicted
+
+    def _renewed(self) -> bool:
+        """Whether there was more to know: others may have put blocks we can evict, or evicted
+        ours. With many blocks learning takes long."""
+        if not self.tier.news():
+            return False
+        self._seed()
+        return True
 
     def _seed(self) -> None:
         """Learn what the tier holds by now."""

@@ -46,6 +46,7 @@ class Tier(Protocol):
     held: which of the keys are present. Reads no data. `in` also takes a digest alone.
     residents: least recently used first.
     groups: how much of the budget belongs to whom; sums to `used_bytes`.
+    news: whether blocks came or went without `put` and `delete` since that was asked last.
     touched: uses of blocks, least recent first, for `residents` of a later opening.
     """
 
@@ -77,6 +78,7 @@ class Tier(Protocol):
     def touched(self, digests: Sequence[bytes]) -> None: ...
     def residents(self) -> Iterator[Resident]: ...
     def groups(self) -> Groups: ...
+    def news(self) -> bool: ...
     def clear(self) -> None: ...
     def close(self) -> None: ...
     def __contains__(self, key: BlockKey | bytes | None) -> bool: ...
@@ -173,6 +175,9 @@ class HostTier:
     def groups(self) -> Groups:
         with self._lock:
             return dict(self._groups)
+
+    def news(self) -> bool:
+        return False
 
     def clear(self) -> None:
         with self._lock:

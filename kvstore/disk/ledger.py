@@ -31,12 +31,13 @@ _ONES = (1 << 64) - 1
 class Ledger:
     """Entries, free pages and the count of used bytes, in one LMDB environment.
 
-    `passed_over`: whether a victim of the last `make_room` had to stay.
+    `passed_over`: whether a victim of the last `make_room` had to stay. `changed`: whether a block
+    came, went or was used, for who sets it before.
     """
 
     def __init__(self, env: Environment) -> None:
         self.env = env
-        self.passed_over = False
+        self.passed_over = self.changed = False
         self.space = Space(env.info)
         self._tally = Tally(env)
         # Unpacking takes 15 us of a read of 2 MiB's 250. The bytes are part of what is looked up
@@ -246,4 +247,5 @@ class Ledger:
         return int(number) if number ^ check == _ONES else None
 
     def _set_checked(self, txn: lmdb.Transaction, name: bytes, number: int) -> None:
+        self.changed = True
         txn.put(name, _CHECKED.pack(number, number ^ _ONES), db=self.env.info)

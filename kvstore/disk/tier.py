@@ -164,6 +164,9 @@ class DiskTier:
         with self.access.reading() as txn:
             return self._ledger.groups(txn)
 
+    def news(self) -> bool:
+        return self.access.news()
+
     def clear(self) -> None:
         with self.access.changing() as txn:
             self._ledger.clear(txn)
