@@ -149,7 +149,7 @@ class Level:
             self._seed()
 
     def divide(self) -> None:
-        """Follow quotas that were set."""
+        """Follow quotas, the first of which was just set."""
         with self._inserting:
             self._seed()
 

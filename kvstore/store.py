@@ -185,9 +185,11 @@ class TieredStore:
     def limit(self, tenant: bytes, nbytes: int) -> None:
         """Give a tenant (its tag, see `tenant_tag`) a quota; see `kvstore.quotas`."""
         with self._lock:
+            divided = bool(self._quotas)
             self._quotas.set(tenant, nbytes)
-        for level in self._levels:
-            level.divide()
+        if not divided:
+            for level in self._levels:
+                level.divide()
 
     @while_open
     def promote(self, keys: Sequence[BlockKey]) -> int:
