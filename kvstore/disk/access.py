@@ -30,7 +30,7 @@ class Access:
         self.corrupt = 0  # found so far
         self.stamps: dict[bytes, None] = {}  # uses not yet written, least recent first
         self._writer = threading.Lock()  # guards what follows
-        self._news = False
+        self.renewed = False  # what is known of the blocks may be wrong: see `news`
         self._seen = int(self.env.lmdb.info()["last_txnid"])  # the last commit that was no news
 
     def quarantine(self, digest: bytes, reason: str) -> None:
@@ -49,7 +49,7 @@ class Access:
     def news(self) -> bool:
         """Whether blocks went, or other processes have changed something, since the last call."""
         with self._writer:
-            found, self._news = self._news, False
+            found, self.renewed = self.renewed, False
             return found
 
     @contextmanager
@@ -73,7 +73,7 @@ class Access:
                 self.env.check_length()
                 with self.env.lmdb.begin(write=True, buffers=True) as txn:
                     before = txn.id() - 1
-                    self._news |= before != self._seen or bool(bad)
+                    self.renewed |= before != self._seen or bool(bad)
                     self._seen, self.ledger.changed = before, False
                     self.ledger.remove_trees(txn, bad)
                     self.ledger.stamp(txn, stamps)
@@ -94,6 +94,7 @@ class Access:
             self.quarantine(digest, "its entry is damaged")
         with self.changing() as txn:
             self.ledger.recount(txn, [entry.key.digest for entry in self.ledger.entries(txn)])
+        self.renewed = True
 
     def give_back(self) -> None:
         """Free pages become holes: what was deleted can be read from the file no more.

@@ -90,8 +90,8 @@ class DiskTier:
         try:
             return self._put(blocks, victims, limits or {})
         except TierFull:
-            if self._ledger.passed_over:  # who asks again finds room
-                self.access.mend()
+            if self._ledger.passed_over and not self.access.renewed:  # it was not another process
+                self.access.mend()  # who asks again finds room
             raise
 
     def _put(self, blocks: Sequence[Item], victims: Iterable[bytes], limits: Limits) -> list[bytes]:
