@@ -1,6 +1,7 @@
 """What one client may not do to the others: too much, too large, too slow. The service is
 scripted."""
 
+import gc
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +10,13 @@ from contextlib import ExitStack
 import openai
 import pytest
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, DeadlineExceeded
 from engine.serve import protocol
 from engine.serve.config import KeyConfig
+from engine.serve.generate import Job
 from engine.serve.protocol import LINGERING
 from engine.serve.server import OWN_FILES
+from engine.serve.wire import CompletionRequest
 from tests.engine.serve.scripted import Scripted
 from tests.engine.serve.server import LIMIT_S, Running, process, running
 
@@ -232,6 +235,30 @@ def test_connections_that_do_nothing_are_closed_and_not_too_many():
                     assert b"\r\nretry-after: 1\r\n" in answer
                     assert server.ended(outcome="too_many_connections")["status"] == 503
         assert raw(server, healthy).startswith(b"HTTP/1.1 200")  # until the server closes it
+
+
+@pytest.mark.parametrize("wrong", [[5] * 100_000, [5] * 11, [5]])
+def test_a_request_that_fails_is_gone_when_its_answer_is(wrong, threads):
+    """Errors know the frames they came through, which know them: such rings last until Python
+    looks for some, and large requests with them."""
+    with running(make=Scripted, max_prompt_tokens=10) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            with server.http() as client:
+                body = ASKED | {"prompt": wrong, "max_tokens": 1}
+                asking = threads.submit(client.post, "/v1/completions", json=body)
+                if len(wrong) == 1:
+                    server.service.next().fail(DeadlineExceeded("on purpose"))
+                assert asking.result(LIMIT_S).status_code == (408 if len(wrong) == 1 else 400)
+                for _ in range(100):  # the thread that refused it may be at its last line
+                    assert client.get("/healthz").status_code == 200
+                    left = [x for x in gc.get_objects() if type(x) in (CompletionRequest, Job)]
+                    if not left:
+                        break
+                assert not left
+        finally:
+            gc.enable()
 
 
 def test_of_a_flood_so_many_are_told_and_all_others_are_gone_at_once(monkeypatch):
