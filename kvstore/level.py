@@ -1,7 +1,7 @@
 """A tier under its policy: what goes in, what has to go for it, and what may not."""
 
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -15,7 +15,7 @@ from kvstore.quotas import Lack, Quotas
 from kvstore.ranks import Ranks
 from kvstore.stats import TierStats
 from kvstore.tally import of_tenants
-from kvstore.tier import Item, Resident, Tier, needed
+from kvstore.tier import Item, Resident, Tier, needed, resting_on
 
 
 class Level:
@@ -100,10 +100,8 @@ class Level:
         """
         with self._inserting:
             blocks = self._admitted(self._absent(blocks), below)
-            if not self._fits(blocks):
-                self._seed()  # other processes may have put blocks we can evict, or evicted ours
-                if not self._fits(blocks):
-                    self._put_singly(blocks)
+            if not (self._fits(blocks) or (self._renewed() and self._fits(blocks))):
+                self._put_singly(blocks)
             return sum(self.tier.held([key for key, _ in blocks]))
 
     def room(self, pinned: Iterable[bytes], tenant: bytes) -> int:
@@ -132,14 +130,16 @@ class Level:
             rest: what rests on them in other tiers, where those between may be.
         """
         with self._inserting:
-            going = resting_on([*digests, *rest], self.tier.residents())
-            there = [
-                digest for digest, size in zip(going, self.tier.sizes(going), strict=True) if size
-            ]
-            if there:
-                self.tier.delete(there)
-                self._seed()
-            return len(set(there).intersection(digests))
+            going = list(dict.fromkeys([*digests, *rest]))
+            if not self.tier.durable:  # which finds itself what rests on them
+                going = resting_on(going, self.tier.residents())
+            sizes = self.tier.sizes(going)
+            if any(sizes):
+                gone = self.tier.delete(going)
+                with self._lock:
+                    for digest in gone:
+                        self._ranks.remove(digest)
+            return sum(size > 0 for size in sizes[: len(set(digests))])
 
     def clear(self) -> None:
         with self._inserting:
@@ -149,7 +149,7 @@ class Level:
             self._seed()
 
     def divide(self) -> None:
-        """Follow quotas that were set."""
+        """Follow quotas, the first of which was just set."""
         with self._inserting:
             self._seed()
 
@@ -251,22 +251,19 @@ class Level:
                 self.stats.bytes_written += block.nbytes
             self.stats.evictions += evicted
 
+    def _renewed(self) -> bool:
+        """Whether there was more to know: others may have put blocks we can evict, or evicted
+        ours. With many blocks learning takes long."""
+        if not self.tier.news():
+            return False
+        self._seed()
+        return True
+
     def _seed(self) -> None:
         """Learn what the tier holds by now."""
         residents = list(self.tier.residents())
         with self._lock:
             self._ranks.learn(residents)
-
-
-def resting_on(digests: Sequence[bytes], residents: Iterable[Resident]) -> list[bytes]:
-    """Blocks, and all of the residents that rest on them."""
-    rests_on: dict[bytes | None, list[bytes]] = defaultdict(list)
-    for resident in residents:
-        rests_on[resident.parent].append(resident.digest)
-    found = list(digests)
-    for digest in found:
-        found += rests_on.pop(digest, ())
-    return list(dict.fromkeys(found))
 
 
 def _resident(key: BlockKey, nbytes: int) -> Resident:

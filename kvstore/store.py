@@ -20,7 +20,7 @@ from kvstore.disk.tier import DiskTier
 from kvstore.disk.writer import BATCH_BYTES, QUEUE_BYTES, batches
 from kvstore.eviction import PolicyName
 from kvstore.gate import Gate, while_open
-from kvstore.level import Level, resting_on
+from kvstore.level import Level
 from kvstore.moves import Moves
 from kvstore.passage import Passage
 from kvstore.pins import PIN_S, Pin, Pins
@@ -29,7 +29,7 @@ from kvstore.remote.tier import RemoteTier
 from kvstore.sources import Sources
 from kvstore.stats import StoreStats
 from kvstore.summary import Ages, ages
-from kvstore.tier import HostTier, Item, Resident, Tier
+from kvstore.tier import HostTier, Item, Resident, Tier, resting_on
 
 
 class TieredStore:
@@ -185,9 +185,11 @@ class TieredStore:
     def limit(self, tenant: bytes, nbytes: int) -> None:
         """Give a tenant (its tag, see `tenant_tag`) a quota; see `kvstore.quotas`."""
         with self._lock:
+            divided = bool(self._quotas)
             self._quotas.set(tenant, nbytes)
-        for level in self._levels:
-            level.divide()
+        if not divided:
+            for level in self._levels:
+                level.divide()
 
     @while_open
     def promote(self, keys: Sequence[BlockKey]) -> int:

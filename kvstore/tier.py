@@ -1,7 +1,7 @@
 """One place where blocks rest."""
 
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -39,12 +39,14 @@ class Tier(Protocol):
     get, read: None if absent, or if there is any doubt about the bytes. Read-only: the tensor may
         be the tier's own. With `out`, they are copied there, and None leaves `out` undefined.
     read_many: as read for each key, into the rows of `out`; False leaves its row undefined.
-    delete: blocks with all that the tier knows to rest on them; unknown keys are fine.
+    delete: blocks with all that the tier knows to rest on them, whose digests it returns; unknown
+        keys are fine.
     cost: what a block takes here, at most.
     sizes: what present blocks take; 0 for absent ones.
     held: which of the keys are present. Reads no data. `in` also takes a digest alone.
     residents: least recently used first.
     groups: how much of the budget belongs to whom; sums to `used_bytes`.
+    news: whether blocks came or went without `put` and `delete` since that was asked last.
     touched: uses of blocks, least recent first, for `residents` of a later opening.
     """
 
@@ -71,11 +73,12 @@ class Tier(Protocol):
     def read_many(
         self, keys: Sequence[BlockKey], layers: range, out: Float[Tensor, "B n 2 Hk P D"]
     ) -> list[bool]: ...
-    def delete(self, keys: Sequence[BlockKey | bytes]) -> None: ...
+    def delete(self, keys: Sequence[BlockKey | bytes]) -> list[bytes]: ...
     def held(self, keys: Sequence[BlockKey]) -> list[bool]: ...
     def touched(self, digests: Sequence[bytes]) -> None: ...
     def residents(self) -> Iterator[Resident]: ...
     def groups(self) -> Groups: ...
+    def news(self) -> bool: ...
     def clear(self) -> None: ...
     def close(self) -> None: ...
     def __contains__(self, key: BlockKey | bytes | None) -> bool: ...
@@ -147,10 +150,12 @@ class HostTier:
         pairs = zip(keys, out, strict=True)
         return [self.read(key, layers, row) is not None for key, row in pairs]
 
-    def delete(self, keys: Sequence[BlockKey | bytes]) -> None:
+    def delete(self, keys: Sequence[BlockKey | bytes]) -> list[bytes]:
+        digests = [key if isinstance(key, bytes) else key.digest for key in keys]
         with self._lock:
-            for key in keys:
-                self._drop(key if isinstance(key, bytes) else key.digest)
+            for digest in digests:
+                self._drop(digest)
+        return digests
 
     def held(self, keys: Sequence[BlockKey]) -> list[bool]:
         return [key.digest in self._blocks for key in keys]
@@ -170,6 +175,9 @@ class HostTier:
     def groups(self) -> Groups:
         with self._lock:
             return dict(self._groups)
+
+    def news(self) -> bool:
+        return False
 
     def clear(self) -> None:
         with self._lock:
@@ -207,6 +215,17 @@ class HostTier:
 
 def _group(key: BlockKey) -> Group:
     return Group(key.tenant, key.kind, RAW.code)
+
+
+def resting_on(digests: Sequence[bytes], residents: Iterable[Resident]) -> list[bytes]:
+    """Blocks, and all of the residents that rest on them."""
+    rests_on: dict[bytes | None, list[bytes]] = defaultdict(list)
+    for resident in residents:
+        rests_on[resident.parent].append(resident.digest)
+    found = list(digests)
+    for digest in found:
+        found += rests_on.pop(digest, ())
+    return list(dict.fromkeys(found))
 
 
 def check_layers(layers: range, num_layers: int) -> None:

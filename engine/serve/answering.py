@@ -85,7 +85,10 @@ class Answering:
             if self._ask is not None and self._ask.trace is not None:
                 self._ask.trace.add("detokenise", said_ns, time.perf_counter_ns())
             if isinstance(event, Failure):
-                raise event.error
+                try:
+                    raise event.error
+                finally:
+                    del event  # whose error knows this frame
             events.append(event)
             self.completion = event.completion
         return events

@@ -105,8 +105,11 @@ def new_tokens(request: ChatRequest | CompletionRequest, prompt_tokens: int, roo
 
 
 def refuse_hopeless(request: ChatRequest | CompletionRequest, room: Room) -> None:
-    """Refusal where the text has more bytes than all tokens there may be can stand for: it is seen
-    before the text is read, which would take long."""
+    """Refusal where there are too many tokens, or the text has more bytes than all tokens there may
+    be can stand for: it is seen before the text is read, which would take long."""
+    if isinstance(request, CompletionRequest) and isinstance(request.alone, list):
+        new_tokens(request, len(request.alone), room)
+        return
     if room.token_bytes is None:
         return
     most = min(room.positions, room.prompt_tokens or room.positions)

@@ -76,6 +76,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         for one in (task, watch):
             one.cancel()
         await asyncio.wait({task, watch})
+        del task, one  # whose error knows this frame: a ring, which would keep all of the request
 
 
 async def _left(receive: Receive) -> None:

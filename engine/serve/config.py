@@ -80,7 +80,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         max_prompt_tokens: of one request; None is what the model can read.
         max_new_tokens: of one request; None is what the model has positions for.
         max_concurrent: requests at once, of all tenants.
-        max_connections: open at once, idle ones included.
+        max_connections: open at once, idle ones included; fewer where the system allows the process
+            fewer files, which the log says.
         body_bytes: of a request's body.
         header_bytes, header_timeout_s: of a request's line and headers.
         body_timeout_s: from the headers to the body's last byte.

@@ -148,7 +148,10 @@ async def _done(threads: Executor, work: Callable[[], T], place: Place | None) -
     future = threads.submit(work)
     if place is not None:
         place.until(future)
-    return await asyncio.wrap_future(future)
+    try:
+        return await asyncio.wrap_future(future)
+    finally:
+        del future  # whose error knows this frame: a ring, which would keep all of the request
 
 
 def set_chat_template(engine: Engine, config: ServeConfig) -> None:

@@ -52,7 +52,8 @@ class Generate:
             with span(call.trace, "http"):
                 tenant, place = desk.admit(request, held)
                 given = await read_body(request, config.body_bytes, config.body_timeout_s)
-                asked = await desk.parsed(parse, given, place)
+                asked = await desk.parsed(lambda body: self._read(parse, body), given, place)
+                del given  # the answer may take long
                 desk.check_model(asked.model)
             job = Job(desk, tenant, place, asked, call)
             held.callback(job.close)
@@ -62,6 +63,12 @@ class Generate:
                 return EventStream(job.frames(events), config.send_timeout_s, release)
             body = await unless_gone(request.receive, job.body(events))
             return Response(body, media_type="application/json")
+
+    def _read(self, parse: Callable[[bytes], Asked], body: bytes) -> Asked:
+        """What is asked, if it is not hopeless: a million tokens wait for no thread."""
+        asked = parse(body)
+        refuse_hopeless(asked, self._desk.room)
+        return asked
 
 
 class Job:
@@ -140,7 +147,6 @@ class Job:
         if trace is not None:
             trace.add("http", self._asked_ns, time.perf_counter_ns())  # until there was a thread
         with span(trace, "tokenise"):
-            refuse_hopeless(self._asked, self._desk.room)
             self._start(prompted(self._tenant, self._asked, self._desk.room))
 
     def _start(self, made: Prompted) -> None:

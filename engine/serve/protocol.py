@@ -16,6 +16,7 @@ access = logging.getLogger("headrace.access")
 
 LONGEST_MS = 2**31 - 1  # that the system takes
 LINGER_S = 1.0  # to a connection too many, which may have sent something
+LINGERING = 64  # such connections; of a flood, the others have no answer
 ABORT = "headrace.abort"  # in a request's scope: drops the connection, whatever waits to be sent
 
 
@@ -28,6 +29,7 @@ class Protocol(H11Protocol):
     header_timeout_s: float
     send_timeout_s: float
     most: int  # connections
+    lingering: "set[Protocol]"  # beyond these
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -52,6 +54,7 @@ class Protocol(H11Protocol):
         self._head_came()
         if self._surplus is not None:
             self._surplus.cancel()
+            self.lingering.discard(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -100,6 +103,10 @@ class Protocol(H11Protocol):
     def _refuse_surplus(self) -> None:
         """Nobody reads what this one asks. It is not counted, and has a second to take that."""
         self.connections.discard(self)
+        if len(self.lingering) >= LINGERING:
+            self.transport.abort()
+            return
+        self.lingering.add(self)
         refusal = overloaded("The server is overloaded: too many connections are open.")
         self._surplus = self.loop.call_later(LINGER_S, self.transport.abort)
         self.transport.write(_answer(refusal))
@@ -122,6 +129,7 @@ def limited(header_timeout_s: float, send_timeout_s: float, most: int) -> type[P
         "header_timeout_s": header_timeout_s,
         "send_timeout_s": send_timeout_s,
         "most": most,
+        "lingering": set(),
     }
     return type("LimitedProtocol", (Protocol,), limits)
 

@@ -1,6 +1,7 @@
 """The server in a process: a socket, uvicorn, and a clean end."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -13,9 +14,14 @@ from starlette.types import ASGIApp
 
 from engine.errors import ConfigError
 from engine.serve.config import ServeConfig
-from engine.serve.protocol import limited
+from engine.serve.protocol import LINGERING, limited
+from native.files import room_for
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
+QUEUE = 1024  # connections that wait to be taken
+AT_ONCE = 16  # of these are taken before any of them is looked at
+OWN_FILES = 128 + LINGERING + 8 * AT_ONCE  # beside those of connections that are served
+log = logging.getLogger(__name__)
 
 
 class _Uvicorn(uvicorn.Server):
@@ -27,6 +33,8 @@ class _Uvicorn(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for one in sockets or ():  # which now has a queue no longer than AT_ONCE
+            one.listen(QUEUE)
         self._ready()
 
     @contextmanager
@@ -45,11 +53,12 @@ class Server:
         url: where it is, with the port that was found.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: the address cannot be had, or too few files may be open.
     """
 
     def __init__(self, app: ASGIApp, config: ServeConfig, drain: Callable[[], object]) -> None:
         self._drain = drain
+        most = _connections(config)
         self._socket = _listening(config)
         host, port = self._socket.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -59,13 +68,14 @@ class Server:
         self._told = False
         self._config = uvicorn.Config(
             app,
-            http=limited(config.header_timeout_s, config.send_timeout_s, config.max_connections),
+            http=limited(config.header_timeout_s, config.send_timeout_s, most),
             ws="none",
             lifespan="off",
             loop="asyncio",
             log_config=None,
             log_level="error",  # what clients do wrong they are told
             access_log=False,
+            backlog=AT_ONCE,  # asyncio's word for both
             proxy_headers=False,
             server_header=False,
             h11_max_incomplete_event_size=config.header_bytes,
@@ -121,11 +131,29 @@ def _signalled(number: int, stopping: asyncio.Event) -> None:
     stopping.set()
 
 
+def _connections(config: ServeConfig) -> int:
+    """How many are served at once: without a file for the next one, nothing works any more."""
+    wanted = config.max_connections + OWN_FILES
+    files = room_for(wanted)
+    if files <= OWN_FILES:
+        raise ConfigError(
+            f"this process may have {files} files open, and a server needs more than {OWN_FILES}: "
+            "raise its limit (ulimit -n)"
+        )
+    if files < wanted:
+        log.warning(
+            "%d connections are served at once, not serve.max_connections (%d): this process may "
+            "have %d files open; raise its limit (ulimit -n)",
+            files - OWN_FILES, config.max_connections, files,
+        )  # fmt: skip
+    return files - OWN_FILES
+
+
 def _listening(config: ServeConfig) -> socket.socket:
     """A socket at the configured address, which takes connections from now on."""
     try:
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        return socket.create_server((config.host, config.port), family=family, backlog=1024)
+        return socket.create_server((config.host, config.port), family=family, backlog=QUEUE)
     except OSError as error:
         raise ConfigError(
             f"cannot listen at {config.host}, port {config.port}: {error.strerror}; set serve.host "

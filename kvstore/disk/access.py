@@ -29,7 +29,9 @@ class Access:
         self.bad: dict[bytes, str] = {}  # quarantine: digest -> reason
         self.corrupt = 0  # found so far
         self.stamps: dict[bytes, None] = {}  # uses not yet written, least recent first
-        self._writer = threading.Lock()
+        self._writer = threading.Lock()  # guards what follows
+        self.renewed = False  # what is known of the blocks may be wrong: see `news`
+        self._seen = int(self.env.lmdb.info()["last_txnid"])  # the last commit that was no news
 
     def quarantine(self, digest: bytes, reason: str) -> None:
         """Serve the block no more; the next change deletes it."""
@@ -43,6 +45,12 @@ class Access:
         for digest in digests:
             self.stamps.pop(digest, None)
             self.stamps[digest] = None
+
+    def news(self) -> bool:
+        """Whether blocks went, or other processes have changed something, since the last call."""
+        with self._writer:
+            found, self.renewed = self.renewed, False
+            return found
 
     @contextmanager
     def reading(self) -> Iterator[lmdb.Transaction]:
@@ -64,11 +72,15 @@ class Access:
             with self.env.guard.whole() as seen:
                 self.env.check_length()
                 with self.env.lmdb.begin(write=True, buffers=True) as txn:
+                    before = txn.id() - 1
+                    self.renewed |= before != self._seen or bool(bad)
+                    self._seen, self.ledger.changed = before, False
                     self.ledger.remove_trees(txn, bad)
                     self.ledger.stamp(txn, stamps)
                     yield txn
                     self.ledger.settle(txn)
                     self.env.guard.check(seen)  # what met a blank page is not committed
+            self._seen += self.ledger.changed  # else there was nothing to commit
             for digest in bad:
                 self.bad.pop(digest, None)
             for digest in stamps:
@@ -82,6 +94,7 @@ class Access:
             self.quarantine(digest, "its entry is damaged")
         with self.changing() as txn:
             self.ledger.recount(txn, [entry.key.digest for entry in self.ledger.entries(txn)])
+        self.renewed = True
 
     def give_back(self) -> None:
         """Free pages become holes: what was deleted can be read from the file no more.

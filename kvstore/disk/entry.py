@@ -100,8 +100,8 @@ def unpack(digest: bytes, data: memoryview | bytes) -> Entry:
     )  # fmt: skip
     if not key.precision.takes(entry.codec.precision):
         raise CorruptRecord(f"{entry.codec.name} KV in a block that is {key.precision.name}")
-    if len(sizes) != len(entry.groups):
-        raise CorruptRecord(f"block entry with {len(sizes)} sizes for {len(entry.groups)} records")
+    if len(sizes) != (records := -(-layers // group_layers)):
+        raise CorruptRecord(f"block entry with {len(sizes)} sizes for {records} records")
     return entry
 
 

@@ -27,7 +27,10 @@ def explained(path: Path) -> Iterator[None]:
     except lmdb.MapFullError as error:
         raise DeviceFull(f"LMDB map of {path} is full ({error}); lower disk_bytes") from error
     except lmdb.LockError as error:
-        raise StoreError(f"cannot lock {path} ({error}); use a local file system") from error
+        raise StoreError(
+            f"cannot lock {path} ({error}); use a local file system, and if containers share the "
+            "folder, one pid namespace for them: LMDB knows processes by their numbers"
+        ) from error
     except lmdb.PanicError as error:
         raise CorruptRecord(
             f"an earlier write to {path} failed in its last step ({error}); what was stored before "

@@ -31,12 +31,13 @@ _ONES = (1 << 64) - 1
 class Ledger:
     """Entries, free pages and the count of used bytes, in one LMDB environment.
 
-    `passed_over`: whether a victim of the last `make_room` had to stay.
+    `passed_over`: whether a victim of the last `make_room` had to stay. `changed`: whether a block
+    came, went or was used, for who sets it before.
     """
 
     def __init__(self, env: Environment) -> None:
         self.env = env
-        self.passed_over = False
+        self.passed_over = self.changed = False
         self.space = Space(env.info)
         self._tally = Tally(env)
         # Unpacking takes 15 us of a read of 2 MiB's 250. The bytes are part of what is looked up
@@ -154,10 +155,10 @@ class Ledger:
             raise full(tier, lack)
         return gone
 
-    def remove_trees(self, txn: lmdb.Transaction, digests: Sequence[bytes]) -> None:
-        """Delete blocks with all that rests on them, however damaged their books are."""
+    def remove_trees(self, txn: lmdb.Transaction, digests: Sequence[bytes]) -> list[bytes]:
+        """Delete blocks with all that rests on them, however damaged their books are; which."""
         if not digests:
-            return
+            return []
         known = {entry.key.digest: entry for entry in self.entries(txn)}
         rests_on: dict[bytes | None, list[bytes]] = defaultdict(list)
         for entry in known.values():
@@ -167,11 +168,12 @@ class Ledger:
         for digest in queue:
             queue += [child for child in rests_on[digest] if child not in doomed]
             doomed |= dict.fromkeys(rests_on[digest])
-        there = [digest for digest in doomed if txn.delete(digest, db=self.env.entries)]
-        parents = {known[d].key.parent for d in doomed if d in known}
-        if not known.keys() >= set(there):  # a damaged entry does not say what it rested on
-            parents = set(known)
-        self.recount(txn, parents - doomed.keys())
+        for digest in doomed.keys() & known.keys():
+            self._remove(txn, known[digest])
+        damaged = [digest for digest in doomed if txn.delete(digest, db=self.env.entries)]
+        if damaged:  # which do not say what they rested on, and took
+            self.recount(txn, known)
+        return list(doomed)
 
     def recount(self, txn: lmdb.Transaction, parents: Iterable[bytes | None]) -> None:
         """Set anew: used bytes, in all and by group, free pages, and the children of `parents`."""
@@ -245,4 +247,5 @@ class Ledger:
         return int(number) if number ^ check == _ONES else None
 
     def _set_checked(self, txn: lmdb.Transaction, name: bytes, number: int) -> None:
+        self.changed = True
         txn.put(name, _CHECKED.pack(number, number ^ _ONES), db=self.env.info)

@@ -1,7 +1,7 @@
 """Blocks on disk: their KV in a file of values, what is known of them in LMDB."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -90,8 +90,8 @@ class DiskTier:
         try:
             return self._put(blocks, victims, limits or {})
         except TierFull:
-            if self._ledger.passed_over:  # who asks again finds room
-                self.access.mend()
+            if self._ledger.passed_over and not self.access.renewed:  # it was not another process
+                self.access.mend()  # who asks again finds room
             raise
 
     def _put(self, blocks: Sequence[Item], victims: Iterable[bytes], limits: Limits) -> list[bytes]:
@@ -129,11 +129,12 @@ class DiskTier:
             found += load(self.access, keys[part], layers, out[part])[0]
         return found
 
-    def delete(self, keys: Sequence[BlockKey | bytes]) -> None:
+    def delete(self, keys: Sequence[BlockKey | bytes]) -> list[bytes]:
         digests = [key if isinstance(key, bytes) else key.digest for key in keys]
         with self.access.changing() as txn:
-            self._ledger.remove_trees(txn, digests)
+            gone = self._ledger.remove_trees(txn, digests)
         self.access.give_back()
+        return gone
 
     def held(self, keys: Sequence[BlockKey]) -> list[bool]:
         try:
@@ -153,17 +154,18 @@ class DiskTier:
         self.access.touched(digests)
 
     def residents(self) -> Iterator[Resident]:
-        with self.access.reading() as txn:
-            found = list(self._ledger.entries(txn))
         recent = {digest: i for i, digest in enumerate(list(self.access.stamps), 1)}
-        found.sort(key=lambda e: (recent.get(e.key.digest, 0), e.stamp, -e.key.depth))
-        for entry in found:
-            key = entry.key
-            yield Resident(key.digest, key.parent, entry.nbytes, key.depth, key.tenant)
+        with self.access.reading() as txn:
+            found = [_ranked(entry, recent) for entry in self._ledger.entries(txn)]
+        found.sort()
+        return (resident for *_, resident in found)
 
     def groups(self) -> Groups:
         with self.access.reading() as txn:
             return self._ledger.groups(txn)
+
+    def news(self) -> bool:
+        return self.access.news()
 
     def clear(self) -> None:
         with self.access.changing() as txn:
@@ -210,3 +212,10 @@ class DiskTier:
             self.access.quarantine(key.digest, "its entry is damaged or of another block")
             return False
         return True
+
+
+def _ranked(entry: Entry, recent: Mapping[bytes, int]) -> tuple[int, int, int, Resident]:
+    """A block, behind what it is ordered by. There may be a million, and entries are larger."""
+    key = entry.key
+    resident = Resident(key.digest, key.parent, entry.nbytes, key.depth, key.tenant)
+    return recent.get(key.digest, 0), entry.stamp, -key.depth, resident

@@ -7,6 +7,7 @@ import pytest
 
 from kvstore.block import Kind
 from kvstore.codecs.codec import byte_view
+from kvstore.disk import entry
 from kvstore.errors import StoreError
 from kvstore.store import TieredStore
 from kvstore.tier import HostTier
@@ -235,3 +236,16 @@ def test_a_write_that_failed_keeps_no_block_from_being_deleted(path, monkeypatch
 
 def broken(*_):
     raise StoreError("broken")
+
+
+def test_a_deletion_reads_each_entry_twice(path, monkeypatch):
+    many, read = chain(range(100, 100 + 4 * 64)), []
+    with opened(path) as store:
+        store.put(items(many))
+        store.flush()
+        unpack = entry.unpack
+        monkeypatch.setattr(entry, "unpack", lambda *args: read.append(args) or unpack(*args))
+        assert store.delete(many[-1:]) == 2
+        # to find what rests on it in any tier, and then in the transaction; a few for their own
+        assert len(read) < 2 * len(many) + 8
+        assert store.audit().clean

@@ -84,6 +84,7 @@ def test_what_another_process_stored_and_evicted_is_learnt(policy, gone, tmp_pat
     level = level_of(tier, policy, SINGLES[:2])
     tier.put(items(SINGLES[2]))  # as if by another process
     tier.delete(SINGLES[1])
+    tier.access._seen = 0  # nor was it us
     level.insert(items(SINGLES[3]))
     level.touch(SINGLES[0])
     level.insert(items(SINGLES[4]))  # there is no 1 that could go for it
@@ -133,11 +134,27 @@ def test_a_batch_goes_in_at_once_where_another_process_had_evicted_what_was_to_g
         assert level.insert(old) == 8
         tier.delete([key for key, _ in old])  # as another process does that evicts
         tier.put(theirs)
+        tier.access._seen = 0  # nor was it us
+        tier.access.mend = None  # nothing is damaged, and to look for that takes long
         batches = []
         put = tier.put
         tier.put = lambda blocks, *rest: batches.append(len(blocks)) or put(blocks, *rest)
         assert level.insert(new) == 8
         assert batches == [8, 8]
+
+
+def test_what_a_full_tier_holds_is_not_read_anew_where_nobody_else_changed_it(tmp_path):
+    held, new = (items(chain(range(n, n + 32))) for n in (0, 1000))
+    with closing(DiskTier(tmp_path, 8 * entry_cost(held[0][1].data))) as tier:
+        level = Level(tier, threading.RLock(), {key.digest for key, _ in held})
+        assert level.insert(held) == 8
+        asked, residents = [], tier.residents
+        tier.residents = lambda: asked.append(tier) or residents()
+        assert level.insert(new) == level.insert(new) == 0
+        assert (level.stats.skipped, asked) == (16, [])
+        tier.access.quarantine(held[7][0].digest, "for a test")
+        assert level.insert(new) == 1
+        assert asked == [tier]
 
 
 def test_a_quota_that_is_set_later_leaves_the_order_of_use():

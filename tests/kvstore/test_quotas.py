@@ -126,6 +126,16 @@ def test_a_quota_can_be_given_while_the_store_is_open(disk):
         assert used(disk) == [2 * COST, 0, 0]
 
 
+def test_further_quotas_do_not_read_anew_what_the_disk_holds(disk, monkeypatch):
+    asked = []
+    residents = disk.residents
+    with store_of(disk, Quotas(whole=6 * COST)) as store:
+        monkeypatch.setattr(disk, "residents", lambda: asked.append(disk) or residents())
+        for tag in TAGS:
+            store.limit(tag, 2 * COST)
+        assert len(asked) == 1
+
+
 OTHER = """
 import sys
 from pathlib import Path

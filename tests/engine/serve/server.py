@@ -136,13 +136,24 @@ def _access_lines(lines: "Queue[dict[str, Any]]") -> Generator[None]:
 
 
 class Process:
-    """`headrace serve` in a process of its own. Its output does not have to be read."""
+    """`headrace serve` in a process of its own. Its output does not have to be read.
 
-    def __init__(self, *args: str, config: Path | None = None, model: str = "needle-tiny") -> None:
+    Args:
+        files: that it may have open.
+    """
+
+    def __init__(
+        self,
+        *args: str,
+        config: Path | None = None,
+        model: str = "needle-tiny",
+        files: int | None = None,
+    ) -> None:
         options = [] if config is None else ["--config", str(config)]
+        limit = [] if files is None else ["sh", "-c", 'ulimit -n "$0" && exec "$@"', str(files)]
         self._process = subprocess.Popen(
             [
-                sys.executable, "-m", "engine.cli", "serve", "--model", str(MODELS / model),
+                *limit, sys.executable, "-m", "engine.cli", "serve", "--model", str(MODELS / model),
                 "--port", "0", *options, *args,
             ],
             cwd=ROOT,

@@ -1,16 +1,24 @@
 """What one client may not do to the others: too much, too large, too slow. The service is
 scripted."""
 
+import gc
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import openai
 import pytest
 
+from engine.errors import ConfigError, DeadlineExceeded
+from engine.serve import protocol
 from engine.serve.config import KeyConfig
+from engine.serve.generate import Job
+from engine.serve.protocol import LINGERING
+from engine.serve.server import OWN_FILES
+from engine.serve.wire import CompletionRequest
 from tests.engine.serve.scripted import Scripted
-from tests.engine.serve.server import LIMIT_S, Running, running
+from tests.engine.serve.server import LIMIT_S, Running, process, running
 
 ASKED = {"model": "needle-tiny", "prompt": [5, 6, 7], "max_tokens": 100}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
@@ -227,3 +235,73 @@ def test_connections_that_do_nothing_are_closed_and_not_too_many():
                     assert b"\r\nretry-after: 1\r\n" in answer
                     assert server.ended(outcome="too_many_connections")["status"] == 503
         assert raw(server, healthy).startswith(b"HTTP/1.1 200")  # until the server closes it
+
+
+@pytest.mark.parametrize("wrong", [[5] * 100_000, [5] * 11, [5]])
+def test_a_request_that_fails_is_gone_when_its_answer_is(wrong, threads):
+    """Errors know the frames they came through, which know them: such rings last until Python
+    looks for some, and large requests with them."""
+    with running(make=Scripted, max_prompt_tokens=10) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            with server.http() as client:
+                body = ASKED | {"prompt": wrong, "max_tokens": 1}
+                asking = threads.submit(client.post, "/v1/completions", json=body)
+                if len(wrong) == 1:
+                    server.service.next().fail(DeadlineExceeded("on purpose"))
+                assert asking.result(LIMIT_S).status_code == (408 if len(wrong) == 1 else 400)
+                for _ in range(100):  # the thread that refused it may be at its last line
+                    assert client.get("/healthz").status_code == 200
+                    left = [x for x in gc.get_objects() if type(x) in (CompletionRequest, Job)]
+                    if not left:
+                        break
+                assert not left
+        finally:
+            gc.enable()
+
+
+def test_of_a_flood_so_many_are_told_and_all_others_are_gone_at_once(monkeypatch):
+    monkeypatch.setattr(protocol, "LINGER_S", LIMIT_S)
+    with running(make=Scripted, max_connections=1) as server, ExitStack() as held:
+        here = "127.0.0.1", server.port
+        flood = [
+            held.enter_context(socket.create_connection(here, LIMIT_S))
+            for _ in range(LINGERING + 11)
+        ]
+        told = [_told(connection) for connection in flood[1:]]  # the first one is served
+        assert told.count(503) == LINGERING
+        assert told.count(None) == 10
+
+
+def test_connections_leave_files_for_the_work():
+    few = 8
+    with process(files=OWN_FILES + few) as server, ExitStack() as held:
+        port = int(server.url.rpartition(":")[2])
+        flood = [
+            held.enter_context(socket.create_connection(("127.0.0.1", port), LIMIT_S))
+            for _ in range(OWN_FILES + 2 * few)
+        ]
+        asked = json.dumps(ASKED | {"max_tokens": 2}).encode()
+        flood[few - 1].sendall(HEAD + b"content-length: %d\r\n\r\n" % len(asked) + asked)
+        assert flood[few - 1].recv(100).startswith(b"HTTP/1.1 200")
+        assert _told(flood[few]) == 503
+        held.close()
+        assert server.stop() == 0
+    assert "8 connections are served at once, not serve.max_connections" in server.stderr[0]
+    assert len(server.stderr) == 2, "one line more: that it is ready"
+
+
+def test_too_few_files_for_any_connection_are_a_mistake(monkeypatch):
+    monkeypatch.setattr("engine.serve.server.room_for", lambda files: OWN_FILES)
+    with pytest.raises(ConfigError, match="raise its limit"), running():
+        pass
+
+
+def _told(connection: socket.socket) -> int | None:
+    """The status that a connection is told; None where the server has just ended it."""
+    try:
+        said = connection.recv(100)
+    except ConnectionResetError:
+        return None
+    return int(said.split()[1]) if said else None

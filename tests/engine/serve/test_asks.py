@@ -102,10 +102,17 @@ def test_a_length_that_nobody_asked_for_is_what_memory_holds():
     assert new_tokens(chat(), 70, room) == 1  # likewise
 
 
+def test_too_many_tokens_are_hopeless_before_anything_is_made_of_them():
+    room = Room(positions=10)
+    refuse_hopeless(text(prompt=[5] * 10), room)
+    for long in ([5] * 11, [[5] * 11]):
+        with pytest.raises(Refusal, match="resulted in 11 tokens"):
+            refuse_hopeless(text(prompt=long), room)
+
+
 def test_a_text_of_too_many_bytes_is_hopeless():
     room = Room(positions=10, prompt_tokens=4, token_bytes=2)
     refuse_hopeless(text(prompt="x" * 8), room)
-    refuse_hopeless(text(prompt=[5] * 99), room)  # counted elsewhere
     refuse_hopeless(text(prompt="x" * 99), Room(positions=10))
     for long in (
         text(prompt="é" * 5),

@@ -1,5 +1,6 @@
 """Who keeps freed pages from being used again is found, and ended if dead."""
 
+import fcntl
 import os
 import signal
 
@@ -8,6 +9,7 @@ import pytest
 from kvstore.disk import readers
 from kvstore.disk.readers import Reader, parsed
 from kvstore.disk.tier import DiskTier
+from kvstore.errors import StoreError
 from tests.kvstore.crash import forked
 from tests.kvstore.make import chain, identity, items
 
@@ -29,10 +31,18 @@ def read_for_ever(path, pipe):
         signal.pause()
 
 
-def reading(path):
+def claim_number(path, pipe):
+    """Do as a process in another container does that has its parent's number."""
+    with (path / "lock.mdb").open("r+b") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX, 1, os.getppid())
+        os.write(pipe, b"!")
+        signal.pause()
+
+
+def reading(path, what=read_for_ever):
     """A process in the midst of a read."""
     began, pipe = os.pipe()
-    pid = forked(read_for_ever, path, pipe)
+    pid = forked(what, path, pipe)
     os.close(pipe)
     assert os.read(began, 1) == b"!"
     os.close(began)
@@ -68,6 +78,18 @@ def test_a_reader_that_hangs_is_named_once(path, monkeypatch, caplog):
     assert len(said) == 1
     assert f"process {pid} " in said[0]
     tier.close()
+
+
+def test_processes_of_one_number_in_two_containers_are_told_of_it(path):
+    DiskTier(path, 1 << 30).close()
+    pid = reading(path, claim_number)
+    try:
+        with pytest.raises(StoreError, match="if containers share the folder, one pid namespace"):
+            DiskTier(path, 1 << 30)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    DiskTier(path, 1 << 30).close()
 
 
 def test_a_table_of_readers_is_understood():

@@ -130,8 +130,8 @@ def _changed(space, _txn, _used):  # not where pages are given back behind a del
     return space._free is not None or space._back or space._doubtful
 
 
-def _doubtful(space, _txn, _used):
-    return space._doubtful
+def _given(space, _txn, _used):
+    return bool(space._back)
 
 
 RECORDS = 2 * BLOCKS
@@ -155,10 +155,10 @@ PHASES = {
     "evicted, committed": Phase(
         churn, Point(Readers, "check", False, 3), committed=True, blocks=TIGHT
     ),
-    "deleting: counting": Phase(churn, Point(Ledger, "recount", False, 2)),
-    "deleting: counted": Phase(churn, Point(Ledger, "recount", True, 2)),
+    "deleting: counting": Phase(churn, Point(Ledger, "_count", False, BLOCKS, _goes)),
+    "deleting: counted": Phase(churn, Point(Ledger, "_remove", True, BLOCKS)),
     "deleted": Phase(churn, Point(Ledger, "remove_trees", True, 2, _any)),
-    "deleted, free pages noted": Phase(churn, Point(Space, "settle", True, 2, _doubtful)),
+    "deleted, free pages noted": Phase(churn, Point(Space, "settle", True, 2, _given)),
     "after a deletion": Phase(churn, Point(DiskTier, "delete", True, 2), committed=True),
     "deleted: giving pages back": Phase(churn, Point(Values, "punch", False, 2), committed=True),
     "deleted: gave pages back": Phase(churn, Point(Values, "punch", True, 2), committed=True),
