@@ -122,11 +122,11 @@ def _resources(ptx: str, shared_bytes: int, arch: int) -> Resources:
 def _assembler(arch: int) -> list[str]:
     """The ptxas that triton itself uses, with those of its options that registers depend on."""
     import triton
-    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    tool = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
     newer = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
-    return [str(tool.path), "-v", "-lineinfo", *(["--regAllocOptLevel=2"] if newer else [])]
+    options = ["--regAllocOptLevel=2"] if newer else []
+    return [str(get_ptxas(arch).path), "-v", "-lineinfo", *options]
 
 
 def kernel_modules(root: Path) -> list[str]:
