@@ -304,7 +304,6 @@ class Blending:
         """Change the order of the chunks where more of the prompt is then stored exactly."""
         assert run.segments is not None
         report.order = self.order(run.segments, run.precision)
-
         run.segments = run.segments.ordered(report.order)
         run.request = replace(run.request, prompt=run.segments.tokens)
 

@@ -204,7 +204,6 @@ class Catalogue:
                     self.owners[chunk.id] = left
                     theirs = self.documents[left[0]].chunks
                     self.chunks[chunk.id] = next(one for one in theirs if one.id == chunk.id)
-
                 else:
                     del self.chunks[chunk.id]
                     self.doomed[chunk.id] = Doomed(chunk.id, chunk.tokens)

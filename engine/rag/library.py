@@ -217,7 +217,6 @@ class Library:
         self._catalogue.remember(origin)
 
     def _read_no_more(self, origin: Origin) -> None:
-
         self._reading[origin] -= 1
         self._reading += Counter()  # without those that nobody reads
 
