@@ -341,3 +341,4 @@ def test_a_chain_of_two_damaged_entries_is_stored_again_and_no_other_waits(tier)
     tier.put(items(KEYS[:6]) + items(other))
     assert tier.held(KEYS[:6] + other) == [True] * 8
     assert all(right(tier.get(key), key) for key in KEYS[:6] + other)
+    assert tier.used_bytes == 8 * COST  # a damaged entry does not say what it took
