@@ -63,7 +63,7 @@ class Answering:
             self._ticket, self._reading = ticket, reading
             late = self._closed
         if late:  # nobody else will
-            logged(self._settle, UNNOTED)
+            self._settle_alone()
 
     async def some(self, timeout_s: float | None = None) -> list[Event]:
         """What came since the last call, at least one event; none where the time was over.
@@ -117,7 +117,11 @@ class Answering:
             started = self._ticket is not None and not self._closed
             self._closed = True
         if started:
-            self._threads.submit(logged, self._settle, UNNOTED)
+            self._threads.submit(self._settle_alone)
+
+    def _settle_alone(self) -> None:
+        """As `_settle`, where nobody waits for it."""
+        logged(self._settle, UNNOTED)
 
     def _settle(self) -> None:
         """Note what was read, if it is over; else cancel it, and do so then."""
@@ -139,7 +143,7 @@ class Answering:
             self._over = isinstance(event, Failure) or event.completion is not None
             last = self._over and self._closed and self._reading is not None
         if last:  # nobody else will
-            self._threads.submit(logged, self._settle, UNNOTED)
+            self._threads.submit(self._settle_alone)
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._take, time.perf_counter_ns(), event)
 
