@@ -7,7 +7,7 @@ A mean is summed in fp32 in the order of tokens and rounded once, as `retrieval.
 
     open [B, Hk, N, D]: keys of the unit that is not full     rows [B, Hk, U, D or 2 D]
 
-One program of one warp a KV head: torch makes 25 launches of it, on as few numbers.
+One program of one warp a KV head. In torch each of these operations is a launch, on as few numbers.
 """
 
 from collections.abc import Callable, Mapping
