@@ -342,3 +342,12 @@ def test_a_chain_of_two_damaged_entries_is_stored_again_and_no_other_waits(tier)
     assert tier.held(KEYS[:6] + other) == [True] * 8
     assert all(right(tier.get(key), key) for key in KEYS[:6] + other)
     assert tier.used_bytes == 8 * COST  # a damaged entry does not say what it took
+
+
+def test_what_a_tier_changes_itself_or_not_is_no_news(tier):
+    tier.put(items(KEYS[:4]))
+    tier.news()
+    with tier.access.changing():
+        pass  # LMDB commits nothing then
+    tier.put(items(KEYS[4:6]))
+    assert not tier.news()
