@@ -37,4 +37,7 @@ def mend_interpreter() -> None:
 
 
 if find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
+    from tests import sanitizer
+
     mend_interpreter()
+    sanitizer.install()

@@ -96,6 +96,7 @@ def _append_tail(
     spread = tl.load(summaries + 2 * D, mask=begun, other=0.0)
     off = key - mean_k
     spread += share * tl.div_rn(tl.sum(off * off, 0), D * 1.0)
+    tl.debug_barrier()  # several lanes may read what one of them changes
     tl.store(summaries + d, mean_k + share * off, mask=there)
     tl.store(summaries + D + d, mean_v + share * (value - mean_v), mask=there)
     tl.store(summaries + 2 * D, (1 - share) * spread)

@@ -200,9 +200,9 @@ def _resolve(
         _give(slot, token, used, time, slots, missing, target, last, ties, S, OLDEST, BLOCK)
     tl.store(count + row, given)
     if counts is not None:
+        tl.atomic_add(counts + row, asked.to(tl.int64), sem="relaxed")
         listed = counts + tl.num_programs(0) + row
-        tl.store(counts + row, tl.load(counts + row) + asked)
-        tl.store(listed, tl.load(listed) + given)
+        tl.atomic_add(listed, given.to(tl.int64), sem="relaxed")
     for first in range(0, K, BLOCK):
         at = first + tl.arange(0, BLOCK)
         behind = (at >= given) & (at < K)

@@ -158,6 +158,7 @@ def _encode(
     at = packed + ((row + position // 32) * M + m) * 16 + position % 16
     old = tl.load(at, mask=m < M, other=0).to(tl.int32)
     new = tl.where(position % 32 >= 16, (old & 15) | (code << 4), (old & 240) | code)
+    tl.debug_barrier()  # several lanes may read what one of them changes
     tl.store(at, new.to(tl.uint8), mask=m < M)
     tl.store(scales + row * 32 + position, scale.to(tl.float16))
 
