@@ -19,7 +19,7 @@ LONGEST = 600
 LENGTHS = [1, 37, 130, 211]
 NEW = 64  # more than the windows
 AGAIN = 24
-LONG = ["llama", "mixtral", "gemma3", "gemma3n"]
+LONG = ["llama", "gemma3n"]
 
 
 @pytest.fixture(scope="module", params=CASES)

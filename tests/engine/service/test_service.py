@@ -111,8 +111,9 @@ ASKED = [prompt(n, seed=n).tolist() for n in (3, 90, 40, 1, 130, 64)]
 COUNTS = [30, 5, 18, 25, 1, 40]
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "fair"])
-@pytest.mark.parametrize("step_tokens", [8, 33, 4096])
+@pytest.mark.parametrize(
+    ("step_tokens", "policy"), [(8, "fair"), (33, "fcfs"), (33, "fair"), (4096, "fcfs")]
+)
 def test_requests_together_are_answered_as_each_alone(module, policy, step_tokens):
     settings = config(schedule=dict(policy=policy, step_tokens=step_tokens))
     got, stats = served(module, ASKED, settings, counts=COUNTS)
@@ -121,8 +122,9 @@ def test_requests_together_are_answered_as_each_alone(module, policy, step_token
     assert (stats.completed, stats.failed, stats.cancelled) == (6, 0, 0)
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "fair"])
-@pytest.mark.parametrize("below", ["host", "disk", "both"])
+@pytest.mark.parametrize(
+    ("below", "policy"), [("host", "fcfs"), ("disk", "fair"), ("both", "fcfs"), ("both", "fair")]
+)
 def test_moving_requests_down_and_back_changes_no_token(module, policy, below, tmp_path):
     need = [(len(p) + c) * TOKEN_BYTES for p, c in zip(ASKED, COUNTS)]
     room = {"host": sum(need) * 2, "disk": 0, "both": max(need) // 2}[below]
