@@ -1,6 +1,7 @@
 """What many threads use until one of them closes it."""
 
 import functools
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,17 +17,20 @@ class Gate:
     """Whoever is inside may rely on all that is open; nobody else comes in once it is shut.
 
     It knows threads and counts nothing: one that was interrupted on its way out, or that a fork
-    left behind, keeps nobody from shutting it.
+    left behind, keeps nobody from shutting it. A forked child, which lacks the threads that the
+    others wait for, may do just that.
     """
 
     def __init__(self, what: str) -> None:
-        self._what = what
+        self._what, self._pid = what, os.getpid()
         self._inside: list[threading.Thread] = []  # each as often as it came in
         self._shut = False
         self._changed = threading.Condition()
 
     def enter(self) -> None:
-        """Come in; `leave` must follow, whatever happens. StoreError for who is too late."""
+        """Come in; `leave` must follow, whatever happens. StoreError for who may not."""
+        if os.getpid() != self._pid:
+            raise StoreError(f"{self._what} was opened before a fork: open it in the child")
         me = threading.current_thread()
         self._inside.append(me)  # first, so that who shuts it sees either this or who was refused
         if self._shut and self._inside.count(me) == 1:

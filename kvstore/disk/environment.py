@@ -122,10 +122,11 @@ def open_environment(path: Path) -> Environment:
 
 def open_lmdb(path: Path) -> lmdb.Environment:
     """LMDB's part of the store in a folder, made if there is none."""
-    # readahead: the kernel would read 8 MiB around every page of the tables that is not cached
+    # readahead: the kernel would read 8 MiB around every page of the tables that is not cached.
+    # No spare transactions, which save 0.4 us: a forked child that closes would end its parent's.
     return lmdb.open(
         str(path), map_size=MAP_BYTES, mode=0o600, max_dbs=2,
-        max_readers=1024, max_spare_txns=16, readahead=False,
+        max_readers=1024, readahead=False,
     )  # fmt: skip
 
 

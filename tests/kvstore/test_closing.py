@@ -12,6 +12,7 @@ from kvstore.config import StoreConfig
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import StoreError
 from kvstore.store import TieredStore
+from tests.kvstore.crash import forked
 from tests.kvstore.make import chain, identity, items, right
 
 KEYS = chain(range(40))
@@ -201,6 +202,27 @@ def test_a_fork_closes_what_other_threads_were_using(filled):
     assert os.waitpid(pid, 0)[1] == 0
     goes.set()
     user.join(10)
+    store.close()
+
+
+def in_child(store, config):
+    """What a forked child may do with its parent's store: close it, and open its own."""
+    threading.Timer(20, os._exit, (1,)).start()
+    for call in CALLS.values():
+        with pytest.raises(StoreError, match="before a fork"):
+            call(store)
+    store.close()
+    with TieredStore.open(config) as own:
+        assert own.lookup(KEYS) == len(KEYS)
+
+
+def test_a_forked_child_may_close_a_store_and_harms_nobody(filled):
+    store = TieredStore.open(filled)
+    assert store.lookup(KEYS) == len(KEYS)
+    store._writer._put_count += 1  # blocks are on their way, by a thread that the child lacks
+    assert os.waitpid(forked(in_child, store, filled), 0)[1] == 0
+    store._writer._put_count -= 1
+    assert all(right(store.get(key), key) for key in KEYS)
     store.close()
 
 
