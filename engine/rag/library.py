@@ -263,4 +263,4 @@ def catalogue_file(engine: Engine, folder: str | Path | None) -> Path | None:
         return None
     secret = sha256(b"headrace rag 1" + engine.config.tenant.encode()).digest()
     name = hmac.digest(secret, engine.identity.digest, "sha256").hex()[:32]
-    return Path(folder) / FILE.format(name)
+    return Path(folder).absolute() / FILE.format(name)

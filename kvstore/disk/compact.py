@@ -50,7 +50,7 @@ def compact(path: Path) -> tuple[int, int]:
         before = files_bytes(path)
         with TemporaryDirectory(dir=path, prefix=UNFINISHED) as made:
             with _opened(path, readonly=True) as old:
-                old.copy(made, compact=True)
+                old.copy(os.fsencode(made), compact=True)
             with _opened(Path(made), readonly=True) as new:
                 old_values = path / checked_format(path, new)
             with _gone_if_this_fails(path, new_values(path)) as values:
@@ -68,7 +68,7 @@ def compact(path: Path) -> tuple[int, int]:
 def _opened(path: Path, *, readonly: bool) -> lmdb.Environment:
     """Without LMDB's lock file: closing that would give up the lock on it."""
     return lmdb.open(
-        str(path), map_size=MAP_BYTES, max_dbs=2, lock=False, readonly=readonly, mode=0o600
+        os.fsencode(path), map_size=MAP_BYTES, max_dbs=2, lock=False, readonly=readonly, mode=0o600
     )
 
 

@@ -106,6 +106,7 @@ def open_environment(path: Path) -> Environment:
         StoreError: if the folder cannot be used: a file, no permission, open in this process.
     """
     with explained(path):
+        path = path.absolute()  # wherever the process goes later
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not (path / DATA_FILE).exists():
             _create(path)
@@ -125,7 +126,7 @@ def open_lmdb(path: Path) -> lmdb.Environment:
     # readahead: the kernel would read 8 MiB around every page of the tables that is not cached.
     # No spare transactions, which save 0.4 us: a forked child that closes would end its parent's.
     return lmdb.open(
-        str(path), map_size=MAP_BYTES, mode=0o600, max_dbs=2,
+        os.fsencode(path), map_size=MAP_BYTES, mode=0o600, max_dbs=2,
         max_readers=1024, readahead=False,
     )  # fmt: skip
 

@@ -232,9 +232,14 @@ def test_without_a_disk_nothing_is_written(parts, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_catalogue_may_live_elsewhere_and_holds_ids_and_text_alone(parts, path, tmp_path):
+def test_the_catalogue_may_live_elsewhere_and_holds_ids_and_text_alone(
+    parts, path, tmp_path, monkeypatch
+):
     with parts.engine(path) as engine:
-        Rag(engine, 128, path=tmp_path / "elsewhere").add(documents())
+        monkeypatch.chdir(tmp_path)
+        rag = Rag(engine, 128, path="elsewhere")
+        monkeypatch.chdir(path)  # which changes nothing
+        rag.add(documents())
     [file] = (tmp_path / "elsewhere").glob("rag-*.jsonl")
     assert file.stat().st_mode & 0o777 == 0o600
     assert not list(path.glob("rag-*"))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import lmdb
@@ -14,6 +15,7 @@ import pytest
 
 from kvstore.config import StoreConfig
 from kvstore.disk.audit import audit_disk
+from kvstore.disk.compact import compact
 from kvstore.disk.explained import explained
 from kvstore.disk.packed import entry_cost
 from kvstore.disk.tier import DiskTier
@@ -149,6 +151,25 @@ def test_a_path_that_is_a_file_is_a_clear_error(path, below):
     path.write_text("")
     with pytest.raises(StoreError, match="disk_path must be a folder"):
         TieredStore.open(StoreConfig(disk_path=str(path / below)))
+
+
+@pytest.mark.parametrize("name", [b"st\xc3\xa9 re", b"st\xff\xa0re"])
+def test_a_folder_may_have_any_name_and_stays_wherever_the_process_goes(
+    name, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    path = Path(os.fsdecode(name))
+    with TieredStore([DiskTier(path, 10 * COST)]) as store:
+        assert store._levels[0].tier.access.env.guard.guards
+        monkeypatch.chdir("/")
+        store.put(items(KEYS[:2]))
+        store.flush()
+        assert store.delete(KEYS[1:2]) == 1
+        assert store.audit().clean
+    monkeypatch.chdir(tmp_path)
+    compact(path)
+    with TieredStore([DiskTier(path, 10 * COST)]) as store:
+        assert right(store.get(KEYS[0]), KEYS[0])
 
 
 def test_a_folder_is_opened_once_in_a_process(tier, path):
