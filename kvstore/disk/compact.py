@@ -50,7 +50,7 @@ def compact(path: Path) -> tuple[int, int]:
         before = files_bytes(path)
         with TemporaryDirectory(dir=path, prefix=UNFINISHED) as made:
             with _opened(path, readonly=True) as old:
-                old.copy(os.fsencode(made), compact=True)
+                old.copy(os.fsencode(made), compact=True)  # type: ignore[arg-type]  # takes both
             with _opened(Path(made), readonly=True) as new:
                 old_values = path / checked_format(path, new)
             with _gone_if_this_fails(path, new_values(path)) as values:

@@ -24,6 +24,7 @@ _CHECK = struct.Struct("<Q")
 _FIELDS = ("parent", "identity", "token_digest", "num_tokens", "kind", "depth", "tenant",
            "precision")  # fmt: skip
 _described = attrgetter(*_FIELDS)
+_KINDS, _PRECISIONS = set(Kind), set(Precision)
 _FIXED = _KEY.size + _REST.size  # then the size of each record, and the checksum of all that
 
 
@@ -88,6 +89,10 @@ def unpack(digest: bytes, data: memoryview | bytes) -> Entry:
     sizes = tuple(size for (size,) in _SIZE.iter_unpack(packed[_FIXED:]))
     if codec not in CODECS:
         raise CorruptRecord(f"unknown codec {codec}")
+    if kind not in _KINDS or precision not in _PRECISIONS or dtype not in DTYPE_OF_CODE:
+        raise CorruptRecord(f"unknown {kind=}, {precision=} or {dtype=}")
+    if group_layers < 1:
+        raise CorruptRecord("block entry of records without layers")
     above = parent if has_parent else None
     key = BlockKey(
         digest, above, identity, token_digest, num_tokens, Kind(kind), depth, tenant,

@@ -7,6 +7,7 @@ Entries and records carry their own checksums. Where a frame's head is damaged, 
 the next mark. A file holds KV of whoever wrote it: take in only what you trust.
 """
 
+import math
 import os
 import struct
 import tempfile
@@ -101,7 +102,7 @@ def _frames(file: BufferedIOBase) -> Iterator[Item | None]:
     while at < end:
         file.seek(at)
         head = _read_head(file)
-        if head is None:
+        if head is None or at + head.nbytes + head.body > end:
             yield None
             at = _next_mark(file, at + 1)
         else:
@@ -164,13 +165,11 @@ def _next_mark(file: BufferedIOBase, at: int) -> int:
 def _block(head: Head, body: bytes) -> Item | None:
     """The block of a frame; None if anything about it is not right."""
     view = memoryview(body)
-    if len(body) < head.body:
-        return None
     try:
         entry = unpack(head.digest, bytes(view[: head.entry_bytes]))
-        if len(entry.groups) != len(head.record_bytes):
+        if len(entry.groups) != len(head.record_bytes) or entry.shape[3] != entry.key.num_tokens:
             return None
-        if entry.shape.numel() * entry.dtype.itemsize > _MOST_RATIO * len(body):
+        if not 0 < math.prod(entry.shape) * entry.dtype.itemsize <= _MOST_RATIO * len(body):
             return None
         data = torch.empty(entry.shape, dtype=entry.dtype)
         at = head.entry_bytes

@@ -2,14 +2,16 @@
 
 import io
 import stat
+import struct
 from contextlib import closing
 
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.codecs.known import LOSSLESS, RAW
-from kvstore.disk import portable
+from kvstore.disk import entry, portable
 from kvstore.disk.portable import MAGIC, export, imported
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import StoreFormatError
@@ -81,6 +83,40 @@ def test_a_file_cut_short_has_the_blocks_before(written, data):
     whole = [item for item in found if item is not None]
     assert right(whole)
     assert whole == found or (found[-1] is None and len(whole) == len(found) - 1)
+
+
+def framed(digest, stored, sizes):
+    """A frame whose checksum holds, whatever it says."""
+    head = portable._HEAD.pack(portable._MARK, digest, len(stored), len(sizes))
+    head += b"".join(map(portable._SIZE.pack, sizes))
+    return head + portable._CHECK.pack(xxhash.xxh3_64_intdigest(head)) + stored
+
+
+AT = {"kind": 85, "precision": 98, "dtype": 99, "group_layers": 114, "tokens": 106, "heads": 102}
+
+
+@pytest.mark.parametrize("field", AT)
+@pytest.mark.parametrize("value", [0, 7, 255])
+def test_whoever_made_a_file_may_say_anything(written, field, value):
+    """A block of what this version does not know, or of no sense, is left out as a damaged one."""
+    head = portable._read_head(io.BytesIO(written[len(MAGIC) :]))
+    start = len(MAGIC) + head.nbytes
+    packed = bytearray(written[start : start + head.entry_bytes - 8])
+    packed[AT[field]] = value
+    stored = bytes(packed) + struct.pack("<Q", entry._checksum(head.digest, bytes(packed)))
+    rest = written[start + head.entry_bytes :]
+    first, *others = read(MAGIC + framed(head.digest, stored, head.record_bytes) + rest)
+    assert first is None or right([first])  # as it was, or as good
+    assert right(others)
+    assert len(others) == 6
+
+
+@pytest.mark.parametrize("size", [1 << 63, 1 << 40])
+def test_a_block_that_says_it_is_larger_than_its_file_costs_itself(written, size):
+    first, *others = read(MAGIC + framed(bytes(32), b"", [size]) + written[len(MAGIC) :])
+    assert first is None
+    assert right(others)
+    assert len(others) == 7
 
 
 @pytest.mark.parametrize("data", [b"", b"headrace", b"PK\3\4" * 100, MAGIC.replace(b"1", b"7")])
