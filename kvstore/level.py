@@ -134,11 +134,10 @@ class Level:
             if not self.tier.durable:  # which finds itself what rests on them
                 going = resting_on(going, self.tier.residents())
             sizes = self.tier.sizes(going)
-            if any(sizes):
-                gone = self.tier.delete(going)
-                with self._lock:
-                    for digest in gone:
-                        self._ranks.remove(digest)
+            gone = self.tier.delete(going)  # absent ones, too: their bytes may be left
+            with self._lock:
+                for digest in gone:
+                    self._ranks.remove(digest)
             return sum(size > 0 for size in sizes[: len(set(digests))])
 
     def clear(self) -> None:

@@ -157,7 +157,7 @@ class Ledger:
 
     def remove_trees(self, txn: lmdb.Transaction, digests: Sequence[bytes]) -> list[bytes]:
         """Delete blocks with all that rests on them, however damaged their books are; which."""
-        if not digests:
+        if all(txn.get(digest, db=self.env.entries) is None for digest in digests):
             return []
         known = {entry.key.digest: entry for entry in self.entries(txn)}
         rests_on: dict[bytes | None, list[bytes]] = defaultdict(list)

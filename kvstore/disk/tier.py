@@ -130,6 +130,7 @@ class DiskTier:
         return found
 
     def delete(self, keys: Sequence[BlockKey | bytes]) -> list[bytes]:
+        """As Tier.delete. What evicted blocks left goes, too, and what a killed deletion did."""
         digests = [key if isinstance(key, bytes) else key.digest for key in keys]
         with self.access.changing() as txn:
             gone = self._ledger.remove_trees(txn, digests)

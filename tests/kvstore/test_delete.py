@@ -2,12 +2,14 @@
 
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
 from kvstore.block import Kind
 from kvstore.codecs.codec import byte_view
 from kvstore.disk import entry
+from kvstore.disk.access import Access
 from kvstore.errors import StoreError
 from kvstore.store import TieredStore
 from kvstore.tier import HostTier
@@ -219,6 +221,22 @@ def test_what_was_deleted_can_be_read_from_the_file_no_more(path, how):
         store.flush()
         assert all(right(store.get(key), key) for key in KEEP)
         assert store.audit().clean
+
+
+def test_a_deletion_that_was_killed_or_came_late_leaves_nothing_in_the_file(path, monkeypatch):
+    secrets = [bytes(byte_view(block.data)[:64]) for _, block in items(KEEP)]
+    with opened(path, host=0) as store:
+        store.put(items(KEEP))
+        store.flush()
+        with monkeypatch.context() as killed:  # behind the commit; an eviction ends there, too
+            killed.setattr(Access, "give_back", broken)
+            with suppress(StoreError):
+                store._levels[0].tier.delete(KEEP[:1])
+        assert store.lookup(KEEP) == 0
+        values = values_file(path)
+        assert all(secret in values.read_bytes() for secret in secrets)
+        assert store.delete(KEEP) == 0
+        assert not any(secret in values.read_bytes() for secret in secrets)
 
 
 def test_a_write_that_failed_keeps_no_block_from_being_deleted(path, monkeypatch):
