@@ -53,6 +53,11 @@ def _explain(path: Path, error: lmdb.Error | OSError) -> StoreError:
         return StoreError(f"disk_path must be a folder, but {path} is or lies in a file")
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return StoreError(f"no permission to read and write {path} ({error}); change disk_path")
+    if code == errno.ENOMEM:
+        return StoreError(
+            f"no memory for {path}, or no room in this process's addresses, of which a store takes "
+            "1 TiB and uses little: lift their limit (ulimit -v)"
+        )
     if "already open" in str(error):
         return StoreError(f"{path} is open in this process: share that TieredStore, or close it")
     return StoreError(f"cannot use the store in {path}: {error}")

@@ -238,6 +238,11 @@ def test_errors_of_a_full_device_name_the_setting(path, code):
         raise lmdb.MapFullError("mdb_put")
 
 
+def test_too_few_addresses_are_a_clear_error(path):
+    with pytest.raises(StoreError, match="ulimit -v"), explained(path):
+        raise failure(errno.ENOMEM)
+
+
 @pytest.mark.parametrize("cause", ["file system", "limit"])
 def test_an_io_error_of_a_write_cut_short_is_a_full_device(tier, path, monkeypatch, cause):
     size = max(file.stat().st_size for file in path.iterdir())
