@@ -14,6 +14,7 @@ import lmdb
 from kvstore.disk import entry as entries
 from kvstore.disk.entry import Entry
 from kvstore.disk.environment import (
+    LOCK_FILE,
     UNFINISHED,
     VALUES,
     checked_format,
@@ -125,9 +126,9 @@ def _copy(source: BinaryIO, target: BinaryIO, extent: Extent) -> None:
 def _nobody_else(path: Path) -> Iterator[None]:
     """Hold LMDB's lock as who opens a store first does; the next waits until that is given up."""
     _opened(path, readonly=True).close()  # not if it is open here: closing `lock` gave up its lock
-    if not (path / "lock.mdb").exists():  # of a copied store; made as who waits for it expects
+    if not (path / LOCK_FILE).exists():  # of a copied store; made as who waits for it expects
         open_lmdb(path).close()
-    with (path / "lock.mdb").open("a+b") as lock:
+    with (path / LOCK_FILE).open("a+b") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
         except (BlockingIOError, PermissionError):

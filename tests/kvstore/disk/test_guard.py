@@ -211,7 +211,7 @@ def test_a_folder_deleted_while_open_serves_what_is_open_and_refuses_more(tier, 
     tier.close()
 
 
-@pytest.mark.parametrize("name", ["data.mdb", "values-*"])
+@pytest.mark.parametrize("name", ["data.mdb", "values-*", "lock.mdb"])
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_file_deleted_while_open_is_still_read_and_no_more_written(
     tier, tmp_path, name, replaced
