@@ -16,6 +16,7 @@ from kvstore.remote.wire import Buffer
 from kvstore.tier import Item
 
 SEND_BYTES = 4 << 20  # in one exchange
+UNLISTED = 64  # records that are deleted of a block without an index; more than blocks have
 Value = tuple[bytes, Buffer]
 
 
@@ -90,7 +91,7 @@ class Sender:
         for digest in digests:
             name, value = self._seals.index_name(digest), memoryview(bytearray(MAX_INDEX_BYTES))
             (size,) = backend.get_many([name], [value])
-            count = record_count(value[:size])
+            count = record_count(value[:size]) or UNLISTED  # evicted, or never taken
             records = [self._seals.record_name(digest, number) for number in range(count)]
             backend.delete([name, *records])
             found += size > 0

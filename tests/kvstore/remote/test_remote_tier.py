@@ -207,6 +207,15 @@ def test_a_deleted_block_is_gone_with_all_its_values(server):
         assert store.lookup(KEYS[1:]) == 2
 
 
+def test_a_deleted_block_leaves_no_records_that_the_server_lost_the_index_of(server):
+    shared(server)
+    with opened(server) as store, server.client() as client:
+        client.delete(*[name for name in client.scan_iter() if name.endswith(b"}")])
+        assert client.dbsize() == len(KEYS)
+        assert store.delete(KEYS) == 0
+        assert client.dbsize() == 0
+
+
 def test_what_rests_on_a_deleted_block_goes_as_far_as_it_is_known_here(server):
     with opened(server) as store, server.client() as client:
         store.put(items(KEYS))
