@@ -154,7 +154,7 @@ def _create(path: Path) -> None:
                     txn.put(name, value, db=info)
             for _ in range(2):  # a compacted store begins with its third state, as this one does
                 say_again(env)
-        os.link(Path(made) / DATA_FILE, path / DATA_FILE)
+        os.rename(Path(made) / DATA_FILE, path / DATA_FILE)
     sync_folder(path)
 
 

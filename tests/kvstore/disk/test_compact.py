@@ -260,7 +260,7 @@ def test_what_a_killed_process_was_creating_goes_when_the_store_is_opened_next(
     tmp_path, monkeypatch
 ):
     path = tmp_path / "store"
-    stop(monkeypatch, os, "link", die)
+    stop(monkeypatch, os, "rename", die)
     pid = forked(opened, path)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     monkeypatch.undo()

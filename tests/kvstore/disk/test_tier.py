@@ -172,6 +172,16 @@ def test_a_folder_may_have_any_name_and_stays_wherever_the_process_goes(
         assert right(store.get(KEYS[0]), KEYS[0])
 
 
+def test_a_file_system_needs_no_hard_links(path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    with closing(DiskTier(path, COST)) as tier:
+        tier.put(items(KEYS[:1]))
+        assert right(tier.get(KEYS[0]), KEYS[0])
+
+
 def test_a_folder_is_opened_once_in_a_process(tier, path):
     with pytest.raises(StoreError, match="open in this process"):
         DiskTier(path, COST)
