@@ -93,7 +93,7 @@ class Catalogue:
     def _forget(self) -> None:
         self.documents: dict[str, Document] = {}
         self.chunks: dict[str, Chunk] = {}
-        self.owners: dict[str, tuple[str, ...]] = {}  # documents of a chunk, as they came
+        self.owners: dict[str, dict[str, Chunk]] = {}  # documents of a chunk, in words of their own
         self.origins: dict[Origin, None] = {}
         self.doomed: dict[str, Doomed] = {}
         self.traces: dict[Trace, None] = {}
@@ -184,8 +184,7 @@ class Catalogue:
             self.documents[row.id] = row
             for chunk in row.chunks:
                 self.chunks.setdefault(chunk.id, chunk)
-                owners = self.owners.get(chunk.id, ())
-                self.owners[chunk.id] = (*(o for o in owners if o != row.id), row.id)
+                self.owners.setdefault(chunk.id, {}).setdefault(row.id, chunk)
                 self.doomed.pop(chunk.id, None)
         elif isinstance(row, Origin):
             self.origins[row] = None
@@ -199,13 +198,12 @@ class Catalogue:
             document = self.documents.pop(id_, None)
             own = {chunk.id: chunk for chunk in document.chunks} if document else {}
             for chunk in own.values():
-                left = tuple(owner for owner in self.owners.pop(chunk.id) if owner != id_)
+                left = self.owners[chunk.id]
+                del left[id_]
                 if left:  # the chunk in their words: tokenizers may make the same tokens of others
-                    self.owners[chunk.id] = left
-                    theirs = self.documents[left[0]].chunks
-                    self.chunks[chunk.id] = next(one for one in theirs if one.id == chunk.id)
+                    self.chunks[chunk.id] = next(iter(left.values()))
                 else:
-                    del self.chunks[chunk.id]
+                    del self.owners[chunk.id], self.chunks[chunk.id]
                     self.doomed[chunk.id] = Doomed(chunk.id, chunk.tokens)
 
     # the file

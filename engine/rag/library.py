@@ -228,11 +228,11 @@ class Library:
             raise Unknown(
                 f"there is no chunk {id_!r}: it was never added, or its documents are deleted"
             )
-        chunk, owners = self._catalogue.chunks[id_], self._catalogue.owners[id_]
+        chunk, owners = self._catalogue.chunks[id_], tuple(self._catalogue.owners[id_])
         return Cited(Citation(id_, owners, self._title(id_), chunk.text, score), chunk.tokens)
 
     def _title(self, chunk: str) -> str:
-        return self._catalogue.documents[self._catalogue.owners[chunk][0]].title
+        return self._catalogue.documents[next(iter(self._catalogue.owners[chunk]))].title
 
     def _index(self) -> None:
         """Tell the retriever what came and what went."""
