@@ -239,15 +239,21 @@ class Catalogue:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError:
-            os.truncate(self._path, self._read)
+            self._take_back(self._path)
             raise
         self.refresh()
+
+    def _take_back(self, path: Path) -> None:
+        """Cut off what could not be written. Who has read it meanwhile reads all anew."""
+        with path.open("r+b") as file:
+            file.truncate(self._read)
+            file.write(_lines([_new_head()]))  # as long as the old one, so it needs no room
 
     def _rewrite(self) -> None:
         """All that is known as a new file, in the place of the old one."""
         if self._path is None:
             return
-        head = Head(VERSION, secrets.token_hex(16))
+        head = _new_head()
         documents, doomed = self.documents.values(), self.doomed.values()
         lines = _lines([head, *self.origins, *documents, *doomed, *self.traces])
         new = self._path.with_suffix(".new")  # a killed one is overwritten, so its text goes, too
@@ -309,6 +315,10 @@ def _alone(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(door)
+
+
+def _new_head() -> Head:
+    return Head(VERSION, secrets.token_hex(16))
 
 
 def _lines(rows: Iterable[Row]) -> bytes:

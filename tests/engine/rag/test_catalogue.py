@@ -250,11 +250,31 @@ def test_what_could_not_be_written_is_not_known(path, monkeypatch):
     for new in (document("one", "cd"), document("three", "d")):
         with pytest.raises(CatalogueError, match=r"cannot write .*No space left"):
             catalogue.add([new], HERE)
-        left = {file.name: file.read_bytes() for file in path.parent.iterdir()}
-        assert left == {"rag.jsonl": before, "rag.lock": b""}  # nothing that fills the disk
+        left = {file.name: file.stat().st_size for file in path.parent.iterdir()}
+        assert left == {"rag.jsonl": len(before), "rag.lock": 0}  # nothing that fills the disk
+        assert path.read_bytes().splitlines()[1:] == before.splitlines()[1:]
     monkeypatch.undo()
     catalogue.refresh()
     assert catalogue.documents["one"] == document("one", "ab")
+
+
+def test_who_read_what_could_not_be_written_reads_anew(path, monkeypatch):
+    catalogue = filled(path)
+    other = Catalogue(path)
+
+    def full(handle):
+        other.refresh()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CatalogueError, match="No space left"):
+            catalogue.add([document("three", "d")], HERE)
+    assert "three" in other.documents
+    catalogue.add([document("four", "dddd"), document("five", "d")], HERE)  # goes on further
+    other.refresh()
+    assert state(other) == state(catalogue)
+    assert list(other.documents) == ["one", "two", "four", "five"]
 
 
 def test_a_change_that_is_interrupted_was_none(path, monkeypatch):
