@@ -106,8 +106,9 @@ class Rag:
 
         Returns how many chunks that were. What a running request still stores of them goes when
         it ends; what other processes hold in memory goes when they end. Two things stay until they
-        are evicted, or their time on the server is over: what a process had stored of a prompt that
-        it read whole, when it was killed; and what is on a shared server and no longer here.
+        are evicted, or their time on the server is over: what a process that was killed had stored
+        of a prompt that it read whole, or of chunks that were deleted meanwhile; and what is on a
+        shared server and no longer here.
 
         Raises:
             PromptError: there is no such document; nothing was deleted.
