@@ -104,17 +104,20 @@ def family_lines(cells: Sequence[Judged], *, by_length: bool = False) -> list[Li
         return suite, family, length if by_length else 0
 
     families = groupby(sorted(cells, key=group), group)
-    return [_family(list(members), *name) for name, members in families]
+    return [
+        _family(list(members), suite, family, length if by_length else None)
+        for (suite, family, length), members in families
+    ]
 
 
-def _family(cells: Sequence[Judged], suite: str, family: str, length: int) -> Line:
+def _family(cells: Sequence[Judged], suite: str, family: str, length: int | None) -> Line:
     good = [cell for cell, reason in cells if reason is None]
     why = cells[0][1] if len(cells) == 1 else f"none of its {len(cells)} cells is"
     return Line(
         suite=suite,
         family=family,
         task=None,
-        length=length or None,
+        length=length,
         reason=None if good else why,
         cells=len(good),
         left_out=len(cells) - len(good),

@@ -147,9 +147,10 @@ def _by_length(lines: Sequence[Line]) -> Any:
         lengths = sorted({line.length for line in own if line.length is not None})
         for method in methods:
             points = [
-                (lengths.index(line.length or 0), score)
+                (lengths.index(line.length), score)
                 for line in own
-                if (score := line.of(Asked(method, None if method in FLAT else budget)))
+                if line.length is not None
+                and (score := line.of(Asked(method, None if method in FLAT else budget)))
             ]
             _curve(panel, points, method, methods)
         _scores(panel, family if len(budgets) == 1 else f"{family}, {say.budget(budget)}")

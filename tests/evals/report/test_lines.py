@@ -214,6 +214,12 @@ def test_families_by_length():
     assert [(line.length, line.of(DENSE).score) for line in found] == [(4096, 80.0), (8192, 100.0)]
 
 
+def test_a_length_of_nothing_is_a_length():
+    cells = cells_of([*records("dense", [100.0, 100.0], length=0), *floor(2, length=0)])
+    assert [line.length for line in family_lines(judged(cells), by_length=True)] == [0]
+    assert [line.length for line in family_lines(judged(cells))] == [None]
+
+
 def test_methods_stand_in_the_order_of_tables_with_the_floor_last():
     made = floor(3) + records("zebra", [0.0] * 3, 0.1) + records("quest", [0.0] * 3, 0.1)
     made += records("headrace", [0.0] * 3, 0.1) + records("headrace", [0.0] * 3, 0.05)
