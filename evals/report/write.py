@@ -11,6 +11,11 @@ from evals.report.plots import plots
 from evals.report.summary import Summary
 
 PLOTS = "plots"
+OWN = (  # what not every report has, and an earlier one may have left
+    "measures.csv", "report.html",
+    *(f"{PLOTS}/{name}.png" for name in ("differences", "budget", "length", "fidelity-*")),
+    f"{PLOTS}/needles-*.png", f"{PLOTS}/needles-*.csv",
+)  # fmt: skip
 
 
 def write_report(summary: Summary, folder: Path) -> Path:
@@ -23,6 +28,8 @@ def write_report(summary: Summary, folder: Path) -> Path:
         EngineError: matplotlib is missing; all but plots and page are written then.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for path in [path for pattern in OWN for path in folder.glob(pattern)]:
+        path.unlink()
     (folder / "summary.csv").write_text(scores_csv(summary), encoding="utf-8")
     if summary.measured:
         (folder / "measures.csv").write_text(measures_csv(summary), encoding="utf-8")

@@ -169,6 +169,18 @@ def test_files_are_there(written):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_nothing_of_an_earlier_report_stays_beside_a_later_one(written, tmp_path):
+    for path in written.rglob("*.*"):
+        copy = tmp_path / path.relative_to(written)
+        copy.parent.mkdir(exist_ok=True)
+        copy.touch()
+    made = folder(tmp_path, records("dense", [100.0, 0.0]))
+    write_report(summarize(load_runs([made])), tmp_path)
+    files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    own = {"summary.csv", "summary.json", "summary.md", "report.html"}
+    assert files == {"records.jsonl", "run.json", *own}
+
+
 def measured(method, budget, length, kl):
     return [
         record(
