@@ -91,15 +91,14 @@ def _means(judged: Iterable[_Judged]) -> list[Score]:
 
 
 def _records(records: Iterable[Record]) -> Iterator[_Judged]:
-    """Those with a score, which is found again by the suite that they are of."""
+    """Those with a score, which is found again by the suite that they are of; one of each key."""
     # torch comes with it, for which files of predictions must not wait
     from evals.registry import make_suite
     from evals.settings import RunSettings
 
     suites = {}
-    for record in records:
-        if record.score is None:
-            continue
+    scored = {record.key: record for record in records if record.score is not None}
+    for record in scored.values():
         if record.suite not in suites:
             suites[record.suite] = make_suite(record.suite, RunSettings(suite=(record.suite,)))
         score = suites[record.suite].score(_sample(record), 0, record.prediction)

@@ -115,11 +115,11 @@ def test_records_of_a_run_are_scored_again_by_their_suite(journal, tmp_path):
 @pytest.mark.parametrize("turn", [2, 10**12, -1])
 @pytest.mark.parametrize("suite", [x for x in SUITES if not x.startswith("longbench")])
 def test_records_of_every_suite_are_scored_again(tmp_path, suite, turn):
-    made = dict(id="1", suite=suite, task="niah_multivalue", family="f", length=100, turn=turn)
+    made = dict(suite=suite, task="niah_multivalue", family="f", length=100, turn=turn)
     made |= dict(method="dense", budget=None, outputs=("1234567", "7654321"), score=0.0)
     rows = [
-        msgspec.to_builtins(Record(**made, prediction="They are 1234567, 7654321.")),
-        msgspec.to_builtins(Record(**made, prediction="")),
+        msgspec.to_builtins(Record(**made, id="1", prediction="They are 1234567, 7654321.")),
+        msgspec.to_builtins(Record(**made, id="2", prediction="")),
     ]
     (found,) = score_file(write(tmp_path / "x.jsonl", rows))
     assert (found.group.suite, found.samples, found.empty, found.score) == (suite, 2, 1, 50)
@@ -135,10 +135,10 @@ def test_records_without_outputs_are_refused(tmp_path, suite):
 
 
 def test_records_of_longbench_v2_count_in_each_column_of_its_table(tmp_path):
-    made = dict(id="1", suite="longbench-v2", family="f", length=100, turn=0, score=0.0)
+    made = dict(suite="longbench-v2", family="f", length=100, turn=0, score=0.0)
     made |= dict(method="dense", budget=None, outputs=("B",), prediction="The correct answer is B")
     rows = [
-        msgspec.to_builtins(Record(**made, task=task, extra={"difficulty": level}))
+        msgspec.to_builtins(Record(**made, id=task, task=task, extra={"difficulty": level}))
         for task, level in (("short", "easy"), ("long", "hard"))
     ]
     rows[1]["prediction"] = "I do not know."
@@ -156,6 +156,15 @@ def test_a_choice_that_was_found_already_is_one(tmp_path):
 def test_a_task_is_not_for_records_of_a_run(journal):
     with pytest.raises(ConfigError, match="omit --task"):
         score_file(journal, "trec")
+
+
+def test_of_records_of_one_key_the_last_one_counts(journal):
+    first, *others = (journal / RECORDS).read_bytes().splitlines(keepends=True)
+    right = msgspec.json.decode(first, type=Record)
+    wrong = msgspec.json.encode(msgspec.structs.replace(right, prediction="")) + b"\n"
+    (journal / RECORDS).write_bytes(b"".join([wrong, first, *others]))
+    dense = score_file(journal)[0]
+    assert (dense.samples, dense.score) == (2, 100)
 
 
 def test_a_torn_last_line_is_no_record(journal):
