@@ -102,7 +102,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ConfigError: not readable, not TOML, an unknown key, a value of the wrong type.
         """
         try:
-            settings = tomllib.loads(Path(path).read_text())
+            settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
             method = settings.get("method")
             if isinstance(method, dict) and "preset" in method:
                 settings["method"] = msgspec.to_builtins(

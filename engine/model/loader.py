@@ -205,7 +205,7 @@ def read_json(path: Path, without: str | None = None) -> dict[str, Any]:
     """What a file holds, one JSON object. ModelError for all else, beginning with `without` if it
     is not there."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ModelError(f"cannot read {path}: it is no JSON object")
         return found

@@ -41,6 +41,13 @@ def test_a_file_that_says_something_else_is_refused(tmp_path, text, said):
         read_settings(str(path), {})
 
 
+def test_a_file_is_utf_8_wherever_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("io.text_encoding", lambda encoding, level=2: encoding or "latin-1")
+    path = tmp_path / "run.toml"
+    path.write_text('suite = ["toy"]\nhaystack = "B\u00fccher.txt"\n', encoding="utf-8")
+    assert read_settings(str(path), {}).haystack == "B\u00fccher.txt"
+
+
 def test_a_file_that_is_not_there_is_named():
     with pytest.raises(ConfigError, match=r"cannot read nowhere\.toml"):
         read_settings("nowhere.toml", {})

@@ -10,7 +10,7 @@ import torch
 from engine import Engine
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelError
-from engine.model.loader import _dtype, locate, pick_device, weight_files
+from engine.model.loader import _dtype, locate, pick_device, read_json, weight_files
 from kvstore.identity import weights_digest
 from native.folders import cache_folder
 from tests.engine import oracle
@@ -214,6 +214,14 @@ def test_frequencies_that_depend_on_the_length_limit_the_positions():
     }
     with Engine(build("llama", rope_parameters=longrope)) as engine:
         assert engine.model.shape.max_positions == 128
+
+
+def test_files_are_utf_8_wherever_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("io.text_encoding", lambda encoding, level=2: encoding or "latin-1")
+    for name, text in ("a.toml", 'tenant = "M\u00fcller"'), ("a.json", '{"tenant": "M\u00fcller"}'):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert EngineConfig.from_toml(tmp_path / "a.toml").tenant == "M\u00fcller"
+    assert read_json(tmp_path / "a.json") == {"tenant": "M\u00fcller"}
 
 
 def test_settings_from_toml(tmp_path):
