@@ -85,17 +85,21 @@ class Memory:
                 f"a request of up to {run.capacity} tokens needs {needed} bytes of {what}, "
                 f"cache_bytes is {self._config.cache_bytes}: raise it, or ask for less"
             )
-        if self.pool is not None and self._blocks(run) > self.pool.num_blocks:
+        blocks = 0 if self.pool is None else self._blocks(run.capacity)
+        if self.pool is not None and blocks > self.pool.num_blocks:
             setting = "spill_bytes" if self._config.spill_path else "pinned_bytes"
             raise PromptError(
-                f"a request of up to {run.capacity} tokens needs {self._blocks(run)} blocks, the "
+                f"a request of up to {run.capacity} tokens needs {blocks} blocks, the "
                 f"pool has {self.pool.num_blocks}: raise {setting}, or ask for less"
             )
 
     def _fit(self, runs: list[Running]) -> bool:
         if self._device_bytes(runs) > self._config.cache_bytes:
             return False
-        return self.pool is None or sum(map(self._blocks, runs)) <= self.pool.num_blocks
+        return (
+            self.pool is None
+            or sum(self._blocks(run.capacity) for run in runs) <= self.pool.num_blocks
+        )
 
     def _device_bytes(self, runs: list[Running]) -> int:
         """At most, while one of `runs` reads its prompt: what stays of all, and what passes."""
@@ -108,7 +112,10 @@ class Memory:
         stays = sum(tokens) * layer * (shape.num_layers - moved)
         if moved:
             own = [self._beside(len(run.request.prompt)) for run in runs]
-            stays += moved * sum(n * x.token + x.fixed for n, x in zip(tokens, own, strict=True))
+            each = [moved * (n * x.token + x.fixed) for n, x in zip(tokens, own, strict=True)]
+            stays += sum(each)
+            if self.batched:  # and beside them a prompt has its own until it takes one
+                stays += max(each)
         return stays + max(self._passing(run, layer, moved) for run in runs)
 
     def _passing(self, run: Running, layer: int, moved: int) -> int:
@@ -146,22 +153,35 @@ class Memory:
         Args:
             slack: see `Need`; of requests that may be moved.
         """
-        shape = self._model.shape
         if self.pool is None:
-            token = shape.kv_bytes_per_token
+            token = self._model.shape.kv_bytes_per_token
             return Need(token, token, slack=slack, movable=run.movable)
-        moved, blocks = self.pool.shape.num_layers, self._blocks(run)
-        # the batch of a service has room for all of it from its start
-        own = Beside(0, 0) if self.batched else self._beside(len(run.request.prompt))
+        return self._sparse_need(len(run.request.prompt), run.capacity)
+
+    def _sparse_need(self, prompt_tokens: int, capacity: int) -> Need:
+        assert self.pool is not None
+        shape, moved = self._model.shape, self.pool.shape.num_layers
+        own, built = self._beside(prompt_tokens), 0
         layer = shape.kv_bytes_per_token // shape.num_layers
+        if self.batched:  # a service's has room for all of it, but not before the prompt's end
+            built = self._settling(capacity, layer, moved, own)
+            own = Beside(0, 0)
+        pool = self._blocks(capacity) * self.pool.shape.block_bytes
         return Need(
             prompt=shape.kv_bytes_per_token,
             answer=layer * (shape.num_layers - moved) + own.token * moved,
             fixed=own.fixed * moved,
-            pool=blocks * self.pool.shape.block_bytes // run.capacity,
-            slack=blocks * self.pool.shape.block_bytes % run.capacity,  # whole blocks, exactly
+            built=built,
+            pool=pool // capacity,
+            slack=pool % capacity,  # whole blocks, exactly
             movable=False,
         )
+
+    def _settling(self, tokens: int, layer: int, moved: int, own: Beside) -> int:
+        """Bytes at most while layers move to the pool one by one: each is in both for a while."""
+        kv, each = tokens * layer, tokens * own.token + own.fixed
+        layers = self._model.shape.num_layers
+        return max(layers * kv + each, (layers - moved + 1) * kv + moved * each)
 
     @property
     def longest(self) -> int:
@@ -176,9 +196,9 @@ class Memory:
         """Of all requests' KV in the pool, in memory or not."""
         return 0 if self.pool is None else self.pool.num_blocks * self.pool.shape.block_bytes
 
-    def _blocks(self, run: Running) -> int:
+    def _blocks(self, tokens: int) -> int:
         assert self.pool is not None
-        return -(-run.capacity // self.pool.shape.block_tokens)
+        return -(-tokens // self.pool.shape.block_tokens)
 
     def close(self) -> None:
         """Free the pool. StoreError while a request still runs."""

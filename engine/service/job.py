@@ -24,6 +24,8 @@ class Need:
         answer: on the device, afterwards.
         pool: in the pool where the KV of sparse requests lies.
         fixed: on the device, whatever the length.
+        built: of the whole job, at most on the device until the first token is chosen, if that is
+            more than what `prompt` comes to.
         slack: of the whole job, that rounding may add where its KV lies below the device.
         movable: may be moved to a lower tier; False for sparse jobs, whose KV is there already.
     """
@@ -32,8 +34,14 @@ class Need:
     answer: int
     pool: int = 0
     fixed: int = 0
+    built: int = 0
     slack: int = 0
     movable: bool = True
+
+    def most(self, tokens: int) -> int:
+        """Bytes on the device, at most, of so many tokens that are not moved meanwhile."""
+        # a cache is made as large at once
+        return max(self.prompt * tokens, self.built, self.answer * tokens) + self.fixed
 
 
 @dataclass(slots=True, eq=False)

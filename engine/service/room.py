@@ -72,10 +72,11 @@ class Room:
     def worst(self, job: Job) -> int:
         """Most bytes on the device that it may hold from now on."""
         need = job.need
-        prompt = 0 if job.made else need.prompt * job.capacity  # a cache is made as large at once
         if not job.pinned:
             return _rate(job) * job.capacity + need.fixed
-        return max(prompt, need.answer * job.capacity) + need.fixed
+        if job.made:
+            return need.answer * job.capacity + need.fixed
+        return need.most(job.capacity)
 
     def size(self, job: Job, length: int) -> int:
         """Bytes on the device with room for `length` tokens."""

@@ -156,6 +156,16 @@ def test_a_batch_has_room_for_its_indexes_from_the_start(monkeypatch):
         assert (made.memory.need(run).answer, made.memory.need(run).fixed) == (0, 0)
 
 
+def test_a_complete_prompt_has_its_own_indexes_until_it_takes_its_place_in_a_batch():
+    with engine(build("llama"), 1 << 22, attend_on="device") as made:
+        made.memory.batched = True
+        (run,) = running(made, prompt(TOKENS).tolist())
+        made.plain.prefill(run)
+        counted = made.memory.need(run).most(run.capacity)
+        assert run.capacity * LAYER * 3 < run.cache.device_bytes <= counted
+        run.release()
+
+
 @pytest.mark.parametrize(
     ("changes", "batched"),
     [({}, True), (dict(top_p=0.9), False), (dict(certify=0.1), False), (dict(budget=0.1), False)],
@@ -178,8 +188,9 @@ def test_what_a_request_has_beside_its_kv_counts_in_a_call_but_not_in_a_service_
     with engine(module, passing + 2 * 8 * own(module)) as two:
         runs = running(two, *[asked] * 3)
         alone = two.memory.need(runs[0])
-        two.memory.batched = True
         assert [len(group) for group in two.memory.groups(runs)] == [2, 1]
+        two.memory.batched = True  # then one has its own, too, until it has its slot
+        assert [len(group) for group in two.memory.groups(runs)] == [1, 1, 1]
         assert two.memory.need(runs[0]).fixed == 0 < alone.fixed
 
 
@@ -207,7 +218,7 @@ def test_a_batch_has_slots_for_the_longest_of_its_requests():
     module = build("llama", num_hidden_layers=8)
     long, short = prompt(TOKENS).tolist(), prompt(20).tolist()
     passing = TOKENS * HIDDEN + KEPT * LAYER * 2
-    with engine(module, passing + 8 * (own(module) + 2 * own(module, 20 + NEW - 1))) as two:
+    with engine(module, passing + 8 * (2 * own(module) + 2 * own(module, 20 + NEW - 1))) as two:
         runs = running(two, long, short, short)
         assert [len(group) for group in two.memory.groups(runs)] == [3]
         two.memory.batched = True
