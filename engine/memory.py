@@ -1,7 +1,9 @@
 """Memory of running requests: who gets a cache, of which kind, and who has to wait."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -183,13 +185,18 @@ class Memory:
         layers = self._model.shape.num_layers
         return max(layers * kv + each, (layers - moved + 1) * kv + moved * each)
 
-    @property
+    @cached_property
     def longest(self) -> int:
-        """Tokens that the budgets hold of one request."""
-        tokens = self._config.cache_bytes // self._model.shape.kv_bytes_per_token
+        """Tokens that the budgets hold of one request, whatever part of them is its prompt."""
+        budget = self._config.cache_bytes
         if self.pool is None:
-            return tokens
-        return min(tokens, self.pool.num_blocks * self.pool.shape.block_tokens)
+            return budget // self._model.shape.kv_bytes_per_token
+        most = self.pool.num_blocks * self.pool.shape.block_tokens
+
+        def taken(tokens: int) -> int:
+            return self._sparse_need(tokens, tokens).most(tokens)
+
+        return bisect_right(range(1, most + 1), budget, key=taken)
 
     @property
     def pool_bytes(self) -> int:

@@ -166,6 +166,20 @@ def test_a_complete_prompt_has_its_own_indexes_until_it_takes_its_place_in_a_bat
         run.release()
 
 
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("budget", [40, 0.3])
+def test_the_longest_request_that_a_service_names_has_room_with_all_that_it_needs(budget, batched):
+    method = preset("headrace", budget=budget, attend_on="device")
+    config = EngineConfig(cache_bytes=1 << 20, method=method, store=STORE, pinned_bytes=8 << 20)
+    with Engine(build("llama"), None, config) as made:
+        made.memory.batched = batched
+        longest = made.memory.longest
+        runs = running(made, *(prompt(longest - NEW + 1 + more).tolist() for more in (0, NEW)))
+        fits, does_not = (made.memory.need(run).most(run.capacity) for run in runs)
+        assert runs[0].capacity == longest
+        assert fits <= 1 << 20 < does_not
+
+
 @pytest.mark.parametrize(
     ("changes", "batched"),
     [({}, True), (dict(top_p=0.9), False), (dict(certify=0.1), False), (dict(budget=0.1), False)],
