@@ -139,7 +139,7 @@ def train_codebook(
 
     Raises:
         ImportError: if FAISS is needed and missing; names the extra that brings it.
-        ValueError: if there is no key.
+        ValueError: if there is no key, or k-means meets some whose squares overflow.
     """
     training = training or Training()
     if not keys.shape[1]:
@@ -196,6 +196,8 @@ def _kmeans(
 ) -> Float[Tensor, "c S"]:
     """Lloyd's algorithm; `points` holds more distinct rows than `centroids`."""
     size = points.shape[1]
+    if not bool((2 * points).square().sum(-1).isfinite().all()):  # FAISS would end the process
+        raise ValueError("k-means needs keys whose distances are finite in float32")
     run = faiss.Clustering(size, centroids)
     run.niter, run.seed = training.iterations, training.seed
     run.min_points_per_centroid = 1  # few points are no reason for a warning

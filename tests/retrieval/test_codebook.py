@@ -207,6 +207,12 @@ def test_a_key_that_comes_once_among_thousands_of_others_is_found():
     assert book.encode(keys).errors.max() < 1e-3
 
 
+def test_keys_whose_squares_overflow_are_refused_before_faiss_ends_the_process():
+    keys = randn(1, 300, 8) * 1e20
+    with pytest.raises(ValueError, match="distances are finite"):
+        train_codebook(keys, plain(keys), centroids=256, training=Training(iterations=1))
+
+
 def test_few_points_are_no_reason_for_a_word(capfd):
     keys = randn(2, 40, 64)
     train_codebook(keys, plain(keys), centroids=32)
