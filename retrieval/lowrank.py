@@ -137,7 +137,8 @@ class LowRankKeys:
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
         mean = gram.mean() if centred else torch.zeros_like(gram.mean())
-        basis = directions.vectors[:, :rank].unflatten(0, (gram.num_kv_heads, -1)).mT.contiguous()
+        leading = directions.vectors[:, :rank].unflatten(0, (gram.num_kv_heads, -1)).mT
+        basis = leading.clone(memory_format=torch.contiguous_format)  # a view would keep them all
         keys = cls(basis, mean, dtype=dtype, fitted=gram.count)
         keys._coords.reserve(gram.count)  # at once: what outgrown buffers leave, glibc keeps
         return keys

@@ -169,6 +169,12 @@ def test_it_takes_a_rank_of_numbers_per_token(dtype):
     assert error(every_row(made, 2), whole) < (5e-3 if dtype == torch.bfloat16 else 1e-6)
 
 
+def test_a_basis_of_one_head_keeps_no_directions_that_it_leaves_out():
+    made = LowRankKeys.from_gram(gram_of(make_keys(1, 90, 64, torch.float32)), rank=40)
+    basis = made.state()["basis"]
+    assert basis.untyped_storage().nbytes() == basis.nbytes == 4 * 64 * 40
+
+
 def output_error(keys, rebuilt, values, queries, turn):
     def attended(k):
         scores = queries.double() @ turn(k).double().repeat_interleave(2, 0).mT * 0.125
