@@ -34,12 +34,14 @@ def beside(shape: Shape, method: Method, prompt_tokens: int) -> Beside:
     token = heads * spec.bytes_per_token
     spare = max(LEAST_ROWS * spec.unit_tokens, BLOCK)  # tokens: codes of 4 bits come in blocks
     fixed = heads * spec.shared_bytes + spare * token
-    if method.index == "vq":  # calibrated on the prompt's queries: two matrices a head
+    fetches = method.fetches(shape.device.type != "cpu")
+    if method.index == "vq" or (method.index == "pq" and fetches):
+        # two matrices a head: VQ learns from the prompt's queries, slots of a batch have room
         fixed += heads * 2 * dim * dim * 4
     if method.tail:
         summary = heads * (2 * dim + 1) * 4
         token, fixed = token + summary / CLUSTER_TOKENS, fixed + (LEAST_ROWS + 1) * summary
-    if method.fetches(shape.device.type != "cpu"):
+    if fetches:
         slots = method.hot_slots(budget, shape.max_positions)
         token, fixed = token + heads * 4, fixed + heads * slots * (raw_rows(shape).row_bytes + 16)
     if method.keys == "lowrank":

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine import Engine, EngineConfig, EngineError, PromptError, Segments
+from engine.batch.batch import DeviceBatch
 from engine.decoding import fitting
 from engine.memory import in_a_batch
 from engine.method import preset
@@ -154,6 +155,16 @@ def test_a_batch_has_room_for_its_indexes_from_the_start(monkeypatch):
         assert made.memory.need(run).fixed > 0
         monkeypatch.setattr(made.memory, "batched", True)
         assert (made.memory.need(run).answer, made.memory.need(run).fixed) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["headrace", "oracle", "quest", "shadowkv", "a2ats", "pqcache"])
+def test_slots_of_a_batch_take_what_is_counted_for_their_requests(name):
+    model, method = HFModel(build("llama")), preset(name, budget=64, attend_on="device")
+    pool = DeviceTier(pool_shape(model, method), 8 << 20)
+    batch = DeviceBatch(model, method, pool, slots=4, capacity=400)
+    each = beside(model.shape, method, 400)
+    for layer in batch._layers:  # norms of centroids, which are few, are not counted
+        assert layer.nbytes <= 1.1 * 4 * (400 * each.token + each.fixed)
 
 
 def test_a_complete_prompt_has_its_own_indexes_until_it_takes_its_place_in_a_batch():
