@@ -1,5 +1,6 @@
 """How probable the tokens of an answer were, in OpenAI's two formats."""
 
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from engine.request import Event
 from engine.sampling import Likely, TokenLogprob
 from engine.serve.token_text import TokenText
 
+UTF8 = getincrementaldecoder("utf-8")
 FLOOR = -9999.0  # what OpenAI says where it would be minus infinity, which JSON does not have
 
 
@@ -69,7 +71,9 @@ class Shown:
         self._words = words
         self._held: list[Placed] = []
         self._first = True
-        self._end = 0  # characters begun by all tokens
+        self._decoder = UTF8(errors="replace")  # of all tokens; what is no character is one, too
+        self._whole = 0  # characters that it gave out
+        self._end = 0  # with those of bytes that it holds back
         self._shown = 0  # characters given out
 
     def push(self, event: Event) -> list[Placed]:
@@ -88,8 +92,10 @@ class Shown:
     def _placed(self, scored: TokenLogprob) -> Placed:
         data = (self._words.opening if self._first else self._words.data)(scored.token)
         self._first = False
-        offset = max(0, self._end - (data[:1] != b"" and not _begins(data[0])))
-        self._end += sum(map(_begins, data))
+        begun, _ = self._decoder.getstate()
+        offset = self._whole + len(_text(begun + data[:1])) - len(data[:1])
+        self._whole += len(self._decoder.decode(data))
+        self._end = self._whole + len(_text(self._decoder.getstate()[0]))
         return Placed(scored, data, offset)
 
 
@@ -135,11 +141,6 @@ def _score(likely: Likely, words: TokenText) -> Score:
 
 def _finite(logprob: float) -> float:
     return logprob if logprob > FLOOR else FLOOR  # which NaN is not either
-
-
-def _begins(byte: int) -> bool:
-    """Whether a byte of UTF-8 is the first of its character."""
-    return byte & 0xC0 != 0x80
 
 
 def _text(data: bytes) -> str:

@@ -67,6 +67,26 @@ def test_offsets_are_where_a_token_begins_in_the_text(words):
     assert before.decode() == words
 
 
+@pytest.mark.parametrize(
+    ("text", "offsets"),
+    [
+        (b"\x9ca", [0, 1]),
+        ("ä".encode() + b"\x9ca", [0, 0, 1, 2]),
+        (b"\xe2\x82a", [0, 0, 1]),
+        (b"\xed\xa2a", [0, 1, 2]),  # half of a pair: what follows it cannot begin so
+        (b"\xffa", [0, 1]),
+    ],
+)
+def test_bytes_that_are_no_character_have_a_place_in_the_text(text, offsets):
+    tokenizer, words = of_bytes(), TokenText(of_bytes())
+    of = {words.data(token): token for token in range(len(tokenizer))}
+    tokens = [of[bytes([byte])] for byte in text]
+    events = told(tokenizer, tokens, top=())
+    found = [placed for group in shown(tokenizer, events) for placed in group]
+    assert [placed.offset for placed in found] == offsets
+    assert "".join(event.text for event in events)[offsets[-1] :] == "a"
+
+
 def test_the_token_of_a_stop_string_is_not_told():
     tokenizer = of_bytes()
     events = told(tokenizer, ids(tokenizer, "aab."), stop=["ab"], top=())
