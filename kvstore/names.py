@@ -16,7 +16,7 @@ def wrong_name(settings: msgspec.Struct) -> str | None:
 
 
 def no_folder(path: str | Path) -> bool:
-    """Whether no folder can have this name."""
+    """Whether no folder, and no file, can have this name."""
     return not str(path) or "\0" in str(path)
 
 

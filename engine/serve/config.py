@@ -9,6 +9,7 @@ from hashlib import sha256
 import msgspec
 
 from engine.errors import ConfigError
+from kvstore.names import no_folder
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -127,6 +128,9 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         )  # fmt: skip
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"serve.port is a number from 0 to 65535, got {self.port}")
+        for name in ("chat_template", "access_log"):
+            if (path := getattr(self, name)) is not None and no_folder(path):
+                raise ConfigError(f"serve.{name} must name a file, got {path!r}")
         if not self.drain_s >= 0:
             raise ConfigError(f"serve.drain_s must not be negative, got {self.drain_s}")
         for name in self.keys:

@@ -193,6 +193,8 @@ def test_a_key_that_is_none_is_refused(wrong):
         {"send_timeout_s": float("nan")},
         {"drain_s": -1.0},
         {"drain_s": float("nan")},
+        {"chat_template": "a\0b"},
+        {"access_log": ""},
         {"keys": {"a b": KeyConfig(key="a")}},
         {"keys": {"": KeyConfig(key="a")}},
     ],
