@@ -10,10 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
+from jinja2 import TemplateSyntaxError
 from starlette.requests import Request
 
 from engine.engine import Engine
-from engine.errors import ConfigError
+from engine.errors import ConfigError, PromptError
 from engine.serve.asks import Room
 from engine.serve.call import CALL, Call
 from engine.serve.config import ServeConfig
@@ -165,8 +166,20 @@ def set_chat_template(engine: Engine, config: ServeConfig) -> None:
             raise ConfigError(
                 f"cannot read serve.chat_template {config.chat_template}: {error}"
             ) from error
+        _refuse_wrong_template(engine, config.chat_template)
     elif not engine.tokenizer.chat_template:
         engine.tokenizer.chat_template = PLAIN
+
+
+def _refuse_wrong_template(engine: Engine, file: str) -> None:
+    """ConfigError where it is none: all that is asked would be refused, whatever it is."""
+    try:
+        engine.render([{"role": "user", "content": "?"}])
+    except PromptError as error:
+        if isinstance(wrong := error.__cause__, TemplateSyntaxError):
+            raise ConfigError(
+                f"serve.chat_template {file} is no template: {wrong} (line {wrong.lineno})"
+            ) from error
 
 
 def fingerprint(engine: Engine) -> str:

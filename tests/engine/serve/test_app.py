@@ -6,6 +6,8 @@ import gzip
 import openai
 import pytest
 
+from engine.errors import ConfigError
+from engine.serve.config import ServeConfig
 from engine.serve.desk import set_chat_template
 from tests.engine.serve.server import Running, running
 
@@ -292,3 +294,17 @@ def test_a_model_without_a_chat_template_gets_a_plain_one():
             server.engine.render([{"role": "system", "content": "Be."}, *MESSAGES])
         )
     assert said.endswith(f"system: Be.\nuser: {QUESTION}\nassistant:")
+
+
+def test_a_file_that_is_no_chat_template_is_a_mistake_of_the_settings(tmp_path, server):
+    """Not one of whoever asks."""
+    file = tmp_path / "chat.jinja"
+    file.write_text("\n{{ messages[ }}")
+    usual = server.engine.tokenizer.chat_template
+    try:
+        with pytest.raises(ConfigError, match=r"chat\.jinja is no template: .* \(line 2\)"):
+            set_chat_template(server.engine, ServeConfig(chat_template=str(file)))
+        file.write_text("{{ raise_exception('nobody says how') }}")  # of this conversation
+        set_chat_template(server.engine, ServeConfig(chat_template=str(file)))
+    finally:
+        server.engine.tokenizer.chat_template = usual
