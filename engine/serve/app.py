@@ -100,7 +100,7 @@ async def _alive(request: Request) -> Response:
 
 def _ready(desk: Desk) -> Endpoint:
     async def ready(request: Request) -> Response:
-        if desk.draining:
+        if desk.service.draining:
             return _json(Health(status="draining"), 503)
         return _json(Health(status="ok"))
 

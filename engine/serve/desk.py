@@ -64,7 +64,6 @@ class Desk:
         self.threads = ThreadPoolExecutor(THREADS, "headrace-http")
         self.recorders = ThreadPoolExecutor(RECORDERS, "headrace-records")
         self.keepers = ThreadPoolExecutor(KEEPERS, "headrace-keeper")
-        self.draining = False
 
     @property
     def room(self) -> Room:
@@ -135,7 +134,6 @@ class Desk:
 
     def drain(self) -> None:
         """Take no more requests; let those that run end, for as long as the configuration says."""
-        self.draining = True
         self.service.drain(self.config.drain_s)
         self.service.close()
 

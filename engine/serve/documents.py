@@ -127,7 +127,9 @@ class Adding:
         return documents
 
     async def _admitted(self, documents: Sequence[Document]) -> list[Tokens]:
-        """Put on record what the quota and the rate allow."""
+        """Put on record what the quota and the rate allow, while there is somebody to read it."""
+        if self._desk.service.draining:
+            raise ServerStopping("the server is stopping: it takes no more documents")
         await self._recorded(lambda: self._check_quota(documents))
         self._tenant.tokens.take(sum(document.tokens for document in documents))
         return await self._recorded(lambda: self._shelf.add(documents))

@@ -105,6 +105,11 @@ class Service:
         """Tokens of prompt and answer that budgets let one request have."""
         return min(self._carrier.max_tokens, self.engine.memory.longest)
 
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._draining
+
     def stats(self) -> ServiceStats:
         """What it does now, and what it did since it began."""
         with self._door:

@@ -59,7 +59,7 @@ class Scripted(Service):
         self._asked: Queue[Submitted] = Queue()
         self._live: dict[Ticket, Submitted] = {}  # type: ignore[assignment]
         self._numbers = count(1)
-        self._stopping = False
+        self._draining = False
 
     def next(self) -> Submitted:
         """The next request that comes."""
@@ -68,7 +68,7 @@ class Scripted(Service):
     def submit(self, ask: Ask, listener: Listener) -> Ticket:
         if self.refusal is not None:
             raise self.refusal
-        if self._stopping:
+        if self._draining:
             raise ServerStopping("no more")
         submitted = Submitted(ask, listener, Ticket(next(self._numbers)))
         self._live[submitted.ticket] = submitted
@@ -92,7 +92,7 @@ class Scripted(Service):
         return ServiceStats()
 
     def drain(self, timeout_s: float) -> bool:
-        self._stopping = True
+        self._draining = True
         return not self._live
 
     def close(self) -> None:

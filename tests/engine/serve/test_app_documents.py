@@ -278,6 +278,17 @@ def test_requests_that_are_refused_leave_nothing_on_record(server, added, monkey
     assert not noted
 
 
+def test_documents_that_a_stopping_server_refuses_are_not_on_record():
+    with running() as server, server.http() as client:
+        before = {"documents": [{"id": "a", "text": "Before."}]}
+        added = client.post("/v1/documents", json=before).json()["data"]
+        assert server.service.drain(LIMIT_S)
+        wanted = [{"id": "a", "text": "Something else."}, {"id": "b", "text": "New."}]
+        answer = client.post("/v1/documents", json={"documents": wanted})
+        assert answer.json()["error"]["code"] == "shutting_down"
+        assert client.get("/v1/documents").json()["data"] == added
+
+
 def test_a_request_with_more_documents_than_there_is_room_for_is_refused(server, added):
     with pytest.raises(openai.BadRequestError, match="name fewer documents"):
         ask(server, SECOND.question, added * 1000)
