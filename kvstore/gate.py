@@ -27,9 +27,14 @@ class Gate:
         self._shut = False
         self._changed = threading.Condition()
 
+    @property
+    def is_left_behind(self) -> bool:
+        """Whether this is a child of the process that made it."""
+        return os.getpid() != self._pid
+
     def enter(self) -> None:
         """Come in; `leave` must follow, whatever happens. StoreError for who may not."""
-        if os.getpid() != self._pid:
+        if self.is_left_behind:
             raise StoreError(f"{self._what} was opened before a fork: open it in the child")
         me = threading.current_thread()
         self._inside.append(me)  # first, so that who shuts it sees either this or who was refused

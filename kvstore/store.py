@@ -267,7 +267,16 @@ class TieredStore:
                 level.clear()
 
     def close(self) -> None:
-        """Write what is queued and close the tiers. Raises the StoreError of a write."""
+        """Write what is queued and close the tiers. Raises the StoreError of a write.
+
+        A forked child only lets go of the folder: it lacks the threads, and what they had locked
+        at that moment stays locked.
+        """
+        if self.gate.is_left_behind:
+            for tier in (level.tier for level in self._levels):
+                if isinstance(tier, DiskTier):
+                    tier.access.env.close()
+            return
         with self._closing:
             if self._closed:
                 return

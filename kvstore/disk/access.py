@@ -58,7 +58,7 @@ class Access:
         self._check_process()
         with explained(self.env.path), self.env.guard.whole():
             self.env.check_readable()
-            with self.env.lmdb.begin(buffers=True) as txn:
+            with self._transaction() as txn:
                 yield txn
 
     @contextmanager
@@ -71,7 +71,7 @@ class Access:
             self.ledger.space.forget()
             with self.env.guard.whole() as seen:
                 self.env.check_length()
-                with self.env.lmdb.begin(write=True, buffers=True) as txn:
+                with self._transaction(write=True) as txn:
                     before = txn.id() - 1
                     self.renewed |= before != self._seen or bool(bad)
                     self._seen, self.ledger.changed = before, False
@@ -112,6 +112,16 @@ class Access:
                     pass
         finally:
             self.env.close()
+
+    @contextmanager
+    def _transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction]:
+        """One of LMDB's."""
+        self.env.under_way.append(write)
+        try:
+            with self.env.lmdb.begin(write=write, buffers=True) as txn:
+                yield txn
+        finally:
+            self.env.under_way.pop()
 
     def _check_process(self) -> None:
         if os.getpid() != self.env.pid:

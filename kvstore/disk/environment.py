@@ -7,7 +7,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -51,6 +51,7 @@ class Environment:
     ways: Ways  # to them
     lock: os.stat_result  # of the file that keeps writers apart
     damage: str = ""  # of the tables: what is wrong, once that is known
+    under_way: list[bool] = field(default_factory=list)  # transactions: whether they write
 
     def check_readable(self) -> None:
         """Of a data file cut short, without a guard: make it safe to read, or raise. 2 us."""
@@ -88,7 +89,9 @@ class Environment:
         self.ways.close()
         self.values.close()
         self.tables.close()
-        self.lmdb.close()
+        # LMDB would wait for those of threads that a fork left behind, and end them for their owner
+        if os.getpid() == self.pid or not self.under_way:
+            self.lmdb.close()
 
     def _lost(self) -> Path | None:
         """A file that is no longer where it was."""

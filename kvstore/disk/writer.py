@@ -71,8 +71,7 @@ class Writer:
         """Return when all that was put before is written, or could not be."""
         with self._changed:
             target = self._put_count
-            alive = self._thread.is_alive  # a forked child has none, and is to close all the same
-            self._changed.wait_for(lambda: self._done_count >= target or not alive())
+            self._changed.wait_for(lambda: self._done_count >= target)
 
     def flush(self) -> None:
         """As `settle`. Raises what went wrong since the last time."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvstore.config import StoreConfig
+from kvstore.disk.readers import parsed
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import StoreError
 from kvstore.store import TieredStore
@@ -219,11 +220,31 @@ def in_child(store, config):
 def test_a_forked_child_may_close_a_store_and_harms_nobody(filled):
     store = TieredStore.open(filled)
     assert store.lookup(KEYS) == len(KEYS)
-    store._writer._put_count += 1  # blocks are on their way, by a thread that the child lacks
+    locked, goes = threading.Event(), threading.Event()
+
+    def work():
+        with store._writer._changed:
+            locked.set()
+            assert goes.wait(30)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    assert locked.wait(10)
     assert os.waitpid(forked(in_child, store, filled), 0)[1] == 0
-    store._writer._put_count -= 1
+    goes.set()
+    worker.join(10)
     assert all(right(store.get(key), key) for key in KEYS)
     store.close()
+
+
+def test_a_forked_child_that_closes_a_store_ends_no_read_of_its_parent(filled):
+    with TieredStore.open(filled) as store:
+        access = store._levels[0].tier.access
+        with access.reading():
+            before = access.env.lmdb.readers()
+            assert os.waitpid(forked(store.close), 0)[1] == 0
+            assert access.env.lmdb.readers() == before
+            assert parsed(before)
 
 
 def test_closing_waits_for_no_allowance_of_the_disk(tmp_path):
