@@ -212,12 +212,17 @@ class Swap:
 
 @contextmanager
 def _stream_after(ready: torch.cuda.Event | None) -> Iterator[None]:
-    """On a GPU, a stream beside the one that computes; what is put on it is done at the end."""
+    """On a GPU, a stream beside the one that computes; what is put on it is done at the end.
+
+    After an error, too: the memory that is written to is somebody else's next.
+    """
     if ready is None:
         yield
         return
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        stream.wait_event(ready)
-        yield
-    stream.synchronize()
+    try:
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            yield
+    finally:
+        stream.synchronize()

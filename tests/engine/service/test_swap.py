@@ -1,9 +1,10 @@
 """KV that moves down and back: the same bits, few copies, only new bytes, and exact budgets."""
 
 import threading
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import pairwise
 from random import Random
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from engine.model.pieces import Shape
 from engine.prefill import prefill
 from engine.recorder import Recorder
 from engine.service.slab import SlabCache
-from engine.service.swap import Swap
+from engine.service.swap import Swap, _stream_after
 from engine.step import Piece, step
 from kvstore.errors import CorruptRecord, PoolFull, StoreError
 from kvstore.pool.spill import Spill
@@ -413,6 +414,24 @@ def test_room_is_waited_for_until_those_on_their_way_are_back(small_pieces, tmp_
         assert future.done()
         swap.check()
         assert torch.equal(held(coming), want)
+
+
+def test_what_a_gpu_was_told_is_done_when_a_read_fails_behind_it(monkeypatch):
+    """Or copies would still be written to memory that is free by then."""
+    done, ready = [], Mock(spec=torch.cuda.Event)
+
+    class Stream:
+        def wait_event(self, event):
+            done.append(event)
+
+        def synchronize(self):
+            done.append("all")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    with pytest.raises(CorruptRecord), _stream_after(ready):
+        raise CorruptRecord("a piece is damaged")
+    assert done == [ready, "all"]
 
 
 def test_closing_ends_all_and_twice_is_once(tmp_path):
