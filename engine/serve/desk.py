@@ -30,6 +30,7 @@ from engine.service.service import Service
 T = TypeVar("T")
 
 THREADS = 4  # for texts, which take as long as they are
+READERS = 2  # for documents, which may be longer than any prompt
 RECORDERS = 2  # for what others wait for: to be cancelled, noted
 KEEPERS = 2  # for what waits for the store, which waits for its disk
 # of a model that has no chat template
@@ -62,6 +63,7 @@ class Desk:
         self.slots = Slots("this server takes", self.config.max_concurrent)
         self.observed = Observed(name, read_of(engine, service, self.tenants.names()))
         self.threads = ThreadPoolExecutor(THREADS, "headrace-http")
+        self.readers = ThreadPoolExecutor(READERS, "headrace-readers")
         self.recorders = ThreadPoolExecutor(RECORDERS, "headrace-records")
         self.keepers = ThreadPoolExecutor(KEEPERS, "headrace-keeper")
 
@@ -118,6 +120,10 @@ class Desk:
         """What may take long, but not the engine; the place is kept meanwhile."""
         return await _done(self.threads, work, place)
 
+    async def read(self, work: Callable[[], T], place: Place) -> T:
+        """What reads documents, and holds up nobody's prompt."""
+        return await _done(self.readers, work, place)
+
     async def recorded(self, work: Callable[[], T], place: Place | None = None) -> T:
         """What changes or asks records, which does not wait for anybody's long text."""
         return await _done(self.recorders, work, place)
@@ -139,7 +145,7 @@ class Desk:
 
     def close(self) -> None:
         """Finish what waits in threads."""
-        for threads in (self.threads, self.keepers, self.recorders):
+        for threads in (self.threads, self.readers, self.keepers, self.recorders):
             threads.shutdown()
 
 

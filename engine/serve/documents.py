@@ -113,7 +113,7 @@ class Adding:
         """
         with span(self._call.trace, "tokenise"):
             sources = [_source(document) for document in given]
-            documents = await self._desk.in_thread(lambda: self._shelf.read(sources), self._place)
+            documents = await self._desk.read(lambda: self._shelf.read(sources), self._place)
         async with self._tenant.adding:
             admitting = asyncio.ensure_future(self._admitted(documents))
             try:

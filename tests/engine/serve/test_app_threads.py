@@ -3,11 +3,15 @@
 import json
 import socket
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from engine.engine import Engine
+from engine.rag.catalogue import Document
+from engine.rag.documents import Source
+from engine.rag.shelf import Shelf
 from engine.serve.config import KeyConfig
-from engine.serve.desk import THREADS
+from engine.serve.desk import READERS, THREADS
 from engine.serve.limits import Place
 from engine.serve.token_text import longest
 from tests.engine.serve.scripted import Scripted
@@ -86,6 +90,33 @@ def test_a_request_is_cancelled_while_all_threads_read_long_texts(monkeypatch):
         for _ in others:
             server.service.next().end("done")
         assert all(other.result(LIMIT_S).status_code == 200 for other in others)
+
+
+def test_prompts_do_not_wait_for_documents_that_are_read(monkeypatch):
+    goes_on, reading, read = threading.Event(), threading.Semaphore(0), Shelf.read
+
+    def slow(shelf: Shelf, sources: Sequence[Source]) -> list[Document]:
+        reading.release()
+        assert goes_on.wait(LIMIT_S)
+        return read(shelf, sources)
+
+    monkeypatch.setattr(Shelf, "read", slow)
+    with (
+        running(make=Scripted) as server,
+        server.http() as client,
+        ThreadPoolExecutor(8) as threads,
+    ):
+        given = {"json": {"documents": [{"text": "A text."}]}}
+        adding = [threads.submit(client.post, "/v1/documents", **given) for _ in range(THREADS + 1)]
+        try:
+            for _ in range(READERS):
+                assert reading.acquire(timeout=LIMIT_S)
+            asked = threads.submit(client.post, "/v1/completions", json=ASKED | {"prompt": "a"})
+            server.service.next().end("done")
+            assert asked.result(LIMIT_S).status_code == 200
+        finally:
+            goes_on.set()
+        assert all(one.result(LIMIT_S).status_code == 200 for one in adding)
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_read(monkeypatch):
