@@ -107,10 +107,16 @@ class Plain:
                 run.keys = self.keys(tokens, run.repair, run.precision)
             self._store.put([(run.keys[number], block) for number, block in blocks])
 
-    def recorder(self, start: int) -> Recorder:
-        """Of blocks from the token `start` on."""
+    def recorder(self, run: Running, start: int) -> Recorder:
+        """Of blocks from the token `start` on.
+
+        Not of an answer to documents that may end by its text: a service tells that end while more
+        is decoded, so who deletes a document then could not know the names of all that is stored.
+        """
+        known = run.segments is None or not run.request.stop
+        stop = None if known else len(run.request.prompt)
         size, empty = self._config.block_tokens, self._store.empty
-        return Recorder(self._model.shape, size=size, start=start, empty=empty)
+        return Recorder(self._model.shape, size=size, start=start, stop=stop, empty=empty)
 
     def _read(self, run: Running, stored: Sequence[BlockKey]) -> Slices[Float[Tensor, " vocab"]]:
         """Prefill behind the `stored` blocks."""
@@ -138,7 +144,7 @@ class Plain:
         size = self._config.block_tokens
         start = len(stored) * size
         run.release()  # what a lost prefix left
-        recorder = self.recorder(start)
+        recorder = self.recorder(run, start)
         cache = run.cache = self._memory.cache(run, recorder)
         run.stored, run.stats.cached_tokens = stored, start
         if not stored:

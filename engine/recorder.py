@@ -1,5 +1,6 @@
 """Cuts the unrotated KV of new tokens into blocks for the store."""
 
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,12 +28,20 @@ class Recorder:
     Args:
         size: tokens per block.
         start: first token recorded, a multiple of `size`: what lies before is stored already.
+        stop: only blocks that are complete with so many tokens are recorded; None for all.
         origin: where in the cache the token counted as 0 lies; what lies before is not recorded.
         empty: host memory for blocks; that of a store is faster than the system's.
     """
 
     def __init__(
-        self, shape: Shape, *, size: int, start: int, origin: int = 0, empty: Empty = fresh
+        self,
+        shape: Shape,
+        *,
+        size: int,
+        start: int,
+        stop: int | None = None,
+        origin: int = 0,
+        empty: Empty = fresh,
     ) -> None:
         if start % size:
             raise ValueError(f"recording starts at a block border, a multiple of {size}: {start}")
@@ -41,17 +50,18 @@ class Recorder:
         self._shape, self._device, self._empty = shape, shape.device, empty
         self._open: dict[int, Tensor] = {}  # block number -> [L 2 Hk P D]
         self._next = start // size
+        self._end = sys.maxsize if stop is None else stop // size
 
     def write(
         self, layer: int, start: int, k: Float[Tensor, "Hk N D"], v: Float[Tensor, "Hk N D"]
     ) -> None:
         """Record unrotated keys and values of tokens [start, start + N) of one layer.
 
-        What belongs to blocks that were taken, or lies before all of them, is ignored.
+        What belongs to blocks that were taken, or lies before or behind all, is ignored.
         """
         start -= self._origin
         stop = start + k.shape[1]
-        numbers = range(max(start // self.size, self._next), -(-stop // self.size))
+        numbers = range(max(start // self.size, self._next), min(-(-stop // self.size), self._end))
         if numbers and k.device != self._device:
             k, v = torch.stack([k, v]).to(self._device)  # one copy, not two a block
         for number in numbers:
@@ -69,12 +79,12 @@ class Recorder:
     def write_token(self, start: int, kv: Float[Tensor, "L 2 Hk D"]) -> None:
         """Record one token in all layers at once."""
         number, within = divmod(start - self._origin, self.size)
-        if number >= self._next:
+        if self._next <= number < self._end:
             self._block(number)[..., within, :] = kv
 
     def take(self, length: int) -> list[tuple[int, KVBlock]]:
         """Blocks complete once `length` tokens are, with their numbers; each is given once."""
-        done = range(self._next, (length - self._origin) // self.size)
+        done = range(self._next, min((length - self._origin) // self.size, self._end))
         self._next = max(self._next, done.stop)
         return [(number, KVBlock(self._in_host(self._open.pop(number)))) for number in done]
 

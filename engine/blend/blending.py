@@ -298,7 +298,7 @@ class Blending:
         if run.repair is None:
             return None
         kept = len(start) if start and start[0].kind is Kind.REPAIRED else 0
-        return self._plain.recorder(kept * self._size)
+        return self._plain.recorder(run, kept * self._size)
 
     def _reorder(self, run: Running, report: BlendReport) -> None:
         """Change the order of the chunks where more of the prompt is then stored exactly."""

@@ -46,6 +46,16 @@ def test_a_layer_after_the_other_or_a_run_after_the_other_the_blocks_are_the_sam
         assert torch.equal(rest.data, layers[..., number * SIZE :, :])
 
 
+@pytest.mark.parametrize("stop", [0, SIZE - 1, SIZE, 2 * SIZE + 5, 10 * SIZE])
+def test_what_is_not_whole_at_the_stop_is_not_recorded(shape, layers, stop):
+    recorder = Recorder(shape, size=SIZE, start=0, stop=stop)
+    for i in range(shape.num_layers):
+        recorder.write(i, 0, *layers[i, :, :, : TOKENS - 1])
+    recorder.write_token(TOKENS - 1, layers[..., TOKENS - 1, :])
+    assert_blocks(recorder.take(TOKENS), layers, range(min(stop, TOKENS) // SIZE))
+    assert bool(recorder._open) == (stop > TOKENS)
+
+
 ELSEWHERE = torch.device("meta")  # as another device: it has tensors, but no numbers in them
 
 

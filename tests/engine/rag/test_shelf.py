@@ -1,13 +1,19 @@
 """Documents for any conversation: where they stand, and that nothing of them is left."""
 
+import threading
+
 import pytest
 
 from engine.errors import ConfigError, PromptError, PromptTooLong
+from engine.perfmodel import Decision
 from engine.rag import forget
 from engine.rag.catalogue import Catalogue, CatalogueError
 from engine.rag.library import Library, Unknown
 from engine.rag.question import around_chat
 from engine.rag.shelf import Shelf
+from engine.request import Running
+from engine.service.ask import Ask
+from engine.service.service import Service
 from engine.splitter import Splitter
 from kvstore.block import Precision
 from tests.engine.rag.corpus import FACTS, Parts, blocks, documents
@@ -278,3 +284,43 @@ def test_another_tenant_sees_nothing(engine):
     with pytest.raises(Unknown):
         others.document(document.id)
     assert [one.id for one in theirs.documents()] == [document.id]
+
+
+def test_what_is_decoded_until_the_end_of_a_text_shows_is_deleted_with_it(parts, monkeypatch):
+    ended, heard, events = threading.Event(), threading.Event(), []
+    tell, end = Running.tell, Service._end
+
+    def late(run, chosen):
+        assert ended.wait(30)  # by then the whole answer is decoded
+        return tell(run, chosen)
+
+    def told(service, live):
+        end(service, live)
+        ended.set()
+
+    def listen(event):
+        events.append(event)
+        heard.set()
+
+    monkeypatch.setattr(Running, "tell", late)
+    monkeypatch.setattr(Service, "_end", told)
+    with parts.engine(block_tokens=32) as engine:
+        computed = Decision(False, 1.0, "compute: for this test")
+        monkeypatch.setattr(engine.blending.speeds, "decide", lambda work: computed)
+        ours, texts = shelf(engine), ("The sky is grey today.", "It rained.")
+        add(engine, ours, [{"id": text, "text": text} for text in texts])
+        reading = ours.reading(around_chat(engine, user("What is it?")), texts)
+        prompt = list(reading.segments.tokens)
+        assert len(ours.prefix) < len(prompt) < 32  # all in the first block, and not all of it
+        stop = engine.tokenizer.decode(engine.logits(prompt)[-1].argmax())
+        reading.begin()
+        service = Service(engine)
+        service.submit(Ask(prompt=reading.segments, max_new_tokens=12, stop=(stop,)), listen)
+        assert heard.wait(30)
+        service.close()
+        [only] = events
+        reading.end([only.token], only.completion)
+        assert only.completion.finish_reason == "stop"
+        for text in texts:
+            ours.delete(text)
+        assert blocks(engine) == {0}
