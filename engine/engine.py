@@ -33,6 +33,7 @@ from engine.prompting import flat, rendered, tokenized
 from engine.request import Completion, Event, Prompt, Request, Running, listed, whole
 from engine.sampling import Sampling
 from engine.slices import Slices, drained
+from engine.sparse.compiled import compile_ahead
 from engine.splitter import Splitter
 from kvstore.block import Precision
 from kvstore.errors import StoreError
@@ -80,6 +81,8 @@ class Engine:
         self.model = HFModel(module.eval())
         check(self.model)
         self.config.check(self.model.shape)
+        if self.config.method.sparse:
+            compile_ahead()
         self.identity = identity(self.model, _folder, _adapters)
         self.memory = Memory(self.model, self.config)
         self.store = TieredStore.open(self.config.store)

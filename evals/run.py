@@ -8,6 +8,7 @@ import msgspec
 
 from engine.engine import Engine
 from engine.errors import ConfigError
+from engine.sparse.compiled import compile_ahead
 from evals.answer import Answers
 from evals.record import Journal, Record
 from evals.registry import haystack_text, make_suite, measurement, parse
@@ -91,6 +92,8 @@ class Run:
 
     def steps(self) -> Iterator[Step]:
         """Do what is left to be done, step by step."""
+        if any(way.method.sparse for way in self.ways):
+            compile_ahead()
         for cell in self.cells:
             left, error = self.limit, None
             try:

@@ -101,6 +101,19 @@ def test_a_run_asks_every_sample_in_every_way(whole):
     assert sum(x.score for x in records if x.method == NO_CONTEXT) == 0
 
 
+@pytest.mark.parametrize(("method", "times"), [(("dense",), 0), (("dense", "quest"), 1)])
+def test_no_sample_waits_for_what_sparse_steps_compile(
+    engine, tmp_path, monkeypatch, method, times
+):
+    """It would count as that sample's time."""
+    compiled = []
+    monkeypatch.setattr("evals.run.compile_ahead", lambda: compiled.append(1))
+    asked = settings(method=method)
+    with closing(open_folder(tmp_path, facts(engine, asked))) as journal:
+        list(Run(engine, journal, [], ways(asked), 1).steps())
+    assert len(compiled) == times
+
+
 def test_the_plan_has_the_tasks_and_lengths_that_are_asked_for():
     cells = plan(settings(tasks=("single",), lengths=(200, 300, 200)))
     assert [(cell.task, cell.length) for cell in cells] == [("single", 200), ("single", 300)]

@@ -11,6 +11,7 @@ from engine.method import preset
 from engine.model.hf import HFModel
 from engine.request import listed
 from engine.sampling import Sampling
+from engine.sparse import compiled as compiled_ahead
 from engine.sparse.cache import SparseCache, pool_shape
 from engine.sparse.indexes import make_index
 from kvstore.config import StoreConfig
@@ -19,6 +20,15 @@ from kvstore.pool.device import DeviceTier
 from tests.engine.families import build, prompt
 
 BIG = StoreConfig(host_bytes=1 << 26)
+
+
+@pytest.mark.parametrize(("name", "count"), [("dense", 0), ("headrace", 2)])
+def test_what_sparse_steps_run_in_c_is_compiled_before_the_first_answer(name, count, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(compiled_ahead, "library", compiled.append)
+    with Engine(build("llama"), None, EngineConfig(store=BIG, method=preset(name))):
+        assert len(compiled) == count
+        assert all(source.exists() for source in compiled)
 
 
 @pytest.mark.parametrize("name", ["headrace", "shadowkv"])
