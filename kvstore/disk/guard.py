@@ -91,7 +91,7 @@ def _mapped(file: int) -> tuple[int, int]:
     """
     try:
         path = os.readlink(f"/proc/self/fd/{file}")
-        lines = os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n")
+        lines = os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n")[:-1]
     except OSError:
         return 0, 0
     for line in lines:

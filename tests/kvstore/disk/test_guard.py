@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 
 import lmdb
 import pytest
@@ -82,6 +82,13 @@ def test_a_bus_error_elsewhere_is_passed_on(tmp_path, before):
     done = run("-c", TOUCH.format(before=before, after="guard.close()"), tmp_path / "file")
     assert done.returncode == -signal.SIGBUS
     assert ("Bus error" in done.stderr) == bool(before)
+
+
+def test_a_file_whose_map_is_not_found_is_not_guarded(tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    with closing(guard.Guard(path)) as made:
+        assert not made.guards
 
 
 def test_who_met_a_blank_page_is_told_and_who_comes_later_finds_the_file(tier, tmp_path):
