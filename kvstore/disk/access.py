@@ -116,7 +116,7 @@ class Access:
     @contextmanager
     def _transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction]:
         """One of LMDB's."""
-        self.env.under_way.append(write)
+        self.env.under_way.append(None)
         try:
             with self.env.lmdb.begin(write=write, buffers=True) as txn:
                 yield txn

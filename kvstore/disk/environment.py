@@ -51,7 +51,7 @@ class Environment:
     ways: Ways  # to them
     lock: os.stat_result  # of the file that keeps writers apart
     damage: str = ""  # of the tables: what is wrong, once that is known
-    under_way: list[bool] = field(default_factory=list)  # transactions: whether they write
+    under_way: list[None] = field(default_factory=list)  # as long as there are transactions
 
     def check_readable(self) -> None:
         """Of a data file cut short, without a guard: make it safe to read, or raise. 2 us."""
