@@ -270,7 +270,7 @@ class TieredStore:
         """Write what is queued and close the tiers. Raises the StoreError of a write.
 
         A forked child only lets go of the folder: it lacks the threads, and what they had locked
-        at that moment stays locked.
+        at that moment stays locked. It cannot open a folder again that was in use then.
         """
         if self.gate.is_left_behind:
             for tier in (level.tier for level in self._levels):

@@ -59,7 +59,10 @@ def _explain(path: Path, error: lmdb.Error | OSError) -> StoreError:
             "1 TiB and uses little: lift their limit (ulimit -v)"
         )
     if "already open" in str(error):
-        return StoreError(f"{path} is open in this process: share that TieredStore, or close it")
+        return StoreError(
+            f"{path} is open in this process: share that TieredStore, or close it; one that was in "
+            "use when this process was forked stays open"
+        )
     return StoreError(f"cannot use the store in {path}: {error}")
 
 

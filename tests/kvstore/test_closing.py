@@ -238,11 +238,16 @@ def test_a_forked_child_may_close_a_store_and_harms_nobody(filled):
 
 
 def test_a_forked_child_that_closes_a_store_ends_no_read_of_its_parent(filled):
+    def in_child():
+        store.close()
+        with pytest.raises(StoreError, match="in use when this process was forked"):
+            TieredStore.open(filled)
+
     with TieredStore.open(filled) as store:
         access = store._levels[0].tier.access
         with access.reading():
             before = access.env.lmdb.readers()
-            assert os.waitpid(forked(store.close), 0)[1] == 0
+            assert os.waitpid(forked(in_child), 0)[1] == 0
             assert access.env.lmdb.readers() == before
             assert parsed(before)
 
