@@ -16,7 +16,7 @@ from kvstore.remote.wire import Buffer
 from kvstore.tier import Item
 
 SEND_BYTES = 4 << 20  # in one exchange
-UNLISTED = 64  # records that are deleted of a block without an index; more than blocks have
+UNLISTED = 128  # records that are deleted of a block without an index; models have fewer layers
 Value = tuple[bytes, Buffer]
 
 

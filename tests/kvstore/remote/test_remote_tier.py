@@ -8,6 +8,7 @@ import pytest
 import torch
 from redis.crc import key_slot
 
+from kvstore import layout
 from kvstore.codecs.known import BY_NAME
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import StoreError, Unreachable
@@ -213,6 +214,19 @@ def test_a_deleted_block_leaves_no_records_that_the_server_lost_the_index_of(ser
         client.delete(*[name for name in client.scan_iter() if name.endswith(b"}")])
         assert client.dbsize() == len(KEYS)
         assert store.delete(KEYS) == 0
+        assert client.dbsize() == 0
+
+
+def test_so_many_records_go_as_a_large_model_has_layers(server, monkeypatch):
+    monkeypatch.setattr(layout, "TARGET_BYTES", 1)  # a record for each of them
+    large = identity(num_layers=126)
+    (key,) = chain(range(4), model=large)
+    with opened(server) as store, server.client() as client:
+        store.put(items([key], large))
+        assert remote_of(store).drain(WAIT_S)
+        assert client.dbsize() == 127
+        client.delete(*[name for name in client.scan_iter() if name.endswith(b"}")])
+        store.delete([key])
         assert client.dbsize() == 0
 
 
