@@ -304,7 +304,8 @@ def test_a_file_that_is_no_chat_template_is_a_mistake_of_the_settings(tmp_path, 
     try:
         with pytest.raises(ConfigError, match=r"chat\.jinja is no template: .* \(line 2\)"):
             set_chat_template(server.engine, ServeConfig(chat_template=str(file)))
-        file.write_text("{{ raise_exception('nobody says how') }}")  # of this conversation
-        set_chat_template(server.engine, ServeConfig(chat_template=str(file)))
+        for text in ("{{ raise_exception('nobody says how') }}", "{{ messages[0].content + 1 }}"):
+            file.write_text(text)  # which fails in this conversation
+            set_chat_template(server.engine, ServeConfig(chat_template=str(file)))
     finally:
         server.engine.tokenizer.chat_template = usual
