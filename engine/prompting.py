@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from engine.blend.segments import Segments, Tokens, ids_of
 from engine.errors import PromptError
 from engine.request import Prompt
@@ -28,7 +26,7 @@ def rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
                 list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
             )
         )
-    except TemplateError as error:
+    except Exception as error:  # it is code, of whoever made the model
         raise PromptError(f"the chat template refuses this conversation: {error}") from error
 
 

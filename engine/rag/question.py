@@ -4,8 +4,6 @@ import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import TemplateError
-
 from engine.errors import PromptError
 from engine.unicode import check_unicode
 
@@ -83,7 +81,7 @@ def _split(tokenizer: Any, messages: Sequence[dict[str, str]], texts: str) -> Ar
         said = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=False
         )
-    except TemplateError as error:
+    except Exception as error:  # it is code, of whoever made the model
         raise PromptError(f"the chat template refuses this question: {error}") from error
     parts = str(said).split(texts)
     if len(parts) != 2:

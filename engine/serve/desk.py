@@ -14,7 +14,7 @@ from jinja2 import TemplateSyntaxError
 from starlette.requests import Request
 
 from engine.engine import Engine
-from engine.errors import ConfigError
+from engine.errors import ConfigError, PromptError
 from engine.serve.asks import Room
 from engine.serve.call import CALL, Call
 from engine.serve.config import ServeConfig
@@ -179,7 +179,7 @@ def _refuse_wrong_template(engine: Engine, file: str) -> None:
     """ConfigError where it is none: all that is asked would be refused, whatever it is."""
     try:
         engine.render([{"role": "user", "content": "?"}])
-    except Exception as error:  # any other may be of this conversation alone
+    except PromptError as error:  # any other may be of this conversation alone
         if isinstance(wrong := error.__cause__, TemplateSyntaxError):
             raise ConfigError(
                 f"serve.chat_template {file} is no template: {wrong} (line {wrong.lineno})"

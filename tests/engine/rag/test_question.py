@@ -45,10 +45,19 @@ def test_a_template_that_does_not_keep_the_texts_is_refused(engine, template):
         around(engine, "", "Why?")
 
 
-def test_a_template_that_refuses_is_told(engine):
-    engine.tokenizer.chat_template = "{{ raise_exception('only about cats') }}"
-    with pytest.raises(PromptError, match="refuses this question: only about cats"):
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('only about cats') }}", "only about cats"),
+        ("{{ 1 / (messages | length - 1) }}", "division by zero"),
+    ],
+)
+def test_a_template_that_refuses_or_fails_is_told(engine, template, said):
+    engine.tokenizer.chat_template = template
+    with pytest.raises(PromptError, match=f"refuses this question: {said}"):
         around(engine, "", "Why?")
+    with pytest.raises(PromptError, match=f"refuses this conversation: {said}"):
+        engine.render([{"role": "user", "content": "Why?"}])
 
 
 def test_whatever_a_user_says_is_told_apart_from_the_texts(engine, monkeypatch):
