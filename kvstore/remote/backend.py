@@ -17,7 +17,7 @@ class RemoteBackend(Protocol):
     get_many: how many bytes of each value are now in the buffer of the same number; 0 if absent.
         No more come than a buffer holds, so one that is full may be the start of a longer value.
     put_many: which values are there afterwards; a server that is full refuses some.
-    delete: unknown names are fine.
+    delete: of names that belong together; unknown ones are fine.
     resolve: find the server anew. May wait for long, e.g. for a name server.
     """
 

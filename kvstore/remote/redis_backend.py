@@ -64,8 +64,7 @@ class RedisBackend:
         return [reply is None for reply in replies]
 
     def delete(self, names: Sequence[bytes]) -> None:
-        sent = [piece for name in names for piece in command(b"UNLINK", name)]
-        self._exchange(sent, lambda wire: [_answer(wire.number()) for _ in names])
+        self._exchange(command(b"UNLINK", *names), lambda wire: _answer(wire.number()))
 
     def close(self) -> None:
         with self._lock:

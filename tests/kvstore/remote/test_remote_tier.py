@@ -213,8 +213,10 @@ def test_a_deleted_block_leaves_no_records_that_the_server_lost_the_index_of(ser
     with opened(server) as store, server.client() as client:
         client.delete(*[name for name in client.scan_iter() if name.endswith(b"}")])
         assert client.dbsize() == len(KEYS)
+        client.config_resetstat()
         assert store.delete(KEYS) == 0
         assert client.dbsize() == 0
+        assert client.info("commandstats")["cmdstat_unlink"]["calls"] == len(KEYS)
 
 
 def test_so_many_records_go_as_a_large_model_has_layers(server, monkeypatch):
