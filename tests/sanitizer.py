@@ -74,7 +74,7 @@ class Launch:
             yield from self._unordered()
 
     def _outside(self, tensors: Iterable[Any]) -> Iterator[str]:
-        first, last = np.array([(-1, 0), *sorted(map(_span, tensors))]).T
+        first, last = np.array([(-1, 0), *sorted(map(span, tensors))]).T
         last = np.maximum.accumulate(last)  # of views that overlap
         for access in self.accesses:
             tensor = first.searchsorted(access.at, "right") - 1
@@ -124,7 +124,7 @@ def _all(x: NDArray[np.bool_], starts: NDArray[np.int64]) -> NDArray[np.bool_]:
     return np.logical_and.reduceat(x, starts)
 
 
-def _span(tensor: Any) -> tuple[int, int]:
+def span(tensor: Any) -> tuple[int, int]:
     """The first byte, and that behind the last."""
     if not tensor.numel():
         return tensor.data_ptr(), tensor.data_ptr()

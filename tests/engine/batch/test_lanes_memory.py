@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from engine.batch.batch import DeviceBatch
 from tests.engine.batch.test_batch import Batch, small
 from tests.engine.families import build, prompt
+from tests.sanitizer import span
 
 
 class Traffic(TorchDispatchMode):
@@ -43,19 +44,17 @@ class Traffic(TorchDispatchMode):
         self.kept.append((args, kwargs, found))
         if self.parted and not func.is_view:
             lane = self.touched["side" if self.aside else "main"]
-            for argument, given in zip(func._schema.arguments, args):
-                lane += self._of(given, argument, func)
-            for argument in func._schema.arguments:
-                lane += self._of((kwargs or {}).get(argument.name), argument, func)
+            arguments = func._schema.arguments
+            given = dict(zip([one.name for one in arguments], args)) | (kwargs or {})
+            for argument in arguments:
+                lane += self._of(given.get(argument.name), argument, func)
         return found
 
     def _of(self, given, argument, func):
         written = argument.alias_info is not None and argument.alias_info.is_write
         for tensor in tree_leaves(given):
             if isinstance(tensor, torch.Tensor) and tensor.numel():
-                first, steps = tensor.data_ptr(), zip(tensor.shape, tensor.stride())
-                count = 1 + sum((size - 1) * stride for size, stride in steps)
-                yield written, first, first + count * tensor.element_size(), func.name()
+                yield written, *span(tensor), func.name()
 
 
 def traffic(name, **changes):
