@@ -156,5 +156,6 @@ class Staging:
 def _room(numbers: int, shape: Shape) -> Float[Tensor, " numbers"]:
     """Memory that is copied from: page-locked for a GPU, by torch, which keeps it for the next."""
     if shape.device.type == "cuda":
-        return torch.empty(numbers, dtype=shape.dtype, pin_memory=True)
+        with torch.inference_mode(False):  # the store's threads, which write to it, are not in it
+            return torch.empty(numbers, dtype=shape.dtype, pin_memory=True)
     return own_large_pages((numbers,), shape.dtype)
