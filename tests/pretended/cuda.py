@@ -1,0 +1,145 @@
+"""What torch has of CUDA: streams, events, graphs, generators and page-locked memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.pretended.memory import (
+    GPU,
+    LOCKED,
+    THE_CPUS,
+    THREAD,
+    Capture,
+    capture,
+    not_captured,
+    tensors_in,
+    type_of,
+)
+
+
+class Event:
+    """Of what has happened."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def record(self, stream: Any = None) -> None: ...
+    def wait(self, stream: Any = None) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        not_captured("waiting for an event")
+
+
+class Stream:
+    """On which everything has happened."""
+
+    device = GPU
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def wait_stream(self, other: "Stream") -> None: ...
+    def wait_event(self, event: Event) -> None: ...
+    def record_event(self, event: Event | None = None) -> Event:
+        return event or Event()
+
+    def synchronize(self) -> None:
+        not_captured("waiting for a stream")
+
+
+FIRST = Stream()
+
+
+@contextmanager
+def streaming(stream: Stream | None) -> Iterator[None]:
+    before = current_stream()
+    THREAD.stream = stream or before
+    try:
+        yield
+    finally:
+        THREAD.stream = before
+
+
+def current_stream(device: Any = None) -> Stream:
+    return getattr(THREAD, "stream", FIRST)
+
+
+class Graph:
+    def capture_begin(self, **_: Any) -> None:
+        not_captured("a capture")
+        THREAD.capture = Capture()
+
+    def capture_end(self) -> None:
+        self._captured, THREAD.capture = THREAD.capture, None
+        with torch._C.DisableTorchFunction():
+            self._captured.end()
+
+    def replay(self) -> None:
+        with torch._C.DisableTorchFunction():
+            for launch, made in self._captured.launches:
+                for old, new in zip(made, tensors_in(launch()), strict=True):
+                    if old.untyped_storage()._cdata != new.untyped_storage()._cdata:
+                        old.copy_(new)
+
+
+@contextmanager
+def graph(made: Graph, **_: Any) -> Iterator[None]:
+    made.capture_begin()
+    try:
+        yield
+    finally:
+        made.capture_end()
+
+
+class Generator(THE_CPUS):
+    def __new__(cls, device: Any = "cpu") -> "Generator":
+        made = THE_CPUS.__new__(cls)
+        made.where = type_of(device)
+        return made
+
+    def __init__(self, device: Any = "cpu") -> None: ...
+
+
+class Cudart:
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        LOCKED[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del LOCKED[address]
+        return 0
+
+
+@contextmanager
+def device(*_: Any) -> Iterator[None]:
+    yield
+
+
+def record_stream(tensor: Tensor, stream: Stream) -> None:
+    assert tensor.is_cuda, "a tensor of the CPU is on no stream"
+
+
+def replace_cuda() -> None:
+    """torch finds a GPU from now on."""
+    cuda: Any = torch.cuda
+    facts = {"name": "pretended", "total_memory": 80 << 30, "major": 9, "minor": 0}
+    found = SimpleNamespace(**facts, multi_processor_count=132)
+    cuda.Stream, cuda.Event, cuda.CUDAGraph, cuda.graph = Stream, Event, Graph, graph
+    cuda.stream, cuda.current_stream, cuda.device, cuda.device_of = (
+        *(streaming, current_stream, device, device),
+    )
+    cuda.is_available, cuda.device_count = (lambda: True), (lambda: 1)
+    cuda.current_device = lambda: 0
+    cuda.is_current_stream_capturing = lambda: capture() is not None
+    cuda.graph_pool_handle = lambda: (0, 0)
+    cuda.synchronize = lambda device=None: not_captured("waiting for the device")
+    cuda.empty_cache = cuda.init = cuda._lazy_init = lambda: None
+    cuda.mem_get_info = lambda device=None: (60 << 30, 80 << 30)
+    cuda.get_device_properties = lambda device=None: found
+    cuda.get_device_capability = lambda device=None: (9, 0)
+    cuda.get_device_name = lambda device=None: "pretended"
+    cuda.cudart = Cudart
+    torch.Generator = Generator  # type: ignore[misc]
+    torch.Tensor.record_stream = record_stream  # type: ignore[method-assign]
