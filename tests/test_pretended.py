@@ -14,11 +14,9 @@ from engine.kernels.norm_rows import norm_rows_triton
 ROOT = Path(__file__).resolve().parent.parent
 ON_IT = [  # tests for a GPU that do not take long
     "tests/test_pretended.py",
+    "tests/test_gpu_check.py::test_on_a_gpu_every_trial_of_a_kernel_agrees_with_its_definition",
     "tests/engine/test_gpu.py::test_logits_on_a_gpu_are_those_of_the_cpu[gemma2]",
     "tests/engine/test_gpu.py::test_a_blend_is_that_of_the_cpu[boundary]",
-    "tests/engine/test_attention.py::test_on_a_gpu_a_chunk_in_bf16_errs_at_most_twice_as_much_as_torch[200]",
-    "tests/kvstore/pool/test_pool.py",
-    "tests/retrieval/device/test_rows.py::test_an_append_and_its_scores_can_be_captured[keys]",
 ]
 
 
@@ -28,7 +26,7 @@ def test_tests_for_a_gpu_pass_on_a_pretended_one():
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "15 passed" in done.stdout
+    assert "9 passed" in done.stdout
 
 
 @pytest.fixture

@@ -108,6 +108,7 @@ def encode_triton(
     scales: Float16[Tensor, "B Hk T"],
 ) -> None:
     """The same by the kernel."""
+    assert all(x.is_contiguous() for x in axes), "numbers lie side by side"
     _check(packed, scales)
     batch, heads, dim = keys.shape
     blocks, codes = packed.shape[2:4]

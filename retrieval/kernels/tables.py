@@ -126,6 +126,7 @@ def coordinates(
 
 def tables_triton(query: Float[Tensor, "B Hq D"], axes: Coordinates) -> Tables:
     """The same by the kernel."""
+    assert all(x.is_contiguous() for x in axes), "numbers lie side by side"
     batch, heads, dim = axes.mean.shape
     queries, codes = query.shape[1], axes.bits.shape[1]
     words, width = lanes(queries // heads)

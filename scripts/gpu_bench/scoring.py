@@ -69,7 +69,9 @@ def coordinates(sizes: Sizes) -> tables.Coordinates:
         ] / 2
     per_code = 4 // BITS
     return tables.Coordinates(
-        basis=torch.linalg.qr(sizes.randn(*rows, sizes.dim, sizes.dim, dtype=torch.float32)).Q,
+        basis=torch.linalg.qr(
+            sizes.randn(*rows, sizes.dim, sizes.dim, dtype=torch.float32)
+        ).Q.contiguous(),  # it comes column by column
         spread=1 + sizes.randn(*rows, sizes.dim, dtype=torch.float32).abs(),
         mean=sizes.randn(*rows, sizes.dim, dtype=torch.float32),
         first=per_code * torch.arange(count, dtype=torch.int32, device=where).repeat(rows[0], 1),

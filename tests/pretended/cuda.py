@@ -135,6 +135,7 @@ def replace_cuda() -> None:
     cuda.is_current_stream_capturing = lambda: capture() is not None
     cuda.graph_pool_handle = lambda: (0, 0)
     cuda.synchronize = lambda device=None: not_captured("waiting for the device")
+    cuda.reset_peak_memory_stats = lambda device=None: None
     cuda.empty_cache = cuda.init = cuda._lazy_init = lambda: None
     cuda.mem_get_info = lambda device=None: (60 << 30, 80 << 30)
     cuda.get_device_properties = lambda device=None: found
