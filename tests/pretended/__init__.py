@@ -21,19 +21,18 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 import pytest
 import torch
 
+from tests import sanitizer
 from tests.pretended.cuda import replace_cuda
 from tests.pretended.memory import capture, on_gpu, page_locked, tensors_in
 from tests.pretended.mode import Pretended
 
+sanitizer.install = lambda: None  # it takes time, and is for the kernels' own tests
 LAUNCH = threading.RLock()  # the interpreter runs one kernel at a time
 
 
 @pytest.hookimpl(tryfirst=True)  # before other plugins import what is changed here
 def pytest_configure(config: Any) -> None:
-    """Pretend, and leave out what is searched for in other tests, which takes time."""
-    import tests.sanitizer
-
-    tests.sanitizer.install = lambda: None
+    """There is a GPU from now on."""
     replace_cuda()
     enter_in_all_threads()
     import tests.conftest
@@ -61,14 +60,18 @@ def take_kernels() -> None:
     call = GridExecutor.__call__
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
-        with torch._C.DisableTorchFunction(), LAUNCH:
-            given = tensors_in(args, kwargs)
-            for x in given:
-                if not on_gpu(x) and not page_locked(x):
-                    raise ValueError(f"{self.fn.__name__}: a tensor of the CPU, {tuple(x.shape)}")
-            if (graph := capture()) is not None:
-                graph.keep(given)
-                graph.note(lambda: call(self, *args, **kwargs), [])
-            call(self, *args, **kwargs)
+        given = tensors_in(args, kwargs)
+        for x in given:
+            if not on_gpu(x) and not page_locked(x):
+                raise ValueError(f"{self.fn.__name__}: a tensor of the CPU, {tuple(x.shape)}")
+
+        def run() -> None:
+            with torch._C.DisableTorchFunction(), LAUNCH:
+                call(self, *args, **kwargs)
+
+        if (graph := capture()) is not None:
+            graph.keep(given)
+            graph.note(run, [])
+        run()
 
     GridExecutor.__call__ = launch
