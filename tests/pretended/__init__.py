@@ -35,9 +35,6 @@ def pytest_configure(config: Any) -> None:
     """There is a GPU from now on."""
     replace_cuda()
     enter_in_all_threads()
-    import tests.conftest
-
-    assert tests.conftest, "it mends the interpreter, whose launches are changed after that"
     take_kernels()
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from tests.pretended.memory import (
     GPU,
     LOCKED,
-    THE_CPUS,
     THREAD,
     Capture,
+    CpuGenerator,
     capture,
     not_captured,
     tensors_in,
@@ -93,9 +93,9 @@ def graph(made: Graph, **_: Any) -> Iterator[None]:
         made.capture_end()
 
 
-class Generator(THE_CPUS):
+class Generator(CpuGenerator):
     def __new__(cls, device: Any = "cpu") -> "Generator":
-        made = THE_CPUS.__new__(cls)
+        made = CpuGenerator.__new__(cls)
         made.where = type_of(device)
         return made
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 GPU = torch.device("cuda", 0)
 LOCKED: dict[int, int] = {}  # address of registered memory -> bytes
 THREAD = threading.local()  # .capture, .stream
-THE_CPUS = torch.Generator
+CpuGenerator = torch.Generator
 
 
 def on_gpu(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from tests.pretended.memory import (
     GPU,
-    THE_CPUS,
+    CpuGenerator,
     capture,
     not_captured,
     on_gpu,
@@ -107,7 +107,7 @@ class Pretended(TorchFunctionMode):
         crosses: bool,
     ) -> None:
         """What a GPU would not do."""
-        for generator in (x for x in (*args, *kwargs.values()) if isinstance(x, THE_CPUS)):
+        for generator in (x for x in (*args, *kwargs.values()) if isinstance(x, CpuGenerator)):
             if (getattr(generator, "where", "cpu") == "cuda") != there:
                 raise RuntimeError(f"{name}: a generator of another device")
         if not any(map(on_gpu, given)):
