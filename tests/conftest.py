@@ -4,6 +4,7 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -15,6 +16,12 @@ settings.load_profile("headrace")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests for a GPU need one, or a pretended one (`tests.pretended`)."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("torch finds no GPU on this machine")
 
 
 def mend_interpreter() -> None:

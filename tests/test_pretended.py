@@ -29,14 +29,8 @@ def test_tests_for_a_gpu_pass_on_a_pretended_one():
     assert "9 passed" in done.stdout
 
 
-@pytest.fixture
-def gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("torch finds no GPU on this machine")
-
-
 @pytest.mark.gpu
-def test_tensors_are_where_they_were_made_or_brought(gpu):
+def test_tensors_are_where_they_were_made_or_brought():
     made, brought = torch.zeros(3, device="cuda"), torch.zeros(3).cuda()
     for x in (
         made,
@@ -56,7 +50,7 @@ def test_tensors_are_where_they_were_made_or_brought(gpu):
 
 
 @pytest.mark.gpu
-def test_devices_do_not_mix(gpu):
+def test_devices_do_not_mix():
     here, there = torch.zeros(3), torch.zeros(3, device="cuda")
     with pytest.raises(RuntimeError):
         here + there
@@ -70,7 +64,7 @@ def test_devices_do_not_mix(gpu):
 
 
 @pytest.mark.gpu
-def test_a_kernel_takes_no_pageable_memory(gpu):
+def test_a_kernel_takes_no_pageable_memory():
     x, weight = torch.ones(2, 64), torch.ones(64)
     with pytest.raises(ValueError, match=r"cpu tensor|of the CPU"):
         norm_rows_triton(x.cuda(), weight, 1e-6)
@@ -80,7 +74,7 @@ def test_a_kernel_takes_no_pageable_memory(gpu):
 
 
 @pytest.mark.gpu
-def test_a_graph_runs_when_it_is_replayed_on_what_is_there_then(gpu):
+def test_a_graph_runs_when_it_is_replayed_on_what_is_there_then():
     count, by, weight = (torch.ones(64, device="cuda") for _ in range(3))
     norm_rows_triton(count[None], weight, 0.0)  # no capture compiles it
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -100,7 +94,7 @@ def test_a_graph_runs_when_it_is_replayed_on_what_is_there_then(gpu):
 @pytest.mark.parametrize(
     "wait", [torch.Tensor.item, lambda x: x[x > 0]], ids=["a number", "a mask as an index"]
 )
-def test_a_capture_waits_for_nothing(gpu, wait):
+def test_a_capture_waits_for_nothing(wait):
     one, stream = torch.ones(1, device="cuda"), torch.cuda.Stream()
     with pytest.raises(RuntimeError), capturing(torch.cuda.CUDAGraph(), stream):
         wait(one)

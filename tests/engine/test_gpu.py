@@ -18,12 +18,6 @@ from tests.engine.reader import settings
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("torch finds no GPU on this machine")
-
-
 @pytest.mark.parametrize("family", CASES)
 def test_logits_on_a_gpu_are_those_of_the_cpu(family):
     text = prompt(300)

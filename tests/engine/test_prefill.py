@@ -189,8 +189,6 @@ def test_ragged_prompts_are_answered_as_when_they_were_read_chunk_by_chunk():
 
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_the_same_and_blocks_are_recorded_in_host_memory():
-    if not torch.cuda.is_available():
-        pytest.skip("torch finds no GPU on this machine")
     model, tokens = HFModel(build("qwen3").to("cuda")), prompt(150).cuda()
     ours, theirs = (
         read(model, small("headrace"), tokens, CHUNK, loop) for loop in (by_layers, by_chunks)

@@ -58,7 +58,6 @@ def test_tensors_of_a_cpu_go_to_the_definition():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_it_equals_its_definition(dtype):
     lengths = [0, 5, 30, -1]

@@ -50,7 +50,6 @@ def test_tensors_of_a_cpu_go_to_the_definition():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ALLOWED)
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_on_a_gpu_it_equals_its_definition(dtype, interleaved):

@@ -107,8 +107,6 @@ def test_hot_rows_must_be_numbers_of_the_same_dtype_in_one_piece():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_gpu_reads_a_page_locked_slab_by_its_own_address(name):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     layout = LAYOUTS[name]
     made = batch(layout, lengths=(300, 0, 127, 64), slots=200, seed=3)
     resolved = misses(made, 150)

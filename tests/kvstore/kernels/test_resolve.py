@@ -252,8 +252,6 @@ def test_put_writes_where_there_is_something_to_write(at):
 
 @pytest.mark.gpu
 def test_a_gpu_resolves_large_tables_as_the_definition_does():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     generator = torch.Generator().manual_seed(0)
     batch, heads, most, slots, tokens = 3, 8, 2048, 5000, 20000
     here = empty(batch, heads, tokens=tokens, slots=slots, device="cpu")

@@ -15,12 +15,6 @@ from kvstore.rows import Int4, Int8, PoolShape, Raw, RowLayout
 BF16 = Raw(torch.bfloat16)
 
 
-@pytest.fixture
-def gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-
-
 def shaped(heads=2, dim=64, layers=2, k=BF16, v=BF16, tokens=8):
     return PoolShape(layers, heads, RowLayout(k, v, dim, torch.bfloat16), tokens)
 
@@ -290,7 +284,7 @@ def test_pages_that_cannot_be_locked_leave_no_error_behind(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("codec", [BF16, Int8(), Int4()])
-def test_what_a_gpu_sends_is_there_when_it_is_read(gpu, codec):
+def test_what_a_gpu_sends_is_there_when_it_is_read(codec):
     shape = shaped(heads=8, dim=128, layers=1, k=codec, v=codec, tokens=64)
     pool = PinnedTier(shape, 512 * shape.block_bytes, locked=True)
     k, v = numbers(shape, 20_000)
@@ -330,7 +324,7 @@ def test_a_device_tier_on_the_cpu_reads_what_was_written():
 
 
 @pytest.mark.gpu
-def test_a_device_tier_on_a_gpu_reads_what_was_written(gpu):
+def test_a_device_tier_on_a_gpu_reads_what_was_written():
     read_back_on("cuda")
 
 
@@ -350,7 +344,7 @@ def read_back_on(device):
 
 
 @pytest.mark.gpu
-def test_a_pinned_tier_is_page_locked_without_rounding_up(gpu):
+def test_a_pinned_tier_is_page_locked_without_rounding_up():
     shape = shaped()
     pool = PinnedTier(shape, 65 * shape.block_bytes, locked=True)
     assert pool.slab(0).is_pinned()

@@ -173,7 +173,6 @@ def test_bytes_are_those_of_its_tensors(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @EVERY
 def test_an_append_and_its_scores_can_be_captured(name):
     keys, query = make_keys(2, 101, 64), queries(8, 64)

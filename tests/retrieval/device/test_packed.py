@@ -219,7 +219,6 @@ def test_memory_is_counted_and_does_not_move(make):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("make", [scalar_index, pq_index])
 def test_a_graph_appends_and_scores_as_the_cpu_does(make):
     index = make(2, 128, 300)

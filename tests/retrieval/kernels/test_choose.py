@@ -236,7 +236,6 @@ def test_tensors_of_a_cpu_go_to_the_definition():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("budget", [64, 2048, 8192])
 @pytest.mark.parametrize("capacity", [1000, 16384, 131072, 1 << 20])
 @pytest.mark.parametrize("shift", [0, 12, 24])
@@ -249,7 +248,6 @@ def test_a_device_takes_what_the_definition_takes(budget, capacity, shift):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("capacity", [4096, 65536])
 def test_a_captured_choice_follows_lengths_and_scores(capacity):
     policy = Policy(budget=512, sinks=4, window=16)

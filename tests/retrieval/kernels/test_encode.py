@@ -107,7 +107,6 @@ def test_keys_on_a_cpu_take_the_definition():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("hk", "d", "bits"), [(8, 128, 2), (2, 80, 1), (3, 64, 4)])
 def test_the_kernel_equals_its_definition_on_a_gpu(hk, d, bits, dtype):

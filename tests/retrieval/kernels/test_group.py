@@ -158,7 +158,6 @@ def test_a_probability_of_one_has_one_key_whatever_the_sign_of_its_logarithm(key
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("reduce", ["max", "sum"])
 @pytest.mark.parametrize(("group", "unit"), [(1, 16), (3, 1), (4, 8), (8, 7), (4, 1)])
 def test_a_device_has_the_keys_of_the_definition(reduce, group, unit):

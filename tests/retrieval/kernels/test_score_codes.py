@@ -140,7 +140,6 @@ def test_codes_that_do_not_fit_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("g", "m"), [(1, 64), (3, 40), (4, 64), (8, 128), (12, 20), (4, 257)])
 def test_the_kernel_equals_its_definition_on_a_gpu(g, m):
     lengths = torch.tensor([0, 1, 4097, 20_000], dtype=torch.int32, device="cuda")

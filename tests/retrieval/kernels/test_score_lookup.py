@@ -109,7 +109,6 @@ def test_tensors_of_a_cpu_go_to_the_definition():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("layout", [*LAYOUTS, (8, 4, 16, 256, torch.uint8, 20000)], ids=str)
 def test_a_device_scores_as_double_precision_does(layout):
     wide, codes, table, lengths = make(*layout)

@@ -112,7 +112,6 @@ def test_queries_on_a_cpu_take_the_definition():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("hk", "g", "d", "bits"), [(2, 4, 128, 2), (2, 3, 80, 1), (1, 8, 64, 4)])
 def test_the_kernel_equals_its_definition_on_a_gpu(hk, g, d, bits, dtype):
