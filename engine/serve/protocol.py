@@ -4,6 +4,7 @@ import asyncio
 import logging
 import socket
 import time
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -110,7 +111,8 @@ class Protocol(H11Protocol):
         refusal = overloaded("The server is overloaded: too many connections are open.")
         self._surplus = self.loop.call_later(LINGER_S, self.transport.abort)
         self.transport.write(_answer(refusal))
-        self.transport.write_eof()
+        with suppress(OSError):  # it is gone since
+            self.transport.write_eof()
         said = {"time": round(time.time(), 3), "status": 503, "outcome": "too_many_connections"}
         access.info("%s", msgspec.json.encode(said).decode())
 

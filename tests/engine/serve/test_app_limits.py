@@ -4,8 +4,11 @@ scripted."""
 import gc
 import json
 import socket
+import struct
+from asyncio.selector_events import _SelectorSocketTransport
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from queue import Queue
 
 import openai
 import pytest
@@ -279,6 +282,32 @@ def test_of_a_flood_so_many_are_told_and_all_others_are_gone_at_once(monkeypatch
         assert told.count(None) == 10
 
 
+def test_a_connection_too_many_may_be_gone_while_it_is_told(monkeypatch, caplog):
+    gone: Queue[OSError | None] = Queue()
+    held: list[socket.socket] = []
+    write_eof = _SelectorSocketTransport.write_eof
+
+    def after_its_end(transport):
+        with held[-1] as connection:  # whose end is a reset
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        try:
+            write_eof(transport)
+        except OSError as error:
+            gone.put(error)
+            raise
+        gone.put(None)
+
+    monkeypatch.setattr(_SelectorSocketTransport, "write_eof", after_its_end)
+    here = "127.0.0.1"
+    with running(make=Scripted, max_connections=1) as server:
+        with socket.create_connection((here, server.port), LIMIT_S):
+            held.append(socket.create_connection((here, server.port), LIMIT_S))
+            assert isinstance(gone.get(timeout=LIMIT_S), OSError)
+            assert server.ended(outcome="too_many_connections")["status"] == 503
+        assert raw(server, b"GET / HTTP/1.1\r\nconnection: close\r\n\r\n")
+    assert not [said for said in caplog.records if said.name == "asyncio"]
+
+
 def test_connections_leave_files_for_the_work():
     few = 8
     with process(files=OWN_FILES + few) as server, ExitStack() as held:
@@ -294,7 +323,7 @@ def test_connections_leave_files_for_the_work():
         held.close()
         assert server.stop() == 0
     assert "8 connections are served at once, not serve.max_connections" in server.stderr[0]
-    assert len(server.stderr) == 2, "one line more: that it is ready"
+    assert len(server.stderr) == 2, "".join(server.stderr)  # one line more: that it is ready
 
 
 def test_too_few_files_for_any_connection_are_a_mistake(monkeypatch):
