@@ -100,9 +100,6 @@ class Loader:
         self._device = model.shape.device
         self._owners = owners(model)
         self.tables = Tables(torch.arange(length, device=self._device))
-        if self._device.type == "cuda":
-            for owner in self._owners:
-                self.tables[owner.rope]  # before the streams part: both read it
         self._side = Side(self._device)
         self._marks: dict[int, torch.cuda.Event | None] = {}
         self._busy, self.waited_s = Busy(), 0.0

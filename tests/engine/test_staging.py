@@ -334,3 +334,36 @@ def test_loading_does_not_wait_for_what_the_loop_has_launched(tmp_path, monkeypa
         assert same(last.v.cpu(), want)
         assert busy.query()  # what the loop reads is behind what it launched
         loader.cancel()
+
+
+@pytest.mark.gpu
+def test_loading_comes_between_what_is_launched_before_and_after(tmp_path):
+    model = HFModel(build("llama", num_hidden_layers=6).to("cuda"))
+    with stored(tmp_path) as store:
+        cache = SequenceCache(model.shape, 20 * SIZE)
+        torch.cuda._sleep(1 << 30)  # a second or so
+        for layer in range(6):
+            cache.view(layer, 20 * SIZE).v.fill_(7)
+        loader = Loader(model, cache, store, PLACED, 20 * SIZE)
+        loader.result()
+        for layer in range(6):
+            want = torch.cat([content(key, IDENTITY).data[layer, 1] for key in KEYS], 1)
+            assert same(cache.view(layer, 20 * SIZE).v.cpu(), want)
+        loader.cancel()
+
+
+@pytest.mark.gpu
+def test_a_layer_may_go_while_what_reads_it_has_not_run(tmp_path):
+    model = HFModel(build("llama", num_hidden_layers=6).to("cuda"))
+    with stored(tmp_path) as store:
+        cache, seen = SequenceCache(model.shape, 20 * SIZE), []
+        loader = Loader(model, cache, store, PLACED, 20 * SIZE, paced=True)
+        for layer in range(6):
+            loader.wait(layer)
+            torch.cuda._sleep(1 << 28)  # the loader goes on
+            seen.append(cache.view(layer, 20 * SIZE).v.clone())
+            cache.release(layer)
+        for layer, v in enumerate(seen):
+            want = torch.cat([content(key, IDENTITY).data[layer, 1] for key in KEYS], 1)
+            assert same(v.cpu(), want)
+        loader.cancel()

@@ -74,11 +74,21 @@ def filled(tokens, capacity=6000, shape=SHAPE):
 def test_requests_that_move_at_random_steps_have_every_bit_of_one_that_stays(
     family, dtype, place, tmp_path
 ):
-    model, dice = HFModel(build(family, dtype=dtype)), Random(3)
-    prompts = [prompt(n) for n in (60, 9, 33)]
+    move_at_random(build(family, dtype=dtype), place, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", PLACES)
+def test_on_a_gpu_they_do_too(place, tmp_path):
+    move_at_random(build("llama").cuda(), place, tmp_path)
+
+
+def move_at_random(module, place, path):
+    model, dice = HFModel(module), Random(3)
+    prompts = [prompt(n).to(model.shape.device) for n in (60, 9, 33)]
     want = [alone(model, tokens, 8) for tokens in prompts]
     rows = [[] for _ in prompts]
-    swap = swap_in(place, tmp_path, model.shape, 220)
+    swap = swap_in(place, path, model.shape, 220)
     with closing(swap):
         recorders = [Recorder(model.shape, size=16, start=0) for _ in prompts]
         caches = [SlabCache(model.shape, len(p) + 8, r) for p, r in zip(prompts, recorders)]
