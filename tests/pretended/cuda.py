@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,38 +16,70 @@ from tests.pretended.memory import (
     Capture,
     CpuGenerator,
     capture,
+    current,
+    memory_of,
     not_captured,
     tensors_in,
+    touched,
     type_of,
 )
+from tests.pretended.order import HOST, LINES, LOCK, Accesses, Line, Memory, happens
 
 
 class Event:
-    """Of what has happened."""
+    """What a stream had done, or was to do, when it was recorded."""
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-    def record(self, stream: Any = None) -> None: ...
-    def wait(self, stream: Any = None) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.known = np.zeros(LINES, np.int32)
+        self._of: Capture | None = None
+
+    def record(self, stream: "Stream | None" = None) -> None:
+        line = (stream or current_stream()).line
+        self.known, self._of = line.known.copy(), capture()
+
+    def wait(self, stream: "Stream | None" = None) -> None:
+        line, graph = (stream or current_stream()).line, capture()
+        if self.known.any() and self._of is not graph:
+            raise RuntimeError("dependency created on uncaptured work in another stream")
+        if graph is not None:
+            graph.lines.add(line)
+        line.learn(self.known)
+
     def query(self) -> bool:
+        self.synchronize()
         return True
 
     def synchronize(self) -> None:
         not_captured("waiting for an event")
+        HOST.learn(self.known)
 
 
 class Stream:
-    """On which everything has happened."""
+    """One of the streams, of which there are as many as lines."""
 
     device = GPU
+    made = 0
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-    def wait_stream(self, other: "Stream") -> None: ...
-    def wait_event(self, event: Event) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None:
+        with LOCK:
+            Stream.made += 1
+            of = Stream.made if Stream.made < LINES else 2 + Stream.made % (LINES - 2)
+            self.line = Line.every[of] if of < len(Line.every) else Line()
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.wait_event(other.record_event())
+
+    def wait_event(self, event: Event) -> None:
+        event.wait(self)
+
     def record_event(self, event: Event | None = None) -> Event:
-        return event or Event()
+        event = event or Event()
+        event.record(self)
+        return event
 
     def synchronize(self) -> None:
         not_captured("waiting for a stream")
+        HOST.learn(self.line.known)
 
 
 FIRST = Stream()
@@ -56,10 +89,11 @@ FIRST = Stream()
 def streaming(stream: Stream | None) -> Iterator[None]:
     before = current_stream()
     THREAD.stream = stream or before
+    THREAD.line = THREAD.stream.line
     try:
         yield
     finally:
-        THREAD.stream = before
+        THREAD.stream, THREAD.line = before, before.line
 
 
 def current_stream(device: Any = None) -> Stream:
@@ -79,9 +113,11 @@ class Graph:
     def replay(self) -> None:
         with torch._C.DisableTorchFunction():
             for launch, made in self._captured.launches:
-                for old, new in zip(made, tensors_in(launch()), strict=True):
-                    if old.untyped_storage()._cdata != new.untyped_storage()._cdata:
-                        old.copy_(new)
+                with Accesses() as seen:
+                    for old, new in zip(made, tensors_in(launch()), strict=True):
+                        if old.untyped_storage()._cdata != new.untyped_storage()._cdata:
+                            old.copy_(new)
+                happens("a replay", touched(seen.reads), touched(seen.writes), current())
 
 
 @contextmanager
@@ -104,7 +140,7 @@ class Generator(CpuGenerator):
 
 class Cudart:
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
-        LOCKED[address] = size
+        LOCKED[address] = Memory(address, size, HOST)
         return 0
 
     def cudaHostUnregister(self, address: int) -> int:
@@ -119,6 +155,13 @@ def device(*_: Any) -> Iterator[None]:
 
 def record_stream(tensor: Tensor, stream: Stream) -> None:
     assert tensor.is_cuda, "a tensor of the CPU is on no stream"
+    memory_of(tensor).named.add(stream.line.number)
+
+
+def wait_for_all(device: Any = None) -> None:
+    not_captured("waiting for the device")
+    for line in list(Line.every):
+        HOST.learn(line.known)
 
 
 def replace_cuda() -> None:
@@ -134,9 +177,10 @@ def replace_cuda() -> None:
     cuda.current_device = lambda: 0
     cuda.is_current_stream_capturing = lambda: capture() is not None
     cuda.graph_pool_handle = lambda: (0, 0)
-    cuda.synchronize = lambda device=None: not_captured("waiting for the device")
+    cuda.synchronize = wait_for_all
     cuda.reset_peak_memory_stats = lambda device=None: None
     cuda.empty_cache = cuda.init = cuda._lazy_init = lambda: None
+    cuda._sleep = lambda cycles: None
     cuda.mem_get_info = lambda device=None: (60 << 30, 80 << 30)
     cuda.get_device_properties = lambda device=None: found
     cuda.get_device_capability = lambda device=None: (9, 0)

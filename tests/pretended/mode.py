@@ -11,13 +11,18 @@ from torch.overrides import TorchFunctionMode
 from tests.pretended.memory import (
     GPU,
     CpuGenerator,
+    bring,
     capture,
+    current,
+    lock,
     not_captured,
     on_gpu,
     page_locked,
     tensors_in,
+    touched,
     type_of,
 )
+from tests.pretended.order import HOST, Accesses, happens
 
 WAITS = {"item", "tolist", "nonzero", "equal", "masked_select", "unique", "is_nonzero", "allclose"}
 WAITS |= {"__bool__", "__int__", "__float__", "__index__", "__contains__", "numpy", "__array__"}
@@ -68,7 +73,15 @@ class Pretended(TorchFunctionMode):
                 return tensor
         elif on_gpu(tensor) or not page_locked(tensor):
             not_captured("a copy from or to pageable memory")
-        return self._done(lambda: tensor.to(dtype, copy=True), [tensor], there)
+        leaves = there != on_gpu(tensor)
+        at_once = kwargs.get("non_blocking") or any(x is True for x in to)
+        made = self._done(
+            *(name, lambda: tensor.to(dtype, copy=True), [tensor], there),
+            waits=leaves and not at_once,
+        )
+        if leaves and at_once and not there:
+            lock(made)
+        return made
 
     def _launch(
         self, func: Any, name: str, args: Any, kwargs: dict[str, Any], given: list[Tensor]
@@ -92,9 +105,16 @@ class Pretended(TorchFunctionMode):
             made = func(*args, **kwargs)
             return made.clone() if copies and isinstance(made, Tensor) else made
 
-        made = self._done(call, given, there and name not in ("copy_", "__setitem__"))
+        into = name in ("copy_", "__setitem__")
+        crosses = copies or (into and len({on_gpu(x) for x in given if x.dim()}) > 1)
+        at_once = kwargs.get("non_blocking") or (
+            name == "copy_" and any(x is True for x in args[2:])
+        )
+        masks = name == "__getitem__" and any(x.dtype == torch.bool for x in tensors_in(args[1]))
+        waits = (crosses and not at_once) or name in WAITS or masks
+        made = self._done(name, call, given, there and not into, waits=waits)
         if locked:
-            made.untyped_storage().page_locked = True
+            lock(made)
         return made
 
     def _check(
@@ -128,14 +148,27 @@ class Pretended(TorchFunctionMode):
             shapes = ", ".join(f"{tuple(x.shape)} {'cuda' if on_gpu(x) else 'cpu'}" for x in given)
             raise RuntimeError(f"{name}: tensors of two devices: {shapes}")
 
-    def _done(self, call: Callable[[], Any], given: list[Tensor], there: bool) -> Any:
+    def _done(
+        self, name: str, call: Callable[[], Any], given: list[Tensor], there: bool, *, waits: bool
+    ) -> Any:
         graph = capture()
         if graph is not None:
             graph.keep(given)
-        made = call()
+        launched = there or any(map(on_gpu, given))
+        if not launched and not any(map(page_locked, given)):
+            return call()
+        with Accesses() as seen:
+            made = call()
         results = tensors_in(made)
         for tensor in results if there else []:
-            tensor.untyped_storage().on_gpu = True
-        if graph is not None and (there or any(on_gpu(x) or page_locked(x) for x in given)):
+            bring(tensor)
+        reads, writes = touched(seen.reads), touched(seen.writes)
+        happens(name, reads, writes, current() if launched else HOST)
+        for x in seen.reads + seen.writes if launched else []:
+            if memory := getattr(x.untyped_storage(), "page_locked", None):
+                memory.named.add(current().number)  # torch's copies are done when it is given back
+        if waits and launched and graph is None:
+            HOST.learn(current().known)
+        if graph is not None:
             graph.note(call, results)
         return made
