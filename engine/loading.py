@@ -100,6 +100,8 @@ class Loader:
         self._device = model.shape.device
         self._owners = owners(model)
         self.tables = Tables(torch.arange(length, device=self._device))
+        if cache.recorder is not None:
+            cache.recorder.open(length)  # before the streams part: both write to it
         self._side = Side(self._device)
         self._marks: dict[int, torch.cuda.Event | None] = {}
         self._busy, self.waited_s = Busy(), 0.0

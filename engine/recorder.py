@@ -76,6 +76,11 @@ class Recorder:
         self._device = device
         self._open = {number: block.to(device) for number, block in self._open.items()}
 
+    def open(self, stop: int) -> None:
+        """Take the memory of all blocks of tokens before `stop`, from the caller's stream."""
+        for number in range(self._next, min(-(-(stop - self._origin) // self.size), self._end)):
+            self._block(number)
+
     def write_token(self, start: int, kv: Float[Tensor, "L 2 Hk D"]) -> None:
         """Record one token in all layers at once."""
         number, within = divmod(start - self._origin, self.size)

@@ -16,6 +16,7 @@ from engine.cache import SequenceCache
 from engine.loading import Loader
 from engine.model.hf import HFModel
 from engine.model.pieces import owners
+from engine.recorder import Recorder
 from engine.staging import AHEAD, Busy, Placed, Staging
 from kvstore import layout
 from kvstore.block import KVBlock
@@ -367,3 +368,22 @@ def test_a_layer_may_go_while_what_reads_it_has_not_run(tmp_path):
             want = torch.cat([content(key, IDENTITY).data[layer, 1] for key in KEYS], 1)
             assert same(v.cpu(), want)
         loader.cancel()
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_recorded_blocks_may_go_while_the_loop_writes_to_them(tmp_path):
+    model = HFModel(build("llama", num_hidden_layers=6).to("cuda"))
+    with stored(tmp_path) as store:
+        recorder = Recorder(model.shape, size=SIZE, start=0)
+        cache = SequenceCache(model.shape, 20 * SIZE, recorder)
+        loader = Loader(model, cache, store, PLACED, 20 * SIZE)
+        loader.result()
+        sevens = torch.full((model.shape.num_kv_heads, 8, model.shape.head_dim), 7.0).cuda()
+        torch.cuda._sleep(1 << 28)  # what follows waits
+        recorder.write(0, SIZE, sevens, sevens)
+        cache.recorder, recorder = None, None  # a request that is cancelled
+        with loader._side.here():
+            others = [torch.zeros(1 << 16, device="cuda") for _ in range(64)]
+        loader.cancel()
+        assert not any(x.any() for x in others)
