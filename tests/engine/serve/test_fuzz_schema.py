@@ -27,9 +27,6 @@ QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too
 QUICK = settings(max_examples=6, suppress_health_check=QUIET)
 LONG = settings(max_examples=300, suppress_health_check=QUIET)
 
-# schemathesis draws from `random` in a strategy of its own, which hypothesis means to forbid
-pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
-
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
