@@ -18,6 +18,8 @@ ON_IT = [  # tests for a GPU that do not take long
     "tests/test_gpu_check.py::test_on_a_gpu_every_trial_of_a_kernel_agrees_with_its_definition",
     "tests/engine/test_staging.py::test_loading_comes_between_what_is_launched_before_and_after",
     "tests/engine/test_staging.py::test_a_layer_may_go_while_what_reads_it_has_not_run",
+    "tests/engine/test_staging.py::test_recorded_blocks_may_go_while_the_loop_writes_to_them",
+    "tests/kvstore/pool/test_pool.py::test_blocks_are_given_back_when_what_a_gpu_sent_is_there",
     "tests/kvstore/pool/test_pool.py::test_what_a_gpu_sends_is_there_when_it_is_read[codec0]",
     "tests/engine/test_gpu.py::test_logits_on_a_gpu_are_those_of_the_cpu[gemma2]",
     "tests/engine/test_gpu.py::test_a_blend_is_that_of_the_cpu[boundary]",
@@ -30,7 +32,7 @@ def test_tests_for_a_gpu_pass_on_a_pretended_one():
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "26 passed" in done.stdout
+    assert "28 passed" in done.stdout
 
 
 @pytest.mark.gpu

@@ -133,9 +133,7 @@ class Lease:
     def gather(self, layer: int, ids: Int[Tensor, "Hk K"]) -> TokenKV:
         """K and V of chosen tokens. Raises ValueError for one that is not written (on a CPU)."""
         self._check(layer, ids)
-        if self._sent is not None:
-            self._sent.synchronize()
-            self._sent = None
+        self._wait_for_sent()
         flat = words(self._pool.flat(layer))
         out: Tensor | None = None
         with self._at_rest(layer):
@@ -163,6 +161,7 @@ class Lease:
         """Free the blocks. Idempotent."""
         if self._open:
             self._open = False
+            self._wait_for_sent()  # the memory is somebody else's next
             self._pool.give_back(self)
             self.table = self._firsts = self._tensor([])
 
@@ -186,7 +185,7 @@ class Lease:
     def _send(self, layer: int, start: int, rows: UInt8[Tensor, "Hk N row"]) -> None:
         """Rows from another device, blocks that lie side by side in one copy.
 
-        From a GPU to page-locked memory the host does not wait for them; `gather` does.
+        From a GPU to page-locked memory the host does not wait for them; `gather` and `close` do.
         """
         size, slab = self._pool.shape.block_tokens, self._pool.slab(layer)
         for block, lo, hi in self._stretches(start, start + rows.shape[1]):
@@ -198,6 +197,11 @@ class Lease:
             slab[block : block + len(whole)].copy_(whole, non_blocking=True)
         if rows.is_cuda:
             self._sent = torch.cuda.current_stream(rows.device).record_event()
+
+    def _wait_for_sent(self) -> None:
+        if self._sent is not None:
+            self._sent.synchronize()
+            self._sent = None
 
     def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Tokens [lo, hi) that lie side by side from a block on: whole blocks, or a part of one."""

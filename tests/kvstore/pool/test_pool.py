@@ -297,6 +297,20 @@ def test_what_a_gpu_sends_is_there_when_it_is_read(codec):
     torch.testing.assert_close(got.v, shape.layout.decode(shape.layout.encode(k, v)).v)
 
 
+@pytest.mark.gpu
+def test_blocks_are_given_back_when_what_a_gpu_sent_is_there():
+    shape = shaped(layers=1, tokens=64)
+    pool = PinnedTier(shape, 8 * shape.block_bytes, locked=True)
+    k, v = (x.cuda() for x in numbers(shape, 512))
+    with pool.lease() as lease:
+        lease.reserve(512)
+        torch.cuda._sleep(1 << 28)  # a tenth of a second or so
+        lease.write(0, 0, k, v)
+    pool.slab(0).zero_()  # who has them next
+    torch.cuda.synchronize()
+    assert not pool.slab(0).any()
+
+
 def test_threads_share_a_pool_without_sharing_blocks():
     pool = made(shaped(), blocks=40)
     wrong = []
