@@ -25,11 +25,13 @@ def run(args: Namespace) -> int:
     bound_caches()
     few_arenas()
     from engine.serve.running import serving
+    from engine.serve.server import bound
 
     with (
+        bound(config.serve) as address,  # before a model is loaded for nothing
         open_engine(args, config) as engine,
         _access_log(config),
-        serving(engine, Path(args.model).resolve().name) as server,
+        serving(engine, Path(args.model).resolve().name, at=address) as server,
     ):
         server.run(lambda url: print(f"ready {url}", file=sys.stderr, flush=True))
     return 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from socket import socket
 
 from engine.engine import Engine
 from engine.serve.app import application
@@ -12,13 +13,17 @@ from engine.service.service import Service
 
 @contextmanager
 def serving(
-    engine: Engine, name: str, make: Callable[[Engine], Service] = Service
+    engine: Engine,
+    name: str,
+    make: Callable[[Engine], Service] = Service,
+    at: socket | None = None,
 ) -> Iterator[Server]:
     """A server of an engine, which listens already and waits to be run. The engine stays open.
 
     Args:
         name: what clients call the model.
         make: the service of the engine, which is closed here.
+        at: as in `Server`.
     Raises:
         ConfigError: a setting cannot be, or the address cannot be had.
     """
@@ -26,7 +31,7 @@ def serving(
     try:
         desk = Desk(engine, service, name)
         try:
-            with closing(Server(application(desk), desk.config, desk.drain)) as server:
+            with closing(Server(application(desk), desk.config, desk.drain, at)) as server:
                 yield server
         finally:
             service.close()

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -48,6 +48,7 @@ class Server:
     Args:
         drain: called once when the server is told to stop, in a thread; the server goes on
             answering until it returns.
+        at: a socket of `bound`, which is the server's from now on; by default one is made.
 
     Attributes:
         url: where it is, with the port that was found.
@@ -56,10 +57,18 @@ class Server:
         ConfigError: the address cannot be had, or too few files may be open.
     """
 
-    def __init__(self, app: ASGIApp, config: ServeConfig, drain: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: ServeConfig,
+        drain: Callable[[], object],
+        at: socket.socket | None = None,
+    ) -> None:
         self._drain = drain
         most = _connections(config)
-        self._socket = _listening(config)
+        self._socket = at or bound(config)
+        with _address(config):
+            self._socket.listen(QUEUE)
         host, port = self._socket.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._lock = threading.Lock()  # guards what follows
@@ -149,13 +158,30 @@ def _connections(config: ServeConfig) -> int:
     return files - OWN_FILES
 
 
-def _listening(config: ServeConfig) -> socket.socket:
-    """A socket at the configured address, which takes connections from now on."""
+@contextmanager
+def _address(config: ServeConfig) -> Generator[None]:
+    """What the system says of the configured address, said to people."""
     try:
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        return socket.create_server((config.host, config.port), family=family, backlog=QUEUE)
+        yield
     except OSError as error:
         raise ConfigError(
             f"cannot listen at {config.host}, port {config.port}: {error.strerror}; set serve.host "
             "and serve.port, or --host and --port"
         ) from error
+
+
+def bound(config: ServeConfig) -> socket.socket:
+    """A socket that has the configured address, and takes no connections yet.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    with _address(config), ExitStack() as undo:
+        six = ":" in config.host
+        made = undo.enter_context(socket.socket(socket.AF_INET6 if six else socket.AF_INET))
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if six:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind((config.host, config.port))
+        undo.pop_all()
+    return made

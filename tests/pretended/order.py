@@ -52,7 +52,7 @@ class Line:
 
     def begin(self, work: str) -> int:
         """Its count."""
-        self._work.append(work)
+        self._work.append(sys.intern(work))
         self.known[self.number] += 1
         return int(self.known[self.number])
 

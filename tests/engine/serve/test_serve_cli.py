@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +13,9 @@ import httpx
 import pytest
 
 from engine.cli import main
+from engine.errors import ConfigError
+from engine.serve.config import ServeConfig
+from engine.serve.server import Server, bound
 from tests.engine.serve.server import LIMIT_S, process
 
 ASKED = {"model": "needle-tiny", "prompt": "One", "max_tokens": 2}
@@ -75,6 +79,26 @@ def test_a_second_signal_does_not_wait(tmp_path):
     ],
 )
 def test_mistakes_are_told_in_one_line(capsys, args, said):
+    check_mistake(capsys, args, said)
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = str(taken.getsockname()[1])
+        said = f"port {number}: Address already in use; set serve.host and serve.port"
+        check_mistake(capsys, ["--model", "/nowhere", "--port", number], said)
+
+
+def test_an_address_is_taken_once_whoever_listens_first():
+    with bound(ServeConfig(host="::1", port=0)) as first:
+        port = first.getsockname()[1]
+        with bound(ServeConfig(host="::1", port=port)) as second:
+            second.listen()
+            with pytest.raises(ConfigError, match=f"cannot listen at ::1, port {port}"):
+                Server(lambda *_: None, ServeConfig(host="::1", port=port), lambda: None, first)
+
+
+def check_mistake(capsys, args, said):
     assert main(["serve", "--no-store", *args]) == 1
     out, err = capsys.readouterr()
     assert out == ""
