@@ -81,24 +81,25 @@ class Memory:
 
     def touch(self, grains: Any, line: Line, now: int, writes: bool) -> None:
         """Raises Race."""
-        writer, written = self._writer[grains], self._written[grains]
-        self._find(line, now, "wrote", writer, written)
-        for other, read in self._read.items() if writes else ():
-            self._find(line, now, "reads", np.full(len(writer), other), read[grains])
+        if any(count > line.known[number] for number, count in self._last.items()):
+            self._find(line, now, "wrote", self._writer[grains], self._written[grains])
+            for other, read in self._read.items() if writes else ():
+                self._find(line, now, "reads", np.array(other), read[grains])
         if line is HOST:
             return
         self._last[line.number] = now
         if writes:
             self._writer[grains], self._written[grains] = line.number, now
-        elif line.number not in self._read:
+            return
+        if line.number not in self._read:
             self._read[line.number] = np.zeros(self._size, np.int32)
-        if not writes:
-            self._read[line.number][grains] = now
+        self._read[line.number][grains] = now
 
     def _find(self, line: Line, now: int, did: str, who: Any, when: Any) -> None:
         early = np.flatnonzero(when > line.known[who])
         if len(early):
-            other, count = Line.every[who[early[0]]], when[early[0]]
+            at = early[0]
+            other, count = Line.every[np.broadcast_to(who, when.shape)[at]], when[at]
             raise Race(
                 f"{line.work(now)} is in no order with {other.work(count)}, "
                 f"which {did} the same memory"
