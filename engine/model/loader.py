@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,16 +22,18 @@ FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
 
 
 def locate(path_or_id: str | Path, what: str = "model") -> Path:
-    """The folder of a model: a path, a model that comes with the project, or a hub id.
+    """The folder of a model: the name of one that comes with the project, a path, or a hub id.
 
     Args:
         what: else, in the words of an error.
     """
     if not str(path_or_id):
         raise ModelError(f"the {what} has no name: give a folder or a hub id")
-    package = Path(__file__).parents[1]
-    ours = (package / "models" / path_or_id, package.parent / "models" / path_or_id)
-    for folder in (*ours, Path(path_or_id)):
+    folders = [Path(path_or_id)]
+    if re.fullmatch(r"[\w-]+", str(path_or_id)):  # a name alone: "." and ".." are paths
+        package = Path(__file__).parents[1]
+        folders[:0] = (root / "models" / path_or_id for root in (package, package.parent))
+    for folder in folders:
         if folder.is_dir():
             return folder
     try:

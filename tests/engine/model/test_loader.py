@@ -174,6 +174,16 @@ def test_no_config_and_no_folder(folder):
         locate("no such//name")
 
 
+def test_a_path_is_the_users_and_not_of_the_models_that_come_along(tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    for folder in (work / "needle-tiny", tmp_path / "kvstore"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(work)
+    for path in (".", "..", "../kvstore", "./needle-tiny", "../work/needle-tiny"):
+        assert locate(path).resolve() == Path(path).resolve()
+    assert (locate("needle-tiny") / "config.json").exists()
+
+
 def test_a_broken_config(folder):
     (folder / "config.json").write_text("{")
     refuse(folder, "cannot read")
