@@ -19,6 +19,7 @@ from kvstore.codecs.known import BY_NAME
 from kvstore.config import StoreConfig
 from kvstore.disk.environment import files_of
 from kvstore.disk.tier import DiskTier
+from kvstore.errors import StoreError
 from kvstore.identity import ModelIdentity
 from kvstore.store import TieredStore
 from kvstore.tier import Item
@@ -103,7 +104,8 @@ def _get(store: TieredStore, keys: list[BlockKey]) -> float:
     began = time.perf_counter()
     for first in range(0, len(keys), TOGETHER):
         part = keys[first : first + TOGETHER]
-        assert all(store.read_many(part, range(MODEL.num_layers), out[: len(part)]))
+        if not all(store.read_many(part, range(MODEL.num_layers), out[: len(part)])):
+            raise StoreError("blocks that were just put cannot be read: look at the disk's health")
     return _rate(len(keys), began)
 
 

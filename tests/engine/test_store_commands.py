@@ -178,3 +178,11 @@ def test_bench_measures_the_disk_and_leaves_nothing(headrace, tmp_path, monkeypa
     assert min(found["put_gbps"], found["cold_get_gbps"], found["hot_get_gbps"]) > 0
     assert found["path"] == str(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_measures_no_reads_that_failed(headrace, tmp_path, monkeypatch):
+    monkeypatch.setattr(store_bench, "SECONDS", 0)
+    monkeypatch.setattr(store_bench.TieredStore, "read_many", lambda *args: [False])
+    status, out, err = headrace("bench", "--mib", 64, "--store", tmp_path / "kv")
+    assert (status, out) == (1, "")
+    assert "cannot be read" in err
