@@ -75,13 +75,17 @@ def _compiled(source: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
             run = [*_compiler(), *FLAGS, str(source), "-o", str(made), "-lm"]
-            subprocess.run(run, check=True, capture_output=True, text=True, timeout=120)
+            subprocess.run(run, check=True, capture_output=True, errors="replace", timeout=120)
             made.replace(target)
     return target
 
 
 def _compiler() -> list[str]:
-    for words in (shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"]):
+    try:
+        asked = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise OSError(f"the environment variable CC is no command: {error}") from error
+    for words in (asked, ["cc"], ["gcc"], ["clang"]):
         if words and shutil.which(words[0]):
             return words
     raise FileNotFoundError("no C compiler (cc, gcc or clang) is on the PATH")

@@ -147,18 +147,25 @@ def test_without_a_compiler_torch_answers_and_it_is_said_once(monkeypatch, tmp_p
     ]
 
 
-def test_a_compiler_that_fails_is_no_disaster(monkeypatch, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ("{}", "this compiler is broken"),  # and speaks Latin-1
+        ("cc '{}", "the environment variable CC is no command: No closing quotation"),
+    ],
+)
+def test_a_compiler_that_fails_is_no_disaster(monkeypatch, tmp_path, caplog, command, why):
     broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
+    broken.write_bytes(b"#!/bin/sh\necho 'this compiler is broken \xe9' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("CC", command.format(broken))
     native.library.cache_clear()
     try:
         assert native.library(SOURCE) is None
     finally:
         native.library.cache_clear()
-    assert "this compiler is broken" in caplog.text
+    assert why in caplog.text
 
 
 def test_compiled_code_is_made_once_and_kept_private(compiled, monkeypatch, tmp_path):
