@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -100,3 +101,8 @@ def test_every_script_a_document_names_is_there():
 def test_the_benchmark_tables_are_those_of_the_results():
     table = ROOT / "scripts" / "bench_table.py"
     assert subprocess.run([sys.executable, str(table), "--check"], check=False).returncode == 0
+
+
+def test_the_licence_and_the_notice_of_what_is_others_come_along():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert sorted(project["license-files"]) == ["LICENSE", "NOTICE"]
