@@ -42,6 +42,8 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """Of this checkout, with `+` behind it where tracked files differ; "unknown" without one."""
     try:
+        if _git("rev-parse", "--show-prefix"):
+            return "unknown"  # installed in the checkout of another project
         head = _git("rev-parse", "--short", "HEAD")
         return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
