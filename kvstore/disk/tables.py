@@ -20,8 +20,9 @@ from kvstore.errors import CorruptRecord, StoreError
 
 def check_tables(path: Path) -> None:
     """Raise CorruptRecord if the store's tables cannot be trusted. Others may use it meanwhile."""
-    command = [sys.executable, "-m", "kvstore.disk.tables", str(path)]
-    found = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-P", "-m", "kvstore.disk.tables", str(path)]
+    home = str(Path(__file__).parents[2])
+    found = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": found}  # these very packages, wherever we are
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode < 0:

@@ -27,7 +27,13 @@ def damage(file, page):
         file.write(os.urandom(4096))
 
 
-def test_sound_tables_pass_while_others_use_them(path):
+def test_sound_tables_pass_while_others_use_them_and_whatever_lies_around(
+    path, tmp_path, monkeypatch
+):
+    (tmp_path / "kvstore").mkdir()
+    (tmp_path / "kvstore" / "__init__.py").touch()  # a package of the user's, by chance
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     tier = DiskTier(path, 1 << 30)
     check_tables(path)
     tier.close()
