@@ -67,7 +67,7 @@ def _ask(args: Namespace, **query: str) -> bytes:
     if args.id is not None:
         query["id"] = args.id
     try:
-        page = f"traces?{urllib.parse.urlencode(query)}"
+        page = f"traces?{urllib.parse.urlencode(query, errors='surrogateescape')}"
         return said(args.url, page, args.key, TIMEOUT_S)
     except urllib.error.HTTPError as error:
         with error:

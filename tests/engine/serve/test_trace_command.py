@@ -102,6 +102,7 @@ def test_a_key_shows_its_tenants_requests(
         (["--url", "http://127.0.0.1:1"], "start one with headrace serve"),
         (["--url", "file:///etc"], "starts with http"),
         (["--url", "http://127.0.0.1:x"], "no server at"),
+        (["--url", "http://127.0.0.1:1", "caf\udce9"], "start one with headrace serve"),
         (["--url", "http://[bad"], "cannot be sent"),
         (["--url", "http://127.0.0.1:1", "--key", "sk-\u2026"], "cannot be sent"),
     ],
