@@ -8,6 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from engine.errors import ConfigError
+from kvstore.names import no_folder
 
 DATA = ("haystack", "squad", "hotpotqa", "musique", "longbench", "longbench_v2")
 LONGEST = 1 << 24  # tokens of a prompt: more than any model takes, and its text still fits memory
@@ -61,6 +62,9 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for name in ("limit", "cache_bytes", "pinned_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in DATA:
+            if (path := getattr(self, name)) is not None and no_folder(path):
+                raise ConfigError(f"{name} must name a file, a folder or a hub id, got {path!r}")
 
     @property
     def identity(self) -> dict[str, Any]:

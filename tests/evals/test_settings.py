@@ -32,6 +32,8 @@ def test_options_go_before_the_file(tmp_path):
         (f'suite = ["toy"]\nlengths = [{10**30}]', "up to 16,777,216; got 1000"),
         ('suite = ["toy"', "is not TOML"),
         ("", "suite is missing"),
+        ('suite = ["toy"]\nhaystack = "\\u0000"', "haystack must name a file"),
+        ('suite = ["toy"]\nsquad = ""', "squad must name a file"),
     ],
 )
 def test_a_file_that_says_something_else_is_refused(tmp_path, text, said):
