@@ -31,7 +31,7 @@ examples:
   headrace-eval report runs/first
 
 run.toml, in which options have the names that they have here:
-  model = "models/needle-tiny"
+  model = "needle-tiny"
   suite = ["needle", "ruler", "fidelity:ruler"]
   tasks = ["niah_single_1", "vt"]
   method = ["headrace", "shadowkv", "oracle"]

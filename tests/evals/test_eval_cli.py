@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.model.loader import locate
 from evals import registry
 from evals.cli import COMMANDS, main
 from evals.record import read_records
@@ -64,6 +66,7 @@ def test_every_command_has_help(evaluate, command):
 def test_help_of_a_run_is_enough_to_start_one(evaluate):
     _, out, _ = evaluate("run", "--help")
     said = " ".join(out.split())
+    assert locate(re.search('model = "(.*?)"', said)[1]).is_dir()  # from wherever we are
     names = [*registry.SUITES.keys() - {"toy"}, *registry.MEASUREMENTS, "headrace", "oracle"]
     for word in (*names, "examples:", "[settings.shadowkv]", "exit status", "--dry-run", "4k"):
         assert word in said
