@@ -216,5 +216,5 @@ def read_json(path: Path, without: str | None = None) -> dict[str, Any]:
         raise ModelError(
             f"{without or f'{path.parent} is no model folder'}: it has no {path.name}"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}") from error

@@ -16,7 +16,7 @@ from engine.errors import ConfigError
 
 ENDINGS = (".jsonl", ".jsonl.gz")
 Ids: TypeAlias = NDArray[np.int64]
-UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError)
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 LONGEST = 1 << 24  # blocks of a prompt: more than any model reads
 USERS = 32  # with a session each, at any time, where sessions have no start of their own
 

@@ -339,6 +339,7 @@ def test_looking_for_a_store_does_not_make_one(headrace, tmp_path):
         ("[store]\nhost_bytes = 1000", ("store.host_bytes is 1000", "one block")),
         ("[store]\ndisk_bytes = 1000", ("store.disk_bytes is 1000", "one block")),
         ("block_tokens = ", ("is not TOML",)),
+        ("block_tokens = " + "[" * 9999, ("is not TOML: maximum recursion depth",)),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(headrace, notes, tmp_path, toml, words):

@@ -31,6 +31,7 @@ def test_options_go_before_the_file(tmp_path):
         ('suite = ["toy"]\nlengths = ["4x"]', "got 4x"),
         (f'suite = ["toy"]\nlengths = [{10**30}]', "up to 16,777,216; got 1000"),
         ('suite = ["toy"', "is not TOML"),
+        ("suite = " + "[" * 9999, "is not TOML: maximum recursion depth"),
         ("", "suite is missing"),
         ('suite = ["toy"]\nhaystack = "\\u0000"', "haystack must name a file"),
         ('suite = ["toy"]\nsquad = ""', "squad must name a file"),

@@ -184,8 +184,9 @@ def test_a_path_is_the_users_and_not_of_the_models_that_come_along(tmp_path, mon
     assert (locate("needle-tiny") / "config.json").exists()
 
 
-def test_a_broken_config(folder):
-    (folder / "config.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[" * 100_000])
+def test_a_broken_config(folder, text):
+    (folder / "config.json").write_text(text)
     refuse(folder, "cannot read")
 
 

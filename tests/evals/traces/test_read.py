@@ -77,6 +77,7 @@ def test_a_limit_takes_the_first_requests(tmp_path, monkeypatch):
         b"",
         b"no json\n",
         b"[1]\n",
+        b"[" * 100_000,
         b"12\n",
         b'{"hash_ids": [1]}\n{"hash_ids": "x"}\n',
         b'{"hash_ids": [18446744073709551615]}\n',
