@@ -17,10 +17,12 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from native.heap import few_arenas
 
+PACKAGES = ("uvicorn", "starlette", "prometheus_client")
+
 
 def run(args: Namespace) -> int:
     config = _config(args)
-    if importlib.util.find_spec("uvicorn") is None:
+    if None in map(importlib.util.find_spec, PACKAGES):
         raise ConfigError("a server needs more packages: pip install 'headrace[serve]'")
     bound_caches()
     few_arenas()

@@ -1,5 +1,6 @@
 """`headrace serve` in a process of its own."""
 
+import importlib.util
 import json
 import signal
 import socket
@@ -104,6 +105,16 @@ def check_mistake(capsys, args, said):
     assert out == ""
     assert said in err.splitlines()[-1]
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("missing", ["uvicorn", "starlette", "prometheus_client"])
+def test_packages_that_are_missing_are_told_by_the_command_that_brings_them(
+    capsys, monkeypatch, missing
+):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda x: None if x == missing else there(x))
+    assert main(["serve", "--no-store", "--model", "/nowhere"]) == 1
+    assert "pip install 'headrace[serve]'" in capsys.readouterr().err
 
 
 SHAPES = """
