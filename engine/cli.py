@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn, TypeAlias
 
 from engine.errors import EngineError
@@ -23,6 +24,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def add_version(self) -> None:
+        """`--version`, which is that of the package."""
+        try:
+            found = version("headrace")
+        except PackageNotFoundError:  # run from its sources
+            found = "of a folder that is not installed"
+        self.add_argument("--version", action="version", version=f"{self.prog} {found}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +71,7 @@ def open_streams() -> None:
 def build_parser() -> Parser:
     """All commands and their options."""
     parser = Parser(prog="headrace", description="Long-context inference with a tiered KV store.")
+    parser.add_version()
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_chat(commands)

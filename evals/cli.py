@@ -34,6 +34,7 @@ def build_parser(words: Sequence[str]) -> Parser:
         description="What a method of long-context inference costs, and what it loses.",
         epilog="headrace-eval COMMAND --help says more, with examples.",
     )
+    parser.add_version()
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")

@@ -1,5 +1,6 @@
 """The command line: what it prints where, and one clear line for every mistake of a user."""
 
+import importlib.metadata
 import io
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
+import evals.cli
 from engine import Engine, PromptError
 from engine.cli import main
 from kvstore.store import TieredStore
@@ -70,6 +72,13 @@ def in_new_process(*args, **options) -> subprocess.CompletedProcess:
 def test_help_does_not_wait_for_torch():
     code = "import sys, engine.cli as c; c.build_parser(); sys.exit('torch' in sys.modules)"
     assert in_new_process(sys.executable, "-c", code).returncode == 0
+
+
+@pytest.mark.parametrize(("run", "name"), [(main, "headrace"), (evals.cli.main, "headrace-eval")])
+def test_a_command_tells_its_version(capsys, run, name):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        run(["--version"])
+    assert capsys.readouterr().out == f"{name} {importlib.metadata.version('headrace')}\n"
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "ask", "demo", "doctor", "store"])
