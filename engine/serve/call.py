@@ -10,12 +10,15 @@ from typing import Literal
 
 import msgspec
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engine.errors import ServerStopping
 from engine.request import RequestStats
+from engine.serve.failures import refused
 from engine.serve.observed import Observed
 from engine.serve.protocol import ABORT
-from engine.serve.refusals import crashed
+from engine.serve.refusals import Refusal, crashed
 from engine.service.spans import Trace
 
 log = logging.getLogger(__name__)
@@ -96,9 +99,11 @@ class Door:
 
         try:
             await self._app(scope, receive, send_named)
+        except asyncio.CancelledError:  # the server ends, and waits for nobody any more
+            await self._give_up(scope, receive, send_named, refused(ServerStopping()))
         except Exception:
             log.exception("request %s failed", call.id)
-            await self._crash(scope, call, send_named)
+            await self._give_up(scope, receive, send_named, crashed())
         finally:
             self._end(call)
 
@@ -111,15 +116,14 @@ class Door:
             trace = self._observed.begin("POST", headers.get("traceparent"))
         return Call(id_, scope["method"], trace)
 
-    async def _crash(self, scope: Scope, call: Call, send: Send) -> None:
+    async def _give_up(self, scope: Scope, receive: Receive, send: Send, refusal: Refusal) -> None:
+        call: Call = scope[CALL]
         if call.status:
             scope[ABORT]()  # the client must not take it for a whole answer
             return
-        refusal = crashed()
         call.outcome = refusal.fault.code or ""
-        headers = [(b"content-type", b"application/json")]
-        await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
-        await send({"type": "http.response.body", "body": refusal.body()})
+        answer = Response(refusal.body(), refusal.status, refusal.headers, "application/json")
+        await answer(scope, receive, send)
 
     def _end(self, call: Call) -> None:
         call.total_s = time.perf_counter() - call.started

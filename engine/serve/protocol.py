@@ -39,7 +39,7 @@ class Protocol(H11Protocol):
         app: Any = self.app
 
         async def with_abort(scope: Any, receive: Any, send: Any) -> None:
-            await app(scope | {ABORT: self.transport.abort}, receive, send)
+            await app(scope | {ABORT: self._abort}, receive, send)
 
         self.app = with_abort
 
@@ -77,6 +77,11 @@ class Protocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Our answer to what is not HTTP, in the shape of all others."""
         self._refuse(invalid(msg))
+
+    def _abort(self) -> None:
+        """Drop the connection, which uvicorn learns later: an answer cut off is no mistake."""
+        self.transport.abort()
+        self.cycle.disconnected = True
 
     def _set_options(self, connection: Any) -> None:
         # asyncio does that for sockets it made; a token must not wait for the last one's receipt

@@ -3,10 +3,12 @@
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 
 import httpx
 import openai
 import pytest
+import uvicorn
 
 from engine.errors import Busy, DeadlineExceeded, EngineError, ServerStopping
 from tests.engine.serve.scripted import Scripted
@@ -27,16 +29,25 @@ def threads():
         yield made
 
 
-def opened(server: Running, *, stream: bool, path: str = "/v1/completions") -> socket.socket:
-    """A connection on which a request was sent."""
+def opened(server: Running, *, stream: bool, lack: int = 0) -> socket.socket:
+    """A connection on which a request was sent, which may lack some bytes."""
     body = json.dumps(ASKED | {"stream": stream}).encode()
     connection = socket.create_connection(("127.0.0.1", server.port), LIMIT_S)
     connection.sendall(
-        f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(body)}\r\n"
+        f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(body)}\r\n"
         "content-type: application/json\r\n\r\n".encode()
-        + body
+        + body[: len(body) - lack]
     )
     return connection
+
+
+def heard(connection: socket.socket) -> bytes:
+    """All that the server says before it ends the connection."""
+    said = bytearray()
+    with suppress(ConnectionResetError):
+        while more := connection.recv(1 << 20):
+            said += more
+    return bytes(said)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -53,7 +64,7 @@ def test_a_client_that_leaves_cancels_its_request(server, stream, begun):
     assert line["status"] == (499 if not stream or not begun else 200)
 
 
-def test_a_client_that_does_not_read_is_dropped(server):
+def test_a_client_that_does_not_read_is_dropped(server, caplog):
     with opened(server, stream=True):
         submitted = server.service.next()
         for _ in range(30):  # more than the buffers of both ends take
@@ -63,6 +74,7 @@ def test_a_client_that_does_not_read_is_dropped(server):
     with server.http() as client:
         metrics = client.get("/metrics").text
     assert 'headrace_dropped_clients_total{reason="slow"} 1.0' in metrics
+    assert not [said for said in caplog.messages if "ASGI" in said]
 
 
 def test_a_stream_that_waits_says_so(server):
@@ -149,3 +161,26 @@ def test_a_request_that_runs_when_the_server_stops_is_told(threads):
     assert got.status_code == 200
     assert "one" in got.text
     assert "shutting_down" in got.text
+
+
+def test_who_is_not_done_when_the_server_ends_is_told_or_cut_off(monkeypatch, caplog):
+    config = uvicorn.Config
+
+    def impatient(*args, **options):
+        return config(*args, **options | {"timeout_graceful_shutdown": 0})
+
+    monkeypatch.setattr(uvicorn, "Config", impatient)
+    with ExitStack() as held:
+        with running(make=Scripted, drain_s=0.1, send_timeout_s=LIMIT_S) as server:
+            reader = held.enter_context(opened(server, stream=True))
+            submitted = server.service.next()
+            for _ in range(30):  # more than the buffers of both ends take
+                submitted.say("word " * 100_000)
+            sender = held.enter_context(opened(server, stream=True, lack=1))
+            with server.http() as other:
+                assert other.get("/readyz").status_code == 200
+        head, _, body = heard(sender).partition(b"\r\n\r\n")
+        assert b" 503 " in head
+        assert json.loads(body)["error"]["code"] == "shutting_down"
+        assert not heard(reader).endswith(b"0\r\n\r\n"), "it looks like a whole answer"
+    assert not [said for said in caplog.messages if "ASGI" in said]
