@@ -1,7 +1,9 @@
 """Blocks on their way to a slow tier, in a thread of their own."""
 
 import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -13,6 +15,7 @@ _log = logging.getLogger(__name__)
 
 BATCH_BYTES = 64 << 20  # one flush of the device for so much
 QUEUE_BYTES = 256 << 20
+AGAIN_S = 60.0  # from one line in the log to the next
 
 
 class Writer:
@@ -21,7 +24,7 @@ class Writer:
     The queue is bounded: `put` waits while it is over `queue_bytes`, for a device that is slow.
     It does not wait for an allowance: what does not fit the queue then is left out. An error of a
     batch loses that batch, not the thread, and is raised by the next `flush`, once. The log has it
-    at once, as a server may not flush before it ends.
+    at once, and every `AGAIN_S`, as a server may not flush before it ends.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class Writer:
         self.queued_bytes = 0  # waiting or being written
         self._put_count = self._done_count = 0
         self._error: StoreError | None = None
+        self._told_s = -math.inf  # when the log was
         self._closing = self._hurried = False
         self._thread = threading.Thread(target=self._run, name="headrace-writer", daemon=True)
         self._thread.start()
@@ -98,8 +102,9 @@ class Writer:
     def _run(self) -> None:
         while batch := self._next():
             error = self._attempt(batch)
-            if error is not None and self._error is None:
+            if error is not None and time.monotonic() - self._told_s >= AGAIN_S:
                 _log.warning("%d blocks were not stored: %s", len(batch), error)
+                self._told_s = time.monotonic()
             with self._changed:
                 self._error = self._error or error
                 self._done_count += len(batch)

@@ -6,6 +6,7 @@ import pytest
 
 from kvstore import store as store_module
 from kvstore.allowance import Allowance
+from kvstore.disk import writer as writer_module
 from kvstore.disk.ledger import Ledger
 from kvstore.disk.packed import entry_cost
 from kvstore.disk.tier import DiskTier
@@ -39,6 +40,10 @@ def test_a_failed_write_is_reported_once_and_reads_go_on(path, monkeypatch, capl
             [said] = caplog.messages
             assert "8 blocks were not stored" in said
             assert "Input/output error" in said
+            patch.setattr(writer_module, "AGAIN_S", 0.0)  # that time is over
+            store.put(items(KEYS[2:]))
+            store.settle()
+            assert len(caplog.messages) == 2
             with pytest.raises(StoreError, match="Input/output error"):
                 store.flush()
         store.flush()
