@@ -6,7 +6,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import msgspec
 from engine.commands.session import engine_config, open_engine
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from kvstore.errors import StoreError
 from native.heap import few_arenas
 
 PACKAGES = ("uvicorn", "starlette", "prometheus_client")
@@ -32,10 +33,12 @@ def run(args: Namespace) -> int:
     with (
         bound(config.serve) as address,  # before a model is loaded for nothing
         open_engine(args, config) as engine,
-        _access_log(config),
-        serving(engine, Path(args.model).resolve().name, at=address) as server,
     ):
-        server.run(lambda url: print(f"ready {url}", file=sys.stderr, flush=True))
+        name = Path(args.model).resolve().name
+        with _access_log(config), serving(engine, name, at=address) as server:
+            server.run(lambda url: print(f"ready {url}", file=sys.stderr, flush=True))
+        with suppress(StoreError):  # the log has had it since it happened
+            engine.store.flush()
     return 0
 
 

@@ -1,5 +1,6 @@
 """`headrace serve` in a process of its own."""
 
+import errno
 import importlib.util
 import json
 import signal
@@ -8,15 +9,18 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import httpx
 import pytest
 
 from engine.cli import main
+from engine.commands import serve as serve_module
 from engine.errors import ConfigError
 from engine.serve.config import ServeConfig
 from engine.serve.server import Server, bound
+from kvstore.disk.ledger import Ledger
 from tests.engine.serve.server import LIMIT_S, process
 
 ASKED = {"model": "needle-tiny", "prompt": "One", "max_tokens": 2}
@@ -43,6 +47,32 @@ def test_it_serves_and_stops_cleanly(tmp_path):
     logged = [json.loads(line) for line in server.stdout]
     assert [line["status"] for line in logged] == [200, 200, 200]
     assert logged[-1]["new_tokens"] == 400
+
+
+def test_blocks_that_were_not_stored_are_no_failure_of_its_end(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run(server, *_args, **_options):
+        thread = threading.Thread(target=ask, args=(server,))
+        thread.start()
+        serve(server, signals=False)
+        thread.join()
+
+    def ask(server):
+        with httpx.Client(base_url=server.url, timeout=LIMIT_S) as client:
+            done = client.post("/v1/completions", json=ASKED | {"prompt": "One. " * 100})
+        server.stop()
+        assert done.status_code == 200
+
+    serve = Server.run
+    monkeypatch.setattr(Server, "run", run)
+    monkeypatch.setattr(Ledger, "add", full)
+    for of_a_process in ("bound_caches", "few_arenas"):
+        monkeypatch.setattr(serve_module, of_a_process, lambda: None)
+    monkeypatch.setattr(serve_module, "_access_log", lambda config: nullcontext())
+    assert main(["serve", "--port", "0", "--store", str(tmp_path)]) == 0
+    assert "blocks were not stored: no space left" in caplog.text
 
 
 @pytest.mark.slow
