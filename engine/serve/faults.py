@@ -11,13 +11,15 @@ from engine.serve.refusals import Refusal, rate_limited
 from kvstore.errors import StoreError
 
 log = logging.getLogger(__name__)
-UNNOTED = "where an answer has put KV is not on record: deletions will not find it"
+UNNOTED = "KV of an answer may outlive its documents"
 
 
 def logged(work: Callable[[], object], said: str) -> None:
     """Do what nobody waits for: the log is told if it goes wrong."""
     try:
         work()
+    except (EngineError, StoreError) as error:  # they say themselves what it was
+        log.error("%s: %s", said, error)
     except Exception:
         log.exception("%s", said)
 

@@ -127,8 +127,8 @@ class Job:
         """What was read is on record, if that can be: who has an answer by now, gets it."""
         try:
             await self._answering.settled()
-        except (EngineError, StoreError):
-            log.exception(UNNOTED)
+        except (EngineError, StoreError) as error:
+            log.error("%s: %s", UNNOTED, error)
 
     async def _made(self, events: list[Event]) -> bytes:
         def make() -> bytes:

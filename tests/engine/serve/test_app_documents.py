@@ -393,7 +393,9 @@ def test_who_leaves_while_documents_are_added_lets_nobody_past_the_quota(monkeyp
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("wrong", [CatalogueError("no space left"), StoreError("the disk failed")])
-def test_an_answer_is_given_though_it_cannot_be_noted(server, added, monkeypatch, stream, wrong):
+def test_an_answer_is_given_though_it_cannot_be_noted(
+    server, added, monkeypatch, caplog, stream, wrong
+):
     def fails(*_: object) -> None:
         raise wrong
 
@@ -407,3 +409,6 @@ def test_an_answer_is_given_though_it_cannot_be_noted(server, added, monkeypatch
     assert answer.status_code == 200
     assert "error" not in answer.text
     assert not stream or answer.text.endswith("data: [DONE]\n\n")
+    [said] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert said.getMessage() == f"KV of an answer may outlive its documents: {wrong}"
+    assert said.exc_info is None
