@@ -57,10 +57,7 @@ class Spill:
         self._places: dict[int, _Place] = {}
         with _explained(path):
             self.folder, self._remove = _claim(path, self)
-            self._env = lmdb.open(
-                str(self.folder), map_size=max(4 * capacity_bytes, MAP_BYTES), mode=0o600,
-                sync=False, metasync=False, max_readers=1024,
-            )  # fmt: skip
+            self._env = self._opened()
             self._page_bytes = self._env.stat()["psize"]
             self._values = DataFile(self.folder / DATA_FILE, self._page_bytes)
         self._threads = ThreadPoolExecutor(READERS, "headrace-spill")
@@ -97,7 +94,7 @@ class Spill:
 
     def _put(self, blocks: Sequence[tuple[int, Bytes]]) -> dict[int, _Place]:
         places = {}
-        with self._env.begin(write=True, buffers=True) as txn:
+        with self._begin(write=True) as txn:
             for number, data in blocks:
                 txn.put(_key(number), data.data)
                 page = first_page(_value(txn, number), self._page_bytes)
@@ -108,12 +105,27 @@ class Spill:
         place = self._places[number]
         with _explained(self.path):
             if place.page == UNKNOWN:  # small, or an LMDB with other pages
-                with self._env.begin(buffers=True) as txn:
+                with self._lock, self._begin(write=False) as txn:
                     out[:] = np.frombuffer(_value(txn, number), np.uint8)
             elif not self._values.read(place.page, [out]):
                 raise StoreError(f"{self.folder} was cut short: block {number} is lost")
         if xxh3_64_intdigest(out.data) != place.checksum:
             raise CorruptRecord(f"block {number} in {self.folder} is not what was written there")
+
+    def _begin(self, *, write: bool) -> lmdb.Transaction:
+        """A transaction. The lock is held."""
+        try:
+            return self._env.begin(write=write, buffers=True)
+        except lmdb.PanicError:  # a commit failed in its last step; the one before it holds
+            self._env.close()
+            self._env = self._opened()
+            return self._env.begin(write=write, buffers=True)
+
+    def _opened(self) -> lmdb.Environment:
+        return lmdb.open(
+            str(self.folder), map_size=max(4 * self.capacity_bytes, MAP_BYTES), mode=0o600,
+            sync=False, metasync=False, max_readers=1024,
+        )  # fmt: skip
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:

@@ -9,6 +9,7 @@ import threading
 from contextlib import closing
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -102,6 +103,30 @@ def test_a_full_disk_is_an_error_that_loses_nothing(tmp_path):
     for each in (lease, failed, other):
         each.close()
     pool.close()
+
+
+class Panicking:
+    """An environment whose last commit failed in its last step: LMDB begins no other."""
+
+    def __init__(self, env):
+        self.close = env.close
+
+    def begin(self, **_):
+        raise lmdb.PanicError("mdb_txn_begin")
+
+
+def test_after_a_commit_that_failed_in_its_last_step_blocks_are_read_and_written(tmp_path):
+    values = [np.full(size, size % 251, np.uint8) for size in (1 << 20, 100)]
+    with closing(Spill(tmp_path, 1 << 24)) as spill:
+        for number, value in enumerate(values):
+            spill.write([(number, value)])
+        for number, value in enumerate(values):
+            spill._env = Panicking(spill._env)
+            spill.read([(number, back := np.zeros_like(value))])
+            assert np.array_equal(back, value)
+            spill.write([(2, value)])
+            spill.read([(2, back := np.zeros_like(value))])
+            assert np.array_equal(back, value)
 
 
 def test_the_folder_is_private_and_goes_when_the_pool_is_closed(tmp_path):
