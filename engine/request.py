@@ -181,10 +181,10 @@ class Running:
         text, self.finish_reason = "", chosen.ending
         if self._text is not None:
             text = self._text.push(chosen.token)
-            if self._text.stopped:
-                self.finish_reason = "stop"
             if self.finish_reason is not None:
                 text += self._text.finish()
+            if self._text.stopped:
+                self.finish_reason = "stop"
         self._pieces.append(text)
         self.stats.new_tokens = len(self._told)
         self.stats.total_s = time.perf_counter() - self._started

@@ -152,6 +152,12 @@ def test_characters_come_whole_and_stop_strings_never(ask, tokenizer):
     assert (whole["text"] if ask is text else whole["message"]["content"]) == "thé €😀 "
 
 
+def test_a_stop_string_in_what_the_end_of_an_answer_shows_is_why_it_ends():
+    tokenizer = of_bytes()
+    done = told(tokenizer, ids(tokenizer, "a€")[:2], stop=["\ufffd"])[-1].completion
+    assert (done.text, done.finish_reason) == ("a", "stop")
+
+
 def test_what_is_not_certain_yet_is_not_sent():
     tokens = ids(of_bytes(), "€EN.")
     stream = stream_of(chat(stream=True), HEAD, TokenText(of_bytes()))
