@@ -88,7 +88,7 @@ class Plain:
 
     def found(self, usable: Sequence[BlockKey], run: Running) -> Sequence[BlockKey]:
         """Those of them to load: none where to compute them is faster."""
-        found = usable[: self._store.lookup(usable)]
+        found = usable[: self._store.lookup(usable, run.shared)]
         return found if self._speeds.worth(found, len(run.request.prompt)) else []
 
     def save(self, run: Running) -> None:

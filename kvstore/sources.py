@@ -1,7 +1,7 @@
 """The tiers of a store as its readers see them."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from jaxtyping import Float
@@ -31,16 +31,37 @@ class Sources:
         self._all: list[Level | RemoteTier] = [*levels] if remote is None else [*levels, remote]
         self._readers = ThreadPoolExecutor(READ_THREADS, "headrace-reader", be_patient)
 
-    def lookup(self, keys: Sequence[BlockKey]) -> int:
-        """How many leading keys are somewhere. Counts as a use of them; moves no data."""
+    def lookup(self, keys: Sequence[BlockKey], shared: Mapping[bytes, bool] | None = None) -> int:
+        """How many leading keys are somewhere. Counts as a use of them; moves no data.
+
+        Args:
+            shared: of blocks elsewhere, as `shared` told; the server is asked for others now.
+        """
         leading = 0
         for start in range(0, len(keys), LOOKUP_STRIDE):
             part = keys[start : start + LOOKUP_STRIDE]
-            found = self._lookup(part)
+            found = self._lookup(part, shared)
             leading += found
             if found < len(part):
                 break
         return leading
+
+    def shared(self, keys: Sequence[BlockKey]) -> dict[bytes, bool]:
+        """Of the leading keys that are not in this machine, by digest, whether the server has them.
+
+        Counts as no use of any block.
+        """
+        known: dict[bytes, bool] = {}
+        for start in range(0, len(keys) if self._remote is not None else 0, LOOKUP_STRIDE):
+            part = keys[start : start + LOOKUP_STRIDE]
+            *here, there = self._held(part)
+            places = [any(column) for column in zip(*here, strict=True)]
+            of_part = zip(part, places, there, strict=True)
+            asked = {key.digest: is_there for key, is_here, is_there in of_part if not is_here}
+            known |= asked
+            if not all(asked.values()):
+                break
+        return known
 
     def read(
         self, key: BlockKey, layers: range, out: Float[Tensor, "n 2 Hk P D"] | None = None
@@ -89,12 +110,8 @@ class Sources:
         """Return when no read is under way."""
         self._readers.shutdown()
 
-    def _lookup(self, keys: Sequence[BlockKey]) -> int:
-        held = [level.held(keys) for level in self._levels]
-        if self._remote is not None:
-            here = [any(column) for column in zip(*held, strict=True)]
-            held.append(self._remote.held(keys, here))
-        leading = 0
+    def _lookup(self, keys: Sequence[BlockKey], shared: Mapping[bytes, bool] | None) -> int:
+        held, leading = self._held(keys, shared), 0
         while leading < len(keys) and any(found[leading] for found in held):
             leading += 1
         with self._lock:
@@ -104,6 +121,16 @@ class Sources:
                 self._remote.stats.hits += sum(held[-1][:leading])
                 self._remote.stats.misses += leading < len(keys)
         return leading
+
+    def _held(
+        self, keys: Sequence[BlockKey], shared: Mapping[bytes, bool] | None = None
+    ) -> list[list[bool]]:
+        """Which keys each tier has; the last one is asked, or believed, for those of no other."""
+        held = [level.held(keys) for level in self._levels]
+        if self._remote is not None:
+            here = [any(column) for column in zip(*held, strict=True)]
+            held.append(self._remote.held(keys, here, shared or {}))
+        return held
 
     def _run(self, keys: Sequence[BlockKey], layers: range, out: Tensor) -> list[bool]:
         """As `read_many`, in this thread: from each tier what those before it do not have."""

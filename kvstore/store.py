@@ -1,7 +1,7 @@
 """Tiers stacked fast to slow under one policy: the store that the engine uses."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -92,9 +92,20 @@ class TieredStore:
         return store
 
     @while_open
-    def lookup(self, keys: Sequence[BlockKey]) -> int:
-        """How many leading keys are in some tier. Counts as a use of them; moves no data."""
-        return self._sources.lookup(keys)
+    def lookup(self, keys: Sequence[BlockKey], shared: Mapping[bytes, bool] | None = None) -> int:
+        """How many leading keys are in some tier. Counts as a use of them; moves no data.
+
+        Args:
+            shared: what the shared tier has, as `shared` told; it is asked for all others now.
+        """
+        return self._sources.lookup(keys, shared)
+
+    @while_open
+    def shared(self, keys: Sequence[BlockKey]) -> dict[bytes, bool]:
+        """Of the leading keys that are not in this machine, by digest, whether the shared tier has
+        them: for a `lookup` to come that must not wait for its server. No use of any block.
+        """
+        return self._sources.shared(keys)
 
     @while_open
     def read(

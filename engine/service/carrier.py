@@ -107,6 +107,8 @@ class Carrier:
             live.work = live.engine.blending.prefill_slices(live.run)
             return Started(0, ready=True)
         usable = live.usable if live.attempts < ATTEMPTS else []
+        if live.attempts:  # not all that was there then could be read
+            live.run.shared = None
         live.attempts += 1
         live.pins.enter_context(self._store.pin(usable))
         live.found = live.engine.plain.found(usable, live.run)

@@ -157,6 +157,7 @@ class Service:
         live = Live(Ticket(number), ask, engine, run, job, listener)
         if not job.whole:  # here, as it takes long for long prompts
             live.usable = engine.plain.usable(run)
+            run.shared = engine.store.shared(live.usable)
         return live
 
     # the engine thread

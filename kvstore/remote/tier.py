@@ -1,9 +1,10 @@
 """The slowest tier: what other machines have."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -29,6 +30,7 @@ from kvstore.remote.write_behind import WriteBehind
 from kvstore.stats import RemoteStats, TierStats
 from kvstore.tier import Item, check_layers, checked_out
 
+NOTHING: Mapping[bytes, bool] = MappingProxyType({})
 CLOSE_S = 5.0  # longest wait for what is still to be sent
 
 
@@ -116,20 +118,27 @@ class RemoteTier:
         """Itself, as it has no policy: see `Level.tier`."""
         return self
 
-    def held(self, keys: Sequence[BlockKey], besides: Sequence[bool]) -> list[bool]:
-        """Which keys the server has of those that are not held `besides`: one exchange or none."""
+    def held(
+        self,
+        keys: Sequence[BlockKey],
+        besides: Sequence[bool],
+        known: Mapping[bytes, bool] = NOTHING,
+    ) -> list[bool]:
+        """Which keys the server has of those that are not held `besides`: one exchange or none.
+
+        Args:
+            known: what it said before, by digests, which is believed.
+        """
         open_ = zip(keys, besides, strict=True)
         bad = self._guarded.is_bad  # before as after: one may be deleted, and trusted, meanwhile
         asked = [k for k, there in open_ if k.seal_key and not there and not bad(k.digest)]
+        good = {key.digest for key in asked if known.get(key.digest)}
+        asked = [key for key in asked if key.digest not in known]
         names = [self._seals.index_name(key.digest) for key in asked]
         found = self._guarded.ask(lambda backend: backend.exists_many(names)) if names else None
-        if found is None:
-            return [False] * len(keys)
-        good = {
-            key.digest
-            for key, there in zip(asked, found, strict=True)
-            if there and not bad(key.digest)
-        }
+        for key, there in zip(asked, found or [], strict=found is not None):
+            if there and not bad(key.digest):
+                good.add(key.digest)
         return [key.digest in good for key in keys]
 
     def get(self, key: BlockKey) -> KVBlock | None:

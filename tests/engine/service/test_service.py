@@ -4,6 +4,7 @@ import math
 import queue
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 
 import pytest
@@ -175,6 +176,31 @@ def test_a_batch_in_static_shapes_takes_requests_as_they_come_and_go(module):
         service.close()
     want = alone(module, ASKED, COUNTS, method=method)
     assert got == [*want, *want]
+
+
+def test_who_waits_for_a_shared_tier_holds_up_nobody_else(module, monkeypatch):
+    with Engine(module, config=config()) as engine, ThreadPoolExecutor() as threads:
+        service, answers = Service(engine), threading.Event()
+        try:
+            with monkeypatch.context() as slow:
+                slow.setattr(engine.store, "shared", lambda keys: answers.wait(WAIT_S) and {})
+                late = threads.submit(ask, service, ASKED[4])
+                wait({late}, 0.05)
+                slow.setattr(engine.store, "shared", lambda keys: {})
+                assert len(ask(service, ASKED[1]).completion().tokens) == 12
+                assert not late.done()
+                answers.set()
+            asked = late.result(WAIT_S)
+            assert asked.completion().tokens == alone(module, [ASKED[4]])[0]
+            lookup, told = engine.store.lookup, []
+            monkeypatch.setattr(engine.store, "shared", lambda keys: {b"told": True})
+            monkeypatch.setattr(
+                engine.store, "lookup", lambda keys, known: told.append(known) or lookup(keys)
+            )
+            ask(service, ASKED[5]).completion()
+            assert told == [{b"told": True}]
+        finally:
+            service.close()
 
 
 def test_what_one_request_stored_the_next_one_loads(module):

@@ -98,6 +98,32 @@ def test_a_lookup_asks_once_for_256_blocks_and_only_for_what_is_not_here(server)
         assert client.info("commandstats")["cmdstat_exists"]["calls"] == before + asked
 
 
+def test_a_lookup_believes_what_was_asked_before_and_asks_for_what_was_not(server):
+    keys = chain(range(4 * 600))
+    shared(server, keys[:520], host=600)
+    with opened(server, host=600) as store, server.client() as client:
+
+        def asked() -> int:
+            return client.info("commandstats")["cmdstat_exists"]["calls"]
+
+        store.put(items(keys[:100]))
+        assert remote_of(store).drain(WAIT_S)
+        known = store.shared(keys)
+        assert [known.get(key.digest) for key in keys] == [None] * 100 + [True] * 420 + [False] * 80
+        before = asked()
+        assert store.lookup(keys, known) == 520
+        assert asked() == before
+        del known[keys[200].digest]
+        assert store.lookup(keys, known) == 520
+        assert asked() == before + 1
+        known[keys[200].digest] = False
+        assert store.lookup(keys, known) == 200
+        store.put(items(keys[100:201]))  # it is here by now
+        assert store.lookup(keys, known) == 520
+    with opened(server) as store:
+        assert store.shared([]) == {}
+
+
 def test_one_of_several_threads_fetches_a_block_for_all(server):
     shared(server)
     with opened(server) as store, server.client() as client:
