@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from engine.perfmodel import PerfModel, Work
 from kvstore.block import BlockKey
+from kvstore.sources import Shared
 from kvstore.store import TieredStore
 
 LEAST_S = 0.1  # of loading: what is there sooner, is loaded
@@ -36,12 +37,16 @@ class BreakEven:
         self._lock = threading.Lock()
         self._choices = Choices()
 
-    def worth(self, stored: Sequence[BlockKey], tokens: int) -> bool:
-        """Whether to load what is stored of the start of a prompt of so many tokens."""
+    def worth(self, stored: Sequence[BlockKey], tokens: int, shared: Shared = None) -> bool:
+        """Whether to load what is stored of the start of a prompt of so many tokens.
+
+        Args:
+            shared: as in `TieredStore.lookup`.
+        """
         if not stored:
             return False
         reusable = sum(key.num_tokens for key in stored)
-        work = Work(reusable, tokens - reusable, self._loads(stored), 0.0)
+        work = Work(reusable, tokens - reusable, self._loads(stored, shared), 0.0)
         load = self._speeds.decide_start(work, LEAST_S).load
         with self._lock:
             self._choices.loaded += load
@@ -52,9 +57,9 @@ class BreakEven:
         """Learn what a prefill of `tokens` behind `start` others took."""
         self._speeds.prefilled(tokens, seconds, start=start)
 
-    def loaded(self, stored: Sequence[BlockKey], seconds: float) -> None:
+    def loaded(self, stored: Sequence[BlockKey], seconds: float, shared: Shared = None) -> None:
         """Learn what it took to load blocks, unless they came from several tiers."""
-        if len(loads := self._loads(stored)) == 1:
+        if len(loads := self._loads(stored, shared)) == 1:
             ((tier, nbytes),) = loads.items()
             self._speeds.loaded(tier, nbytes, seconds)
 
@@ -63,10 +68,10 @@ class BreakEven:
         with self._lock:
             return Choices(self._choices.loaded, self._choices.computed)
 
-    def _loads(self, stored: Sequence[BlockKey]) -> Counter[str]:
+    def _loads(self, stored: Sequence[BlockKey], shared: Shared) -> Counter[str]:
         """Bytes by the tier they rest in."""
         loads: Counter[str] = Counter()
-        for key, tier in zip(stored, self._store.resting(stored), strict=True):
+        for key, tier in zip(stored, self._store.resting(stored, shared), strict=True):
             if tier is not None:
                 loads[tier] += key.num_tokens * self._token_bytes
         return loads

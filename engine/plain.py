@@ -89,7 +89,7 @@ class Plain:
     def found(self, usable: Sequence[BlockKey], run: Running) -> Sequence[BlockKey]:
         """Those of them to load: none where to compute them is faster."""
         found = usable[: self._store.lookup(usable, run.shared)]
-        return found if self._speeds.worth(found, len(run.request.prompt)) else []
+        return found if self._speeds.worth(found, len(run.request.prompt), run.shared) else []
 
     def save(self, run: Running) -> None:
         """Give the store the blocks that became complete, where the run keeps any.
@@ -129,7 +129,7 @@ class Plain:
             cache.finalize()
             if loader is not None:
                 run.load_s, run.waited_s = loader.load_s, loader.waited_s
-                self._speeds.loaded(stored, loader.load_s)
+                self._speeds.loaded(stored, loader.load_s, run.shared)
             tokens = len(run.request.prompt) - start
             self._speeds.computed(tokens, watch.seconds - run.waited_s, start)
             return logits

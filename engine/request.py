@@ -1,7 +1,7 @@
 """One request from prompt to last token."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any, Literal, NamedTuple
@@ -13,6 +13,7 @@ from engine.errors import PromptError, PromptTooLong
 from engine.sampling import Sampling, TokenLogprob, logprobs, sample
 from engine.text import TextStream
 from kvstore.block import BlockKey, Precision
+from kvstore.sources import Shared
 
 FinishReason = Literal["stop", "length"]
 Prompt = str | Sequence[int] | Segments
@@ -141,7 +142,7 @@ class Running:
         self.keys: Sequence[BlockKey] = ()  # of the full blocks of its tokens, as far as needed yet
         self.repair: bytes | None = None  # what names its blocks, where they are not exact
         self.stored: Sequence[BlockKey] = ()  # blocks its prompt took from the store
-        self.shared: Mapping[bytes, bool] | None = None  # what a shared tier said to have
+        self.shared: Shared = None  # what a shared tier said to have
         self.stats = RequestStats(prompt_tokens=len(request.prompt))
         self.finish_reason: FinishReason | None = None
         self.load_s = self.waited_s = 0.0  # while what is stored of its prompt came, and for that

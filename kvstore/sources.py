@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
@@ -12,6 +13,9 @@ from kvstore.layout import gaps
 from kvstore.level import Level
 from kvstore.remote.tier import RemoteTier
 from native.threads import be_patient
+
+# what a server said before of blocks that are not in this machine, by their digests
+Shared: TypeAlias = Mapping[bytes, bool] | None
 
 READ_THREADS = 4  # on two cores, too: a disk wants several reads at a time
 LOOKUP_STRIDE = 256  # keys looked up at a time, so that an early miss is cheap
@@ -31,7 +35,7 @@ class Sources:
         self._all: list[Level | RemoteTier] = [*levels] if remote is None else [*levels, remote]
         self._readers = ThreadPoolExecutor(READ_THREADS, "headrace-reader", be_patient)
 
-    def lookup(self, keys: Sequence[BlockKey], shared: Mapping[bytes, bool] | None = None) -> int:
+    def lookup(self, keys: Sequence[BlockKey], shared: Shared = None) -> int:
         """How many leading keys are somewhere. Counts as a use of them; moves no data.
 
         Args:
@@ -95,14 +99,15 @@ class Sources:
             self._remotely(self._remote, keys, layers, out, found)
         return found
 
-    def resting(self, keys: Sequence[BlockKey]) -> list[str | None]:
+    def resting(self, keys: Sequence[BlockKey], shared: Shared = None) -> list[str | None]:
         """The fastest tier that has each of the keys; counts as no use of it."""
         names: list[str | None] = [None] * len(keys)
         for level in reversed(self._levels):
             held = level.held(keys)
             names = [level.tier.name if is_ else n for is_, n in zip(held, names, strict=True)]
         if self._remote is not None:
-            there = self._remote.held(keys, [name is not None for name in names])
+            here = [name is not None for name in names]
+            there = self._remote.held(keys, here, shared or {})
             names = [self._remote.name if is_ else n for is_, n in zip(there, names, strict=True)]
         return names
 
@@ -110,7 +115,7 @@ class Sources:
         """Return when no read is under way."""
         self._readers.shutdown()
 
-    def _lookup(self, keys: Sequence[BlockKey], shared: Mapping[bytes, bool] | None) -> int:
+    def _lookup(self, keys: Sequence[BlockKey], shared: Shared) -> int:
         held, leading = self._held(keys, shared), 0
         while leading < len(keys) and any(found[leading] for found in held):
             leading += 1
@@ -122,9 +127,7 @@ class Sources:
                 self._remote.stats.misses += leading < len(keys)
         return leading
 
-    def _held(
-        self, keys: Sequence[BlockKey], shared: Mapping[bytes, bool] | None = None
-    ) -> list[list[bool]]:
+    def _held(self, keys: Sequence[BlockKey], shared: Shared = None) -> list[list[bool]]:
         """Which keys each tier has; the last one is asked, or believed, for those of no other."""
         held = [level.held(keys) for level in self._levels]
         if self._remote is not None:

@@ -1,7 +1,7 @@
 """Tiers stacked fast to slow under one policy: the store that the engine uses."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -26,7 +26,7 @@ from kvstore.passage import Passage
 from kvstore.pins import PIN_S, Pin, Pins
 from kvstore.quotas import Quotas
 from kvstore.remote.tier import RemoteTier
-from kvstore.sources import Sources
+from kvstore.sources import Shared, Sources
 from kvstore.stats import StoreStats
 from kvstore.summary import Ages, ages
 from kvstore.tier import HostTier, Item, Resident, Tier, resting_on
@@ -92,13 +92,18 @@ class TieredStore:
         return store
 
     @while_open
-    def lookup(self, keys: Sequence[BlockKey], shared: Mapping[bytes, bool] | None = None) -> int:
+    def lookup(self, keys: Sequence[BlockKey], shared: Shared = None) -> int:
         """How many leading keys are in some tier. Counts as a use of them; moves no data.
 
         Args:
             shared: what the shared tier has, as `shared` told; it is asked for all others now.
         """
         return self._sources.lookup(keys, shared)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there is a shared tier."""
+        return self._remote is not None
 
     @while_open
     def shared(self, keys: Sequence[BlockKey]) -> dict[bytes, bool]:
@@ -243,9 +248,9 @@ class TieredStore:
         return any(key in level.tier for level in self._levels)
 
     @while_open
-    def resting(self, keys: Sequence[BlockKey]) -> list[str | None]:
-        """The fastest tier that has each of the keys; counts as no use of it."""
-        return self._sources.resting(keys)
+    def resting(self, keys: Sequence[BlockKey], shared: Shared = None) -> list[str | None]:
+        """The fastest tier that has each of the keys, as `lookup`; counts as no use of it."""
+        return self._sources.resting(keys, shared)
 
     @while_open
     def delete(self, keys: Sequence[BlockKey | bytes]) -> int:

@@ -33,6 +33,7 @@ from engine.staging import Placed
 from kvstore.block import BlockKey, Kind, Precision
 from kvstore.identity import ModelIdentity
 from kvstore.layout import layer_groups
+from kvstore.sources import Shared
 from kvstore.store import TieredStore
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,19 @@ class Blending:
             segments, lambda t: self._store.lookup(self._plain.keys(t, precision=precision))
         )
 
+    def shared(self, run: Running) -> dict[bytes, bool]:
+        """What a shared tier says of the blocks that the prompt of `run` may be made of."""
+        segments, precision = run.segments, run.precision
+        if segments is None or not self._store.is_shared:
+            return {}
+        chains = [
+            self._plain.keys(segments.tokens, precision=precision),
+            self._repaired(run),
+            *(self.chunks.keys(segments.prefix, chunk, precision) for chunk in segments.chunks),
+        ]
+        said = [self._store.shared(chain) for chain in chains]
+        return {digest: is_there for one in said for digest, is_there in one.items()}
+
     def prefill(self, run: Running) -> Float[Tensor, " vocab"]:
         """Logits after the prompt of `run`, whose chunks are reused as its settings say."""
         return drained(self.prefill_slices(run))
@@ -143,6 +157,7 @@ class Blending:
             except BlocksLost as error:  # counted by the store, which will not offer them again
                 log.warning("computing chunks again: %s", error)
                 lost.update(error.keys)
+                run.shared = None  # not all that was there then could be read
         report.reason, report.share = "compute: stored blocks could not be read", 1.0
         return (yield from self._compute(run, report))
 
@@ -159,12 +174,11 @@ class Blending:
         with self._store.pin(
             [*exact, *repaired, *(key for chain in keys.values() for key in chain)]
         ):
-            tokens = report.prompt_tokens
-            leading = [self._leading(chain, lost, tokens) for chain in (exact, repaired)]
+            leading = [self._leading(chain, lost, run) for chain in (exact, repaired)]
             start = max(leading, key=len)
             found = yield from self._find(run, report, keys, start, lost)
             report.repaired_tokens = len(start) * self._size * (start is leading[1])
-            work = self._work(found, run.blend.share)
+            work = self._work(found, run.blend.share, run.shared)
             decision = self._decide(run.blend, found, work)
             report.policy = run.blend.policy
             report.share, report.reason = decision.share, decision.reason
@@ -187,7 +201,7 @@ class Blending:
         computed: Computed = {}
         missing = 0
         prefix = run.segments.prefix
-        for made in self.chunks.complete(prefix, list(keys), run.precision, lost):
+        for made in self.chunks.complete(prefix, list(keys), run.precision, lost, run.shared):
             computed |= made
             missing += bool(made)
             yield sum(key.num_tokens for key in made)
@@ -273,11 +287,11 @@ class Blending:
         return Decision(False, 0.0, "compute: no chunk is reused beyond the stored start")
 
     def _leading(
-        self, keys: Sequence[BlockKey], lost: set[BlockKey], tokens: int
+        self, keys: Sequence[BlockKey], lost: set[BlockKey], run: Running
     ) -> list[BlockKey]:
         """Stored blocks at the start of a chain, all tokens but one at most."""
-        usable = keys[: (tokens - 1) // self._size]
-        found = usable[: self._store.lookup(usable)]
+        usable = keys[: (len(run.request.prompt) - 1) // self._size]
+        found = usable[: self._store.lookup(usable, run.shared)]
         return list(takewhile(lambda key: key not in lost, found))
 
     def _repaired(self, run: Running) -> list[BlockKey]:
@@ -307,11 +321,11 @@ class Blending:
         run.segments = run.segments.ordered(report.order)
         run.request = replace(run.request, prompt=run.segments.tokens)
 
-    def _work(self, found: Found, share: float) -> Work:
+    def _work(self, found: Found, share: float, shared: Shared) -> Work:
         """The prompt as the performance model sees it."""
         keys = [block.key for block in found.placed if block.key not in found.computed]
         loads: Counter[str] = Counter()
-        for key, tier in zip(keys, self._store.resting(keys), strict=True):
+        for key, tier in zip(keys, self._store.resting(keys, shared), strict=True):
             if tier is not None:
                 loads[tier] += key.num_tokens * self._model.shape.kv_bytes_per_token
         return Work(

@@ -16,6 +16,7 @@ from engine.prefill import hidden_states
 from engine.recorder import Recorder
 from kvstore.block import BlockKey, Kind, KVBlock, Precision
 from kvstore.identity import ModelIdentity
+from kvstore.sources import Shared
 from kvstore.store import TieredStore
 
 Computed = dict[BlockKey, KVBlock]
@@ -85,18 +86,20 @@ class Chunks:
         chunks: Sequence[Tokens],
         precision: Precision,
         lost: Set[BlockKey] = frozenset(),
+        shared: Shared = None,
     ) -> Iterator[Computed]:
         """Store what is missing; for every chunk, its blocks where they had to be computed.
 
         Args:
             precision: what the blocks may lose in the store.
             lost: blocks that count as missing, whatever the store says.
+            shared: as in `TieredStore.lookup`.
         """
         alone: _Alone | None = None
         for chunk in chunks:
             keys, made = self.keys(prefix, chunk, precision), Computed()
             with self._computing:
-                if self._store.lookup(keys) < len(keys) or not lost.isdisjoint(keys):
+                if self._store.lookup(keys, shared) < len(keys) or not lost.isdisjoint(keys):
                     alone = alone or self._alone(prefix, chunks, precision)
                     began = time.perf_counter()
                     made = dict(zip(keys, alone.blocks(chunk), strict=True))

@@ -141,7 +141,7 @@ class Carrier:
         coming.result()
         live.mark("load" if coming is live.loader else "swap")
         if live.loader is not None and coming is live.loader:
-            live.engine.speeds.loaded(live.found, live.loader.load_s)
+            live.engine.speeds.loaded(live.found, live.loader.load_s, live.run.shared)
         live.loaded()
 
     def out(self, live: Live) -> None:

@@ -155,7 +155,9 @@ class Service:
             whole=isinstance(ask.prompt, Segments),
         )
         live = Live(Ticket(number), ask, engine, run, job, listener)
-        if not job.whole:  # here, as it takes long for long prompts
+        if job.whole:  # here, as it takes long for long prompts
+            run.shared = engine.blending.shared(run)
+        else:
             live.usable = engine.plain.usable(run)
             run.shared = engine.store.shared(live.usable)
         return live

@@ -4,15 +4,25 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
+from queue import Queue
+from threading import current_thread
 
 import pytest
 
+from engine import Engine
+from engine.blend.segments import Segments
 from engine.cli import main
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.service.ask import Ask
+from engine.service.service import Service
+from kvstore.config import StoreConfig
 from kvstore.remote.config import RemoteConfig
+from kvstore.remote.guarded import Guarded
 from tests.caches import own_cache
+from tests.engine.families import build, prompt
 from tests.kvstore.remote.server import SECRET, serving
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +60,43 @@ def test_a_process_starts_from_what_another_has_computed(server, tmp_path):
     assert again["text"] == first["text"]
     stranger = generated(server, cache, secret=b"another secret of enough bytes")
     assert stranger["stats"]["cached_tokens"] == 0
+
+
+def test_a_service_asks_for_a_prompt_in_the_thread_that_brings_it(server, monkeypatch):
+    """A slow server holds up that prompt, and no answer."""
+    monkeypatch.setenv("HEADRACE_REMOTE_SECRET", SECRET.decode())
+    module, asked = build("llama"), []
+    chunks = [prompt(40, seed=n).tolist() for n in (1, 2)]
+    prompts = [prompt(90, seed=5).tolist(), Segments(prompt(5).tolist(), chunks, [7, 8, 9])]
+    store = StoreConfig(host_bytes=1 << 26, remote=server.config())
+    settings = EngineConfig(block_tokens=16, store=store)
+    with Engine(module, config=settings) as engine:
+        want = [done.tokens for done in served(engine, prompts)]
+
+    ask = Guarded.ask
+    monkeypatch.setattr(
+        Guarded, "ask", lambda self, call: asked.append(current_thread().name) or ask(self, call)
+    )
+    with Engine(module, config=settings) as engine:
+        got = served(engine, prompts)
+        assert engine.stats().tiers["remote"].hits >= 5 + 6
+    assert [done.tokens for done in got] == want
+    assert all(done.stats.cached_tokens >= 80 for done in got)
+    assert "MainThread" in asked
+    assert "headrace-engine" not in asked
+
+
+def served(engine, prompts):
+    """Completions of a service, one after the other."""
+    done, service = [], Service(engine)
+    with closing(service):
+        for one in prompts:
+            events: Queue = Queue()
+            service.submit(Ask(prompt=one, max_new_tokens=4), events.put)
+            while (last := events.get(timeout=60)).completion is None:
+                pass
+            done.append(last.completion)
+    return done
 
 
 @pytest.mark.parametrize(
