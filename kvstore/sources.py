@@ -102,13 +102,8 @@ class Sources:
     def resting(self, keys: Sequence[BlockKey], shared: Shared = None) -> list[str | None]:
         """The fastest tier that has each of the keys; counts as no use of it."""
         names: list[str | None] = [None] * len(keys)
-        for level in reversed(self._levels):
-            held = level.held(keys)
+        for level, held in reversed([*zip(self._all, self._held(keys, shared), strict=True)]):
             names = [level.tier.name if is_ else n for is_, n in zip(held, names, strict=True)]
-        if self._remote is not None:
-            here = [name is not None for name in names]
-            there = self._remote.held(keys, here, shared or {})
-            names = [self._remote.name if is_ else n for is_, n in zip(there, names, strict=True)]
         return names
 
     def close(self) -> None:
@@ -132,7 +127,7 @@ class Sources:
         held = [level.held(keys) for level in self._levels]
         if self._remote is not None:
             here = [any(column) for column in zip(*held, strict=True)]
-            held.append(self._remote.held(keys, here, shared or {}))
+            held.append(self._remote.held(keys, here, shared))
         return held
 
     def _run(self, keys: Sequence[BlockKey], layers: range, out: Tensor) -> list[bool]:

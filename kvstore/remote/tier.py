@@ -4,7 +4,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -30,7 +29,6 @@ from kvstore.remote.write_behind import WriteBehind
 from kvstore.stats import RemoteStats, TierStats
 from kvstore.tier import Item, check_layers, checked_out
 
-NOTHING: Mapping[bytes, bool] = MappingProxyType({})
 CLOSE_S = 5.0  # longest wait for what is still to be sent
 
 
@@ -122,14 +120,14 @@ class RemoteTier:
         self,
         keys: Sequence[BlockKey],
         besides: Sequence[bool],
-        known: Mapping[bytes, bool] = NOTHING,
+        known: Mapping[bytes, bool] | None = None,
     ) -> list[bool]:
         """Which keys the server has of those that are not held `besides`: one exchange or none.
 
         Args:
             known: what it said before, by digests, which is believed.
         """
-        open_ = zip(keys, besides, strict=True)
+        open_, known = zip(keys, besides, strict=True), known or {}
         bad = self._guarded.is_bad  # before as after: one may be deleted, and trusted, meanwhile
         asked = [k for k, there in open_ if k.seal_key and not there and not bad(k.digest)]
         good = {key.digest for key in asked if known.get(key.digest)}

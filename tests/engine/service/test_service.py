@@ -227,6 +227,11 @@ def test_a_lost_block_is_computed_again(module, beside, monkeypatch):
         service = Service(engine)
         ask(service, long).completion()
         monkeypatch.setattr(engine.store, "read_many", lambda keys, *_: [None] * len(keys))
+        lookup, believed = engine.store.lookup, []
+        monkeypatch.setattr(engine.store, "shared", lambda keys: {})
+        monkeypatch.setattr(
+            engine.store, "lookup", lambda keys, said: believed.append(said) or lookup(keys)
+        )
         other = ask(service, prompt(7).tolist(), 80) if beside else None
         if other:
             other.next()
@@ -237,6 +242,9 @@ def test_a_lost_block_is_computed_again(module, beside, monkeypatch):
         service.close()
     assert done.tokens == alone(module, [long])[0]
     assert done.stats.cached_tokens == 0
+    first = 1 + beside
+    assert believed[:first] == [{}] * first
+    assert set(believed[first:]) == {None}  # a shared tier is asked again
 
 
 def test_prompts_of_parts_are_blended_beside_others(module):
